@@ -1,0 +1,1 @@
+"""Scripts that each answer one question; run one by `python -m experiments.NAME`."""
