@@ -1,0 +1,25 @@
+"""One MoE layer's expert math at decode time, in layouts that can be swapped and compared.
+
+Start at `api.py` (what a user calls) and `reference.py` (what it means); each layout is one file.
+"""
+
+from pallas_kernels.decode_experts.api import LAYOUTS, LayoutChoice, choose_layout, decode_experts
+from pallas_kernels.decode_experts.expert_major import Config as ExpertMajorConfig
+from pallas_kernels.decode_experts.grouping import Grouping, group
+from pallas_kernels.decode_experts.output_major import Config as OutputMajorConfig
+from pallas_kernels.decode_experts.reference import reference_experts
+from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+
+__all__ = [
+    "LAYOUTS",
+    "ExpertMajorConfig",
+    "ExpertShapes",
+    "ExpertWeights",
+    "Grouping",
+    "LayoutChoice",
+    "OutputMajorConfig",
+    "choose_layout",
+    "decode_experts",
+    "group",
+    "reference_experts",
+]

@@ -1,0 +1,79 @@
+"""Named errors for what decode_experts cannot take: the field, its value and what is accepted."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_experts.grouping import Grouping, tile_capacity
+from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+
+SIZE_MULTIPLE = 64
+
+
+def check_inputs(
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    out_dtype: jnp.dtype,
+) -> tuple[ExpertShapes, int]:
+    """Returns the layer's sizes and T, or raises ValueError, TypeError or NotImplementedError."""
+    if weights.gate_up_scale is not None or weights.down_scale is not None:
+        raise NotImplementedError(
+            "weights.gate_up_scale and weights.down_scale must be None: no layout reads quantised "
+            "weights; dequantise to bfloat16 first"
+        )
+    _expect("x", x, "[T, H]", jnp.bfloat16)
+    _expect("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)
+    _expect("weights.down", weights.down, "[E, H, I]", jnp.bfloat16)
+    _expect("expert_ids", expert_ids, "[T, K]", jnp.int32)
+    _expect("expert_weights", expert_weights, "[T, K]", jnp.float32)
+    if out_dtype not in (jnp.bfloat16, jnp.float32):
+        raise TypeError(f"out_dtype is {out_dtype.name}; expected bfloat16 or float32")
+
+    T, H = x.shape
+    K = expert_ids.shape[1]
+    E, _, I, _ = weights.gate_up.shape
+    expected = {
+        "weights.gate_up": (weights.gate_up, "[E, 2, I, H]", (E, 2, I, H)),
+        "weights.down": (weights.down, "[E, H, I]", (E, H, I)),
+        "expert_ids": (expert_ids, "[T, K]", (T, K)),
+        "expert_weights": (expert_weights, "[T, K]", (T, K)),
+    }
+    for name, (value, letters, shape) in expected.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; expected {letters} = {shape}")
+    if K > E:
+        raise ValueError(f"expert_ids has K = {K} experts a token; expected at most E = {E}")
+    for letter, size in (("H", H), ("I", I)):
+        if size % SIZE_MULTIPLE:
+            raise ValueError(f"{letter} is {size}; expected a multiple of {SIZE_MULTIPLE}")
+    return ExpertShapes(E=E, K=K, H=H, I=I), T
+
+
+def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
+    """Raises a ValueError where a Grouping was made for other sizes than these."""
+    rows = tile_capacity(T, shapes.K, shapes.E, grouping.token_tile) * grouping.token_tile
+    for field, shape in (
+        ("row_of", (T, shapes.K)),
+        ("token_of", (rows,)),
+        ("expert_of", (rows,)),
+    ):
+        found = getattr(grouping, field).shape
+        if found != shape:
+            raise ValueError(
+                f"grouping.{field} has shape {found}; expected {shape} for T = {T}, {shapes} and "
+                f"token_tile = {grouping.token_tile}"
+            )
+
+
+def _expect(name: str, value: jax.Array, letters: str, dtype) -> None:
+    shape, found = jnp.shape(value), jnp.result_type(value)
+    if len(shape) != letters.count(",") + 1 or 0 in shape:
+        raise ValueError(f"{name} has shape {shape}; expected {letters}, every size at least 1")
+    if found == dtype:
+        return
+    if dtype == jnp.bfloat16 and jnp.issubdtype(found, jnp.floating):
+        raise NotImplementedError(
+            f"{name} has dtype {found.name}; the kernels take bfloat16, reference_experts takes any"
+        )
+    raise TypeError(f"{name} has dtype {found.name}; expected {jnp.dtype(dtype).name}")

@@ -1,0 +1,27 @@
+"""The checks that the layouts' Configs share; each error names the field and what it accepts."""
+
+from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
+
+
+def largest_divisor(size: int, candidates: tuple[int, ...]) -> int:
+    """The largest candidate that divides `size`."""
+    return max(c for c in candidates if size % c == 0)
+
+
+def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, size: int) -> None:
+    """Raises a ValueError unless `value` is one of `accepted` and divides the size."""
+    fitting = [a for a in accepted if size % a == 0]
+    if value not in fitting:
+        raise ValueError(
+            f"config.{field} is {value}; expected one of {fitting}, which divide {letter} = {size}"
+        )
+
+
+def check_slots(field: str, slots: int, bytes_a_slot: int, least: int) -> None:
+    """Raises a ValueError unless a ring has at least `least` slots and fits in shared memory."""
+    most = SHARED_MEMORY_BYTES // bytes_a_slot
+    if not least <= slots <= most:
+        raise ValueError(
+            f"config.{field} is {slots}; expected {least} to {most}: a slot takes up to "
+            f"{bytes_a_slot} of {SHARED_MEMORY_BYTES} bytes of shared memory"
+        )

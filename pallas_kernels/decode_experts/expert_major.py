@@ -1,0 +1,251 @@
+"""The expert-major layout (the conventional path): tiles of routed tokens, each with one expert.
+
+    group     the assignments (t, k) of each expert fill tiles of N rows   (grouping.py)
+    gather    rows[p] = x[token_of[p]]                                     (XLA)
+    gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p]
+    down      program (tile, R neurons)    outputs[p] = down_e hidden[p]
+    combine   out[t] = sum over k, in order, of w[t, k] * outputs[row_of[t, k]]   (XLA)
+
+An expert's weights are read once for each of its tiles: once, unless more than N tokens chose it.
+Programs on one expert's tiles are neighbours, so that further reads may hit L2.
+
+A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
+("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed.
+
+The tensor cores want bf16, and rounding hidden to bf16 would cost half of the accuracy there is.
+So it is kept as hi + lo, two bf16 numbers with 16 bits of mantissa between them: 2 N rows of the
+[2P, I] intermediate, 2 N columns of one product whose halves are added in float32.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
+from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, Grouping, group
+from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+from pallas_kernels.mosaic import interpret_params, tma_ring
+
+_M = 64  # rows of weights that one wgmma takes
+# How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
+_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_TILES = (64, 128)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How expert_major cuts the work. Nothing here may depend on T: it sets the order of sums.
+
+    The rows N of a token tile belong to the Grouping; they change no sum.
+
+    Attributes:
+      gate_up_columns: columns of x and gate_up in a ring slot; 64 or 128, divides H.
+      gate_up_slots: slots in the gate/up ring.
+      down_rows: R, output neurons of a down program; 64 or 128, divides H.
+      down_columns: columns of hidden and down in a ring slot; 64 or 128, divides I.
+      down_slots: slots in the down ring.
+    """
+
+    gate_up_columns: int = 128
+    gate_up_slots: int = 3
+    down_rows: int = 128
+    down_columns: int = 128
+    down_slots: int = 3
+
+
+def default_config(shapes: ExpertShapes, T: int) -> Config:
+    """The heuristic: slots of 128 x 128 weights, few enough that two programs share an SM."""
+    del T
+    return Config(
+        gate_up_columns=largest_divisor(shapes.H, _TILES),
+        down_rows=largest_divisor(shapes.H, _TILES),
+        down_columns=largest_divisor(shapes.I, _TILES),
+    )
+
+
+def check_config(config: Config, shapes: ExpertShapes) -> None:
+    """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
+    c, H, I = config, shapes.H, shapes.I
+    check_tile("gate_up_columns", c.gate_up_columns, _TILES, "H", H)
+    check_tile("down_rows", c.down_rows, _TILES, "H", H)
+    check_tile("down_columns", c.down_columns, _TILES, "I", I)
+    # Both in bf16, with the largest token tile.
+    gate_up_slot = 2 * c.gate_up_columns * (2 * _M + LARGEST_TOKEN_TILE)
+    down_slot = 2 * c.down_columns * (c.down_rows + 2 * LARGEST_TOKEN_TILE)
+    check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=2)
+    check_slots("down_slots", c.down_slots, down_slot, least=2)
+
+
+def tile_program(program, num_blocks: int):
+    """Which work a program of either launch does: (tile of tokens, block of weight rows).
+
+    Plain integer arithmetic, for Python ints, numpy arrays and traced scalars alike.
+    """
+    return program // num_blocks, program % num_blocks
+
+
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
+def run(
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    *,
+    config: Config,
+    out_dtype,
+    interpret,
+    grouping: Grouping | None = None,
+) -> jax.Array:
+    """Groups, runs both launches and combines, on checked inputs; shapes as in decode_experts."""
+    E, _, I, H = weights.gate_up.shape
+    if grouping is None:
+        grouping = group(expert_ids, expert_weights, E)
+    # A row that nobody owns gets some token's values: the columns of a product do not mix, and
+    # nothing reads that column.
+    rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]
+    gate_up = weights.gate_up.reshape(E * 2 * I, H)
+    hidden = _gate_up(grouping, rows, gate_up, I, config, interpret)
+    outputs = _down(grouping, hidden, weights.down.reshape(E * H, I), H, config, interpret)
+    return _combine(outputs, grouping, expert_weights).astype(out_dtype)
+
+
+def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpret) -> jax.Array:
+    """silu(gate_e rows[p]) * up_e rows[p], as [2P, I] bf16: tile by tile N rows of hi, N of lo."""
+    N, (P, H) = grouping.token_tile, rows.shape
+    columns, slots = config.gate_up_columns, config.gate_up_slots
+
+    def kernel(
+        expert_gmem, rows_gmem, gate_up_gmem, hidden_gmem,
+        gate_smem, up_smem, rows_smem, hidden_smem, barrier,
+    ):  # fmt: skip
+        tile, block = tile_program(lax.axis_index("program"), I // _M)
+        expert = expert_gmem[tile * N]
+
+        def multiply(gate_acc, up_acc):
+            gate_row = expert * (2 * I) + block * _M
+            gate_rows, up_rows = pl.ds(gate_row, _M), pl.ds(gate_row + I, _M)
+            tile_rows = pl.ds(tile * N, N)
+
+            def copy(step, slot, arrived):
+                at = pl.ds(step * columns, columns)
+                plgpu.copy_gmem_to_smem(gate_up_gmem.at[gate_rows, at], gate_smem.at[slot], arrived)
+                plgpu.copy_gmem_to_smem(gate_up_gmem.at[up_rows, at], up_smem.at[slot], arrived)
+                plgpu.copy_gmem_to_smem(rows_gmem.at[tile_rows, at], rows_smem.at[slot], arrived)
+
+            def consume(_, slot, carry):
+                tokens = rows_smem.at[slot].transpose((1, 0))  # [columns, N]
+                plgpu.wgmma(gate_acc, gate_smem.at[slot], tokens)
+                plgpu.wgmma(up_acc, up_smem.at[slot], tokens)
+                return carry
+
+            tma_ring(
+                H // columns,
+                slots,
+                barrier=barrier,
+                copy=copy,
+                consume=consume,
+                init=(),
+                wgmmas_in_flight=2,
+            )
+            gate, up = gate_acc[...], up_acc[...]  # [64, N]
+            hidden = gate / (1 + jnp.exp(-gate)) * up
+            hi = hidden.astype(jnp.bfloat16)
+            lo = (hidden - hi.astype(jnp.float32)).astype(jnp.bfloat16)
+            hidden_smem.at[pl.ds(0, N)].transpose((1, 0))[...] = hi
+            hidden_smem.at[pl.ds(N, N)].transpose((1, 0))[...] = lo
+            plgpu.commit_smem()
+            at = pl.ds(tile * (2 * N), 2 * N), pl.ds(block * _M, _M)
+            plgpu.copy_smem_to_gmem(hidden_smem, hidden_gmem.at[at])
+            plgpu.wait_smem_to_gmem(0)
+
+        accumulator = plgpu.ACC((_M, N), jnp.float32)
+        pl.when(expert >= 0)(lambda: pl.run_scoped(multiply, accumulator, accumulator))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((2 * P, I), jnp.bfloat16),
+        grid=(P // N * (I // _M),),
+        grid_names=("program",),
+        scratch_types=[
+            plgpu.SMEM((slots, _M, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, _M, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, N, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((2 * N, _M), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+        ],
+        kernel_name="expert_major_gate_up",
+        interpret=interpret_params(interpret),
+    )(grouping.expert_of, rows, gate_up)
+
+
+def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -> jax.Array:
+    """outputs[p] = down_e (hi[p] + lo[p]): [P, H] float32. Unused tiles stay unwritten."""
+    N, (P2, I) = grouping.token_tile, hidden.shape
+    R, columns, slots = config.down_rows, config.down_columns, config.down_slots
+
+    def kernel(expert_gmem, hidden_gmem, down_gmem, outputs_gmem, down_smem, hidden_smem, barrier):
+        tile, block = tile_program(lax.axis_index("program"), H // R)
+        expert = expert_gmem[tile * N]
+
+        def multiply(acc):
+            down_rows = pl.ds(expert * H + block * R, R)
+            hidden_rows = pl.ds(tile * (2 * N), 2 * N)
+
+            def copy(step, slot, arrived):
+                at = pl.ds(step * columns, columns)
+                plgpu.copy_gmem_to_smem(down_gmem.at[down_rows, at], down_smem.at[slot], arrived)
+                plgpu.copy_gmem_to_smem(
+                    hidden_gmem.at[hidden_rows, at], hidden_smem.at[slot], arrived
+                )
+
+            def consume(_, slot, carry):
+                plgpu.wgmma(acc, down_smem.at[slot], hidden_smem.at[slot].transpose((1, 0)))
+                return carry
+
+            tma_ring(
+                I // columns,
+                slots,
+                barrier=barrier,
+                copy=copy,
+                consume=consume,
+                init=(),
+                wgmmas_in_flight=1,
+            )
+            products = acc[...]  # [R, 2N]
+            outputs = products[:, :N] + products[:, N:]  # [R, N]
+            outputs = plgpu.layout_cast(outputs, plgpu.Layout.WGMMA_TRANSPOSED)
+            tile_outputs = outputs_gmem.at[pl.ds(tile * N, N), pl.ds(block * R, R)]
+            tile_outputs.transpose((1, 0))[...] = outputs
+
+        accumulator = plgpu.ACC((R, 2 * N), jnp.float32)
+        pl.when(expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((P2 // 2, H), jnp.float32),
+        grid=(P2 // (2 * N) * (H // R),),
+        grid_names=("program",),
+        scratch_types=[
+            plgpu.SMEM((slots, R, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, 2 * N, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        ],
+        kernel_name="expert_major_down",
+        interpret=interpret_params(interpret),
+    )(grouping.expert_of, hidden, down)
+
+
+def _combine(outputs: jax.Array, grouping: Grouping, expert_weights: jax.Array) -> jax.Array:
+    """out[t] = sum over k of w[t, k] * outputs[row_of[t, k]], in order of k: [T, H] float32."""
+    out = jnp.float32(0)
+    for k in range(expert_weights.shape[1]):
+        row = grouping.row_of[:, k, None]  # [T, 1]
+        product = expert_weights[:, k, None] * outputs[jnp.maximum(row[:, 0], 0)]  # [T, H]
+        # Select, never multiply by zero: what stands in padding's place may be inf or NaN.
+        out += jnp.where(row >= 0, product, 0)
+    return out

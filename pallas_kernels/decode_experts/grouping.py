@@ -1,0 +1,108 @@
+"""Which token rows each expert gets: the metadata of the expert-major layout.
+
+The assignments (t, k) of each expert are compacted into tiles of `token_tile` rows. A tile holds
+rows of one expert only; tiles are ordered by expert, an expert's rows by assignment:
+
+    ids [[0, 2], [2, 5], [2, 0]], token_tile 2:
+      tile 0: expert 0, tokens 0 2     tile 1: expert 2, tokens 0 1
+      tile 2: expert 2, tokens 2 -     tile 3: expert 5, tokens 1 -
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grouping:
+    """Routed assignments compacted by expert. P = rows in all tiles, used or not.
+
+    Attributes:
+      row_of: [T, K] int32, the compacted row of assignment (t, k); -1 where it is padding.
+      token_of: [P] int32, the token of each compacted row; -1 where nobody owns the row.
+      expert_of: [P] int32, the expert of each compacted row, -1 likewise. A tile's first row is
+        owned if any is: expert_of[tile * token_tile] is the tile's expert, -1 if it is unused.
+      token_tile: rows in a tile (static), a multiple of 8 up to 64.
+    """
+
+    row_of: jax.Array
+    token_of: jax.Array
+    expert_of: jax.Array
+    token_tile: int = dataclasses.field(metadata={"static": True})
+
+
+LARGEST_TOKEN_TILE = 64
+
+
+def tile_capacity(T: int, K: int, E: int, token_tile: int) -> int:
+    """The most tiles that any routing of T * K assignments over E experts can fill.
+
+    With u experts in use there are at most u + (T*K - u) // token_tile tiles, which grows with u.
+    """
+    u = min(T * K, E)
+    return u + (T * K - u) // token_tile
+
+
+def default_token_tile(T: int) -> int:
+    """Rows in a tile for a batch of T tokens: enough that most experts' tokens fit one tile."""
+    return 8 if T <= 32 else 16 if T <= 96 else 32
+
+
+def group(
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    num_experts: int,
+    *,
+    token_tile: int | None = None,
+) -> Grouping:
+    """Compacts the assignments of each expert into tiles: three fused reductions over comparisons.
+
+    1. rank[a]: how many earlier assignments chose a's expert.
+    2. row[a] = rank[a] + token_tile * (tiles of all lower experts); each assignment whose rank is a
+       multiple of token_tile starts a tile.
+    3. token_of and expert_of turn row_of around, by comparing every row with every assignment.
+
+    No sort and no scatter: at these sizes each would cost more launches than a quadratic number of
+    comparisons costs time. Nothing of quadratic size is stored.
+
+    Args:
+      expert_ids: [T, K] int32; ids outside [0, num_experts) are padding and get no row.
+      expert_weights: [T, K] float32; not read here, taken so that every maker of a Grouping (a
+        router kernel may be one) has one signature.
+      num_experts: E.
+      token_tile: rows in a tile, a multiple of 8 from 8 to 64; None chooses by T.
+
+    Returns:
+      The Grouping, with capacity for every routing of this shape.
+
+    Raises:
+      ValueError: token_tile is not one that the tensor cores take.
+    """
+    del expert_weights
+    T, K = expert_ids.shape
+    token_tile = default_token_tile(T) if token_tile is None else token_tile
+    if token_tile not in range(8, 65, 8):
+        raise ValueError(f"token_tile is {token_tile}; expected a multiple of 8 from 8 to 64")
+    ids = expert_ids.reshape(-1)  # [TK]
+    valid = (ids >= 0) & (ids < num_experts)
+    index = jnp.arange(T * K, dtype=jnp.int32)
+
+    # Below, axis 0 is the assignment asked about and axis 1 those it is compared with.  [TK, TK]
+    same_and_earlier = (ids[:, None] == ids[None, :]) & (index[None, :] < index[:, None])
+    rank = jnp.sum(same_and_earlier, axis=1, dtype=jnp.int32)
+    starts_lower_tile = (ids[None, :] < ids[:, None]) & (valid & (rank % token_tile == 0))[None, :]
+    # Both terms in one sum, and padding's -1 inside it, so that it stays one kernel.
+    terms = token_tile * starts_lower_tile.astype(jnp.int32) + same_and_earlier.astype(jnp.int32)
+    minus_one = jnp.where(index == 0, -1, 0)[None, :]
+    row = jnp.sum(jnp.where(valid[:, None], terms, minus_one), axis=1)  # [TK]
+
+    rows = jnp.arange(tile_capacity(T, K, num_experts, token_tile) * token_tile, dtype=jnp.int32)
+    owns = row[None, :] == rows[:, None]  # [P, TK]
+    return Grouping(
+        row_of=row.reshape(T, K),
+        token_of=jnp.max(jnp.where(owns, index[None, :] // K, -1), axis=1),
+        expert_of=jnp.max(jnp.where(owns, ids[None, :], -1), axis=1),
+        token_tile=token_tile,
+    )

@@ -1,0 +1,47 @@
+"""What the op means, in plain jnp and float32: the oracle of every layout.
+
+out[t] = sum over k of w[t,k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)),  e = ids[t,k]
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_experts.weights import ExpertWeights
+
+
+def reference_experts(
+    x: jax.Array, weights: ExpertWeights, expert_ids: jax.Array, expert_weights: jax.Array
+) -> jax.Array:
+    """Computes one MoE layer's experts in float32, one token at a time.
+
+    Every product runs at precision HIGHEST (on an NVIDIA GPU a float32 dot is TF32 otherwise), and
+    only the routed experts of the token at hand are converted to float32, so that the memory used
+    does not grow with T or with E.
+
+    Args:
+      x: [T, H], any float dtype.
+      weights: gate_up [E, 2, I, H] and down [E, H, I], any float dtype, no scales.
+      expert_ids: [T, K] int32; an id outside [0, E) is padding and contributes nothing.
+      expert_weights: [T, K] float32.
+
+    Returns:
+      [T, H] float32; zeros for a row whose ids are all padding.
+    """
+    E = weights.gate_up.shape[0]
+    highest = jax.lax.Precision.HIGHEST
+
+    def one_token(token):
+        x_t, ids, w = token  # [H], [K], [K]
+        valid = (ids >= 0) & (ids < E)
+        safe = jnp.where(valid, ids, 0)
+        gate_up = weights.gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
+        down = weights.down[safe].astype(jnp.float32)  # [K, H, I]
+        projected = jnp.einsum("h,kjih->kji", x_t.astype(jnp.float32), gate_up, precision=highest)
+        hidden = jax.nn.silu(projected[:, 0]) * projected[:, 1]  # [K, I]
+        outputs = jnp.einsum("ki,khi->kh", hidden, down, precision=highest)
+        # Select, never multiply by zero: an inf in an unused expert must not become NaN.
+        return jnp.sum(
+            jnp.where(valid[:, None], w.astype(jnp.float32)[:, None] * outputs, 0), axis=0
+        )
+
+    return jax.lax.map(one_token, (x, expert_ids, expert_weights))

@@ -1,0 +1,64 @@
+"""Runs a kernel under Pallas's race detector and asserts its verdict, which Pallas itself only prints."""
+
+import contextlib
+import io
+
+import jax
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+@contextlib.contextmanager
+def _recorded_verdicts():
+    """Yields a list that gets the race state of every kernel run in the meantime, in order.
+
+    The interpreter's own get_races() keeps the last kernel's state only, and an op may have several.
+    """
+    verdicts = []
+    make_state = gpu_callbacks.GPURaceDetectionState
+
+    def make_and_record(*arguments, **keywords):
+        verdicts.append(make_state(*arguments, **keywords))
+        return verdicts[-1]
+
+    gpu_callbacks.GPURaceDetectionState = make_and_record
+    try:
+        yield verdicts
+    finally:
+        gpu_callbacks.GPURaceDetectionState = make_state
+
+
+def run_and_assert_no_races(function, *arguments, **keywords):
+    """Calls function(*arguments, interpret=..., **keywords) in interpret mode with race detection on.
+
+    The interpreter runs wgmma synchronously and does not watch its operands, so a wgmma still reading
+    a slot that is being refilled passes here: see tma_ring's `in_flight`.
+
+    Args:
+      function: takes `interpret` and hands it to every plgpu.kernel it runs.
+      *arguments: passed on, as are the keywords.
+
+    Returns:
+      What the function returns, computed.
+
+    Raises:
+      AssertionError: some kernel raced, with the two accesses; or no kernel was watched at all.
+    """
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    printed = io.StringIO()
+    try:
+        with _recorded_verdicts() as verdicts, contextlib.redirect_stdout(printed):
+            result = jax.block_until_ready(function(*arguments, interpret=interpret, **keywords))
+    except BaseException:
+        # What a failed kernel leaves behind would break the next one.
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        raise
+    if not any(state.writes for state in verdicts):
+        raise AssertionError(
+            f"{len(verdicts)} kernels ran in interpret mode and none was watched for races; expected "
+            "the function to run at least one with the `interpret` that it was given"
+        )
+    racing = [index for index, state in enumerate(verdicts) if state.races_found]
+    if racing:
+        raise AssertionError(f"kernels {racing} of {len(verdicts)} race\n{printed.getvalue()}")
+    return result
