@@ -1,0 +1,1 @@
+"""What experiments/compare_layouts.py is made of: one question a file, and no flags in here."""
