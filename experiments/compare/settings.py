@@ -1,0 +1,105 @@
+"""What was asked for on the command line, checked: the flags' values and where results go."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from experiments.compare import candidates, routings
+from experiments.compare.presets import PRESETS
+from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes
+
+DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of compare_layouts, converted."""
+
+    preset: str
+    tokens: tuple[int, ...]
+    layouts: tuple[str, ...]
+    routing: str
+    baselines: tuple[str, ...]
+    dtype: str
+    repeats: int
+    seed: int
+    out: pathlib.Path
+    commit: str
+
+    @property
+    def shapes(self) -> ExpertShapes:
+        return PRESETS[self.preset]
+
+    @property
+    def out_dtype(self):
+        return DTYPES[self.dtype]
+
+    def result_path(self, device: str, preset: str, suffix: str) -> pathlib.Path:
+        """out/<device>_<preset>.jsonl, with the routing in the name where it is not uniform."""
+        parts = [device, preset]
+        if self.routing != "uniform":
+            parts.append(routings.slug(self.routing))
+        return self.out / ("_".join(parts) + suffix)
+
+
+def parse(
+    *,
+    preset: str,
+    tokens: Sequence[str],
+    layouts: Sequence[str],
+    routing: str,
+    baselines: Sequence[str],
+    dtype: str,
+    repeats: int,
+    seed: int,
+    out: str,
+    commit: str,
+) -> Settings:
+    """Checks the flags' values.
+
+    Raises:
+      ValueError: names the flag, its value and what is accepted.
+    """
+    _expect("preset", preset, PRESETS)
+    _expect("dtype", dtype, DTYPES)
+    for name in layouts:
+        _expect("layouts", name, LAYOUTS)
+    for name in baselines:
+        _expect("baselines", name, candidates.BASELINES)
+    if not layouts and not baselines:
+        raise ValueError("--layouts and --baselines are both empty; expected at least one name")
+    counts = []
+    for text in tokens:
+        if not text.strip().isdecimal() or int(text) < 1:
+            raise ValueError(
+                f"--tokens has {text!r}; expected whole numbers from 1 up, as in 1,2,4"
+            )
+        counts.append(int(text))
+    if not counts:
+        raise ValueError("--tokens is empty; expected whole numbers from 1 up, as in 1,2,4")
+    for flag, value, least in (("repeats", repeats, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"--{flag} is {value}; expected {least} or more")
+    if not out:
+        raise ValueError("--out is empty; expected a folder")
+    # Draws one routing, so that a trace file that does not fit fails before anything is built.
+    routings.make_routings(routing, PRESETS[preset], T=1, count=1, seed=seed)
+    return Settings(
+        preset=preset,
+        tokens=tuple(sorted(set(counts))),
+        layouts=tuple(dict.fromkeys(layouts)),
+        routing=routing,
+        baselines=tuple(dict.fromkeys(baselines)),
+        dtype=dtype,
+        repeats=repeats,
+        seed=seed,
+        out=pathlib.Path(out),
+        commit=commit,
+    )
+
+
+def _expect(flag: str, value: str, accepted) -> None:
+    if value not in accepted:
+        raise ValueError(f"--{flag} has {value!r}; expected one of {', '.join(accepted)}")
