@@ -12,15 +12,21 @@ from experiments.compare.routings import Routing
 from pallas_kernels.decode_experts import ExpertWeights
 
 # What a layout must stay within, as ||y - ref|| / ||ref||. The first is bf16's own rounding of the
-# output and a little more; nothing may be rounded to bf16 before it.
+# output, 1.66e-3 on average, and a little more; nothing may be rounded to bf16 before it.
 LARGEST_ERROR = {"bfloat16": 1.8e-3, "float32": 1e-4}
+# The average moves by a tenth for a few hundred outputs: there, rounding alone is the measure.
+_OVER_ROUNDING = 1.05
 
 
 class Errors(NamedTuple):
-    """||y - ref|| / ||ref|| over all routings together, and the largest |y - ref|."""
+    """||y - ref|| / ||ref|| over all routings together, and the largest |y - ref|.
+
+    `rounding` is the relative error that the reference itself has once rounded to y's dtype.
+    """
 
     relative: float
     largest: float
+    rounding: float
 
 
 def measure(
@@ -39,21 +45,29 @@ def measure(
         layer(x, weights, jnp.asarray(routing.expert_ids), jnp.asarray(routing.expert_weights))
         for x, routing in zip(xs, routings, strict=True)
     ]
+    dtype = outputs[0].dtype
     y = np.stack([np.asarray(output, np.float64) for output in outputs])
     reference = np.stack(references).astype(np.float64)
     chex.assert_equal_shape([y, reference])
     chex.assert_tree_all_finite(y)
     difference = y - reference
-    relative = np.linalg.norm(difference) / np.linalg.norm(reference)
-    return Errors(float(relative), float(np.abs(difference).max()))
+    rounded = reference.astype(dtype).astype(np.float64)
+    size = np.linalg.norm(reference)
+    return Errors(
+        relative=float(np.linalg.norm(difference) / size),
+        largest=float(np.abs(difference).max()),
+        rounding=float(np.linalg.norm(rounded - reference) / size),
+    )
 
 
-def check_layout(name: str, relative: float, before_rounding: float | None, dtype: str) -> None:
+def check_layout(name: str, errors: Errors, before_rounding: float | None, dtype: str) -> None:
     """Raises an AssertionError if a layout's error is above what it must stay within."""
-    for error, kind in ((relative, dtype), (before_rounding, "float32")):
+    for error, kind in ((errors.relative, dtype), (before_rounding, "float32")):
         if error is None:
             continue
         bound = LARGEST_ERROR[kind]
+        if kind == "bfloat16":
+            bound = max(bound, _OVER_ROUNDING * errors.rounding)
         try:
             chex.assert_scalar_in(error, 0.0, bound)
         except AssertionError:

@@ -15,6 +15,7 @@ _MOST_TOKENS = 8  # the interpreter takes seconds for more
 _TOKENS = (1, 3, 8)
 _LAYERS = 2
 _STEPS = 4
+_ACCURACY_ROUTINGS = 1
 _MODEL_ROUTINGS = 16
 # What the byte model divides by, near what an H100 reaches; on a GPU the ceiling is measured.
 _MODEL_TBPS = 3.0
@@ -54,6 +55,7 @@ def compare(settings: Settings, console: Console) -> int:
         layers=[layers.make_layer(key, shapes) for key in keys],
         candidates=[*layouts, *baselines],
         steps=_STEPS,
+        accuracy_routings=_ACCURACY_ROUTINGS,
         ceiling_tbps=None,
     )
     path = settings.result_path(environment.device, _CHECKED_PRESET, ".jsonl")

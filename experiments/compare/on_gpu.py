@@ -10,6 +10,7 @@ from experiments.compare.settings import Settings
 
 # Twice the L2 cache of an H100 or H200.
 _COLD_BYTES = 100e6
+_ACCURACY_ROUTINGS = 3
 
 
 def compare(settings: Settings, console: Console) -> int:
@@ -52,6 +53,7 @@ def compare(settings: Settings, console: Console) -> int:
             layers=weights,
             candidates=[*layouts, *baselines],
             steps=timing.STEPS,
+            accuracy_routings=_ACCURACY_ROUTINGS,
             ceiling_tbps=ceiling.tbps,
         )
         path = settings.result_path(environment.device, settings.preset, ".jsonl")

@@ -131,6 +131,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path):
         layers=[layers.make_layer(jax.random.key(0), shapes)],
         candidates=[*broken, *good],
         steps=2,
+        accuracy_routings=1,
         ceiling_tbps=None,
     )
     saved, said = [], []
