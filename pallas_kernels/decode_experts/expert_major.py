@@ -28,10 +28,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
 from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, Grouping, group
-from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+from pallas_kernels.decode_experts.weights import (
+    ExpertShapes,
+    ExpertWeights,
+    down_rows,
+    gate_and_up_rows,
+)
 from pallas_kernels.mosaic import interpret_params, tma_ring
 
-_M = 64  # rows of weights that one wgmma takes
+# Intermediate neurons of a gate/up program: the 64 rows of weights that one wgmma takes, twice.
+GATE_UP_ROWS = 64
 # How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _TILES = (64, 128)
@@ -75,7 +81,7 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
     check_tile("down_rows", c.down_rows, _TILES, "H", H)
     check_tile("down_columns", c.down_columns, _TILES, "I", I)
     # Both in bf16, with the largest token tile.
-    gate_up_slot = 2 * c.gate_up_columns * (2 * _M + LARGEST_TOKEN_TILE)
+    gate_up_slot = 2 * c.gate_up_columns * (2 * GATE_UP_ROWS + LARGEST_TOKEN_TILE)
     down_slot = 2 * c.down_columns * (c.down_rows + 2 * LARGEST_TOKEN_TILE)
     check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=2)
     check_slots("down_slots", c.down_slots, down_slot, least=2)
@@ -123,12 +129,12 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
         expert_gmem, rows_gmem, gate_up_gmem, hidden_gmem,
         gate_smem, up_smem, rows_smem, hidden_smem, barrier,
     ):  # fmt: skip
-        tile, block = tile_program(lax.axis_index("program"), I // _M)
+        tile, block = tile_program(lax.axis_index("program"), I // GATE_UP_ROWS)
         expert = expert_gmem[tile * N]
 
         def multiply(gate_acc, up_acc):
-            gate_row = expert * (2 * I) + block * _M
-            gate_rows, up_rows = pl.ds(gate_row, _M), pl.ds(gate_row + I, _M)
+            gate_row, up_row = gate_and_up_rows(expert, block, GATE_UP_ROWS, I)
+            gate_rows, up_rows = pl.ds(gate_row, GATE_UP_ROWS), pl.ds(up_row, GATE_UP_ROWS)
             tile_rows = pl.ds(tile * N, N)
 
             def copy(step, slot, arrived):
@@ -159,23 +165,23 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
             hidden_smem.at[pl.ds(0, N)].transpose((1, 0))[...] = hi
             hidden_smem.at[pl.ds(N, N)].transpose((1, 0))[...] = lo
             plgpu.commit_smem()
-            at = pl.ds(tile * (2 * N), 2 * N), pl.ds(block * _M, _M)
+            at = pl.ds(tile * (2 * N), 2 * N), pl.ds(block * GATE_UP_ROWS, GATE_UP_ROWS)
             plgpu.copy_smem_to_gmem(hidden_smem, hidden_gmem.at[at])
             plgpu.wait_smem_to_gmem(0)
 
-        accumulator = plgpu.ACC((_M, N), jnp.float32)
+        accumulator = plgpu.ACC((GATE_UP_ROWS, N), jnp.float32)
         pl.when(expert >= 0)(lambda: pl.run_scoped(multiply, accumulator, accumulator))
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((2 * P, I), jnp.bfloat16),
-        grid=(P // N * (I // _M),),
+        grid=(P // N * (I // GATE_UP_ROWS),),
         grid_names=("program",),
         scratch_types=[
-            plgpu.SMEM((slots, _M, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((slots, _M, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, GATE_UP_ROWS, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, GATE_UP_ROWS, columns), jnp.bfloat16, transforms=_OPERAND),
             plgpu.SMEM((slots, N, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((2 * N, _M), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((2 * N, GATE_UP_ROWS), jnp.bfloat16, transforms=_OPERAND),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
         ],
         kernel_name="expert_major_gate_up",
@@ -193,12 +199,12 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
         expert = expert_gmem[tile * N]
 
         def multiply(acc):
-            down_rows = pl.ds(expert * H + block * R, R)
+            weight_rows = pl.ds(down_rows(expert, block, R, H), R)
             hidden_rows = pl.ds(tile * (2 * N), 2 * N)
 
             def copy(step, slot, arrived):
                 at = pl.ds(step * columns, columns)
-                plgpu.copy_gmem_to_smem(down_gmem.at[down_rows, at], down_smem.at[slot], arrived)
+                plgpu.copy_gmem_to_smem(down_gmem.at[weight_rows, at], down_smem.at[slot], arrived)
                 plgpu.copy_gmem_to_smem(
                     hidden_gmem.at[hidden_rows, at], hidden_smem.at[slot], arrived
                 )

@@ -23,7 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
-from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+from pallas_kernels.decode_experts.weights import (
+    ExpertShapes,
+    ExpertWeights,
+    down_rows,
+    gate_and_up_rows,
+)
 from pallas_kernels.mosaic import interpret_params, tma_ring
 
 # How a weight tile lies in registers: 4 warps by 4 rows, 8 lanes along a row, 8 neighbouring
@@ -134,8 +139,8 @@ def _gate_up(ids, x, gate_up, K: int, I: int, config: Config, interpret) -> jax.
 
         @pl.when((expert >= 0) & (expert < E))
         def _():
-            gate_row = expert * (2 * I) + block * R
-            gate_rows, up_rows = pl.ds(gate_row, R), pl.ds(gate_row + I, R)
+            gate_row, up_row = gate_and_up_rows(expert, block, R, I)
+            gate_rows, up_rows = pl.ds(gate_row, R), pl.ds(up_row, R)
 
             def copy(step, slot, arrived):
                 at = pl.ds(step * columns, columns)
@@ -199,7 +204,7 @@ def _down(
 
         def copy(step, slot, arrived):
             assignment = assignment_of(step)
-            rows = pl.ds(ids_gmem[assignment] * H + block * R, R)
+            rows = pl.ds(down_rows(ids_gmem[assignment], block, R, H), R)
             at = pl.ds(step % steps_an_expert * columns, columns)
             plgpu.copy_gmem_to_smem(down_gmem.at[rows, at], down_smem.at[slot], arrived)
             plgpu.copy_gmem_to_smem(hidden_gmem.at[assignment, at], hidden_smem.at[slot], arrived)

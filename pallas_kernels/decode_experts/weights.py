@@ -1,4 +1,4 @@
-"""The containers that every layout reads: the stored weights and the sizes of a layer."""
+"""The stored weights that every layout reads, a layer's sizes, and where a block of rows lies."""
 
 import dataclasses
 
@@ -31,3 +31,17 @@ class ExpertShapes:
     K: int
     H: int
     I: int
+
+
+def gate_and_up_rows(expert, block, R: int, I: int):
+    """First row of the gate half and of the up half of a block of R neurons, in [E*2*I, H].
+
+    Plain integer arithmetic, for Python ints, numpy arrays and traced scalars alike.
+    """
+    gate = expert * (2 * I) + block * R
+    return gate, gate + I
+
+
+def down_rows(expert, block, R: int, H: int):
+    """First row of a block of R output neurons, in [E*H, I]."""
+    return expert * H + block * R
