@@ -62,8 +62,9 @@ def chain_function(layer: Callable, num_layers: int, steps: int) -> Callable:
         for step in range(steps):
             if restarts_at(step):
                 ends.append(x)
-                start, x = jax.lax.optimization_barrier((start, x))
-                x = start  # by the barrier not before the last step's output is there
+                # Needs the last step's output: two halves that do not depend on each other could
+                # run side by side. XLA keeps 0 * x, for x might not be finite.
+                x = start + 0 * x
             ids, weights = routings[step % len(routings)]
             # Without the barrier XLA groups every step's tokens ahead, in one fusion, and shares
             # what a step derives from the weights with the next step on the same layer.
