@@ -20,8 +20,11 @@ def missing(library: str) -> str:
     """Why a library cannot be used here, or the empty string."""
     if importlib.util.find_spec(library) is None:
         return f"{library} is not installed"
-    if library == "vllm" and jax.default_backend() != "gpu":
+    on_gpu = jax.default_backend() == "gpu"
+    if library == "vllm" and not on_gpu:
         return "vllm's kernels need a CUDA GPU"
+    if library == "tokamax" and on_gpu and importlib.util.find_spec("jax_triton") is None:
+        return "tokamax's Triton kernel needs jax_triton, which is not installed"
     return ""
 
 
