@@ -61,11 +61,14 @@ class Config:
     gate_up_slots: int = 4
     down_rows: int = 16
     down_columns: int = 256
-    down_slots: int = 6
+    down_slots: int = 5
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
-    """The heuristic: few rows, so that one token fills the GPU, and slots as wide as TMA takes."""
+    """The heuristic: few rows, so that one token fills the GPU, and slots as wide as TMA takes.
+
+    The rings are short, so that several workers share an SM: one waits while another multiplies.
+    """
     del T
     return Config(
         gate_up_columns=largest_divisor(shapes.H, _COLUMNS),
