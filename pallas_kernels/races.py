@@ -1,7 +1,8 @@
-"""Runs a kernel under Pallas's race detector and asserts its verdict, which Pallas itself only prints."""
+"""Asserts the verdict of Pallas's race detector, which Pallas itself only prints."""
 
 import contextlib
 import io
+import re
 
 import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -12,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def _recorded_verdicts():
     """Yields a list that gets the race state of every kernel run in the meantime, in order.
 
-    The interpreter's own get_races() keeps the last kernel's state only, and an op may have several.
+    The interpreter's own get_races() has the last kernel's state only; an op may have several.
     """
     verdicts = []
     make_state = gpu_callbacks.GPURaceDetectionState
@@ -29,10 +30,10 @@ def _recorded_verdicts():
 
 
 def run_and_assert_no_races(function, *arguments, **keywords):
-    """Calls function(*arguments, interpret=..., **keywords) in interpret mode with race detection on.
+    """Calls function(*arguments, interpret=..., **keywords) with the race detector watching.
 
-    The interpreter runs wgmma synchronously and does not watch its operands, so a wgmma still reading
-    a slot that is being refilled passes here: see tma_ring's `in_flight`.
+    The interpreter runs wgmma synchronously and does not watch its operands, so a wgmma that still
+    reads a slot while it is refilled passes here: see tma_ring's `wgmmas_in_flight`.
 
     Args:
       function: takes `interpret` and hands it to every plgpu.kernel it runs.
@@ -42,7 +43,7 @@ def run_and_assert_no_races(function, *arguments, **keywords):
       What the function returns, computed.
 
     Raises:
-      AssertionError: some kernel raced, with the two accesses; or no kernel was watched at all.
+      AssertionError: some kernel raced, with the racing lines; or no kernel was watched at all.
     """
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     printed = io.StringIO()
@@ -55,10 +56,22 @@ def run_and_assert_no_races(function, *arguments, **keywords):
         raise
     if not any(state.writes for state in verdicts):
         raise AssertionError(
-            f"{len(verdicts)} kernels ran in interpret mode and none was watched for races; expected "
-            "the function to run at least one with the `interpret` that it was given"
+            f"{len(verdicts)} kernels ran in interpret mode and none was watched for races; "
+            "expected the function to run at least one with the `interpret` that it was given"
         )
     racing = [index for index, state in enumerate(verdicts) if state.races_found]
     if racing:
-        raise AssertionError(f"kernels {racing} of {len(verdicts)} race\n{printed.getvalue()}")
+        raise AssertionError(
+            f"kernels {racing} of {len(verdicts)} race:\n{_pairs_of_places(printed.getvalue())}"
+        )
     return result
+
+
+def _pairs_of_places(printed: str) -> str:
+    """Each pair of racing source lines once, out of a report for each pair of accesses."""
+    pairs = {}
+    for report in printed.split("RACE DETECTED")[1:]:
+        accesses = re.findall(r"^ *(read|write) of .* from .*, (\S+:\d+:\d+ .*)$", report, re.M)
+        pair = "\n".join(f"  {kind} at {place}" for kind, place in accesses) or report
+        pairs[pair] = pairs.get(pair, 0) + 1
+    return "\n".join(f"{count} times\n{pair}" for pair, count in pairs.items())

@@ -1,0 +1,6 @@
+import jax
+
+# Kernels in interpret mode call back into Python, and those callbacks run JAX operations: with
+# asynchronous dispatch they and the main thread's next operation wait for each other now and then.
+# Must be set before the CPU client is made.
+jax.config.update("jax_cpu_enable_async_dispatch", False)

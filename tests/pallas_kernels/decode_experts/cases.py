@@ -1,0 +1,115 @@
+"""Random inputs of decode_experts, and what it means for an output to be right."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
+
+# The layers that people run: experiments/compare/presets.py has them too.
+PRESETS = {
+    "qwen3_30b_a3b": ExpertShapes(E=128, K=8, H=2048, I=768),
+    "qwen3_235b_a22b": ExpertShapes(E=128, K=8, H=4096, I=1536),
+    "qwen3_coder_480b": ExpertShapes(E=160, K=8, H=6144, I=2560),
+}
+
+# Relative errors against the float32 reference: before the last rounding, and after bfloat16's.
+FLOAT32_BOUND = 1e-4
+BFLOAT16_BOUND = 1.8e-3
+
+INT32_MAX = np.iinfo(np.int32).max
+INT32_MIN = np.iinfo(np.int32).min
+
+
+class Size(NamedTuple):
+    """A batch and a layer."""
+
+    T: int
+    E: int
+    K: int
+    H: int
+    I: int
+
+    @property
+    def shapes(self) -> ExpertShapes:
+        return ExpertShapes(E=self.E, K=self.K, H=self.H, I=self.I)
+
+    def __str__(self):
+        return "-".join(f"{letter}{size}" for letter, size in self._asdict().items())
+
+
+class Case(NamedTuple):
+    """What decode_experts and reference_experts take, in their order."""
+
+    x: jax.Array  # [T, H]
+    weights: ExpertWeights
+    expert_ids: jax.Array  # [T, K]
+    expert_weights: jax.Array  # [T, K]
+
+    def tokens(self, which) -> "Case":
+        """The same layer with only these tokens, in this order."""
+        return self._replace(
+            x=self.x[which],
+            expert_ids=self.expert_ids[which],
+            expert_weights=self.expert_weights[which],
+        )
+
+
+def make_case(size: Size, seed: int) -> Case:
+    """Normal x and weights, distinct experts for each token, routing weights in [0.1, 1)."""
+    T, E, K, H, I = size
+    keys = jax.random.split(jax.random.key(seed), 5)
+    normal, bfloat16 = jax.random.normal, jnp.bfloat16
+    return Case(
+        x=normal(keys[0], (T, H), bfloat16),
+        weights=ExpertWeights(
+            gate_up=normal(keys[1], (E, 2, I, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
+            down=normal(keys[2], (E, H, I), bfloat16) * jnp.asarray(I**-0.5, bfloat16),
+        ),
+        expert_ids=jnp.argsort(jax.random.uniform(keys[3], (T, E)))[:, :K].astype(jnp.int32),
+        expert_weights=jax.random.uniform(keys[4], (T, K), minval=0.1),
+    )
+
+
+def struct_case(size: Size) -> Case:
+    """The same as shapes and dtypes only."""
+    T, E, K, H, I = size
+    struct = jax.ShapeDtypeStruct
+    return Case(
+        x=struct((T, H), jnp.bfloat16),
+        weights=ExpertWeights(
+            gate_up=struct((E, 2, I, H), jnp.bfloat16), down=struct((E, H, I), jnp.bfloat16)
+        ),
+        expert_ids=struct((T, K), jnp.int32),
+        expert_weights=struct((T, K), jnp.float32),
+    )
+
+
+def assert_right(out: jax.Array, case: Case) -> None:
+    """float32 `out` is within the bound of the float32 reference, each token by itself."""
+    chex.assert_shape(out, case.x.shape)
+    chex.assert_type(out, jnp.float32)
+    expected = reference_experts(*case)
+    chex.assert_tree_all_finite((out, expected))
+    norm = jnp.linalg.norm(expected, axis=1)  # [T]
+    error = jnp.linalg.norm(out - expected, axis=1)
+    # A row of zeros, that is of padding only, must be met exactly.
+    relative = error / jnp.where(norm > 0, norm, 1e-30)
+    chex.assert_trees_all_close(relative, jnp.zeros_like(relative), rtol=0, atol=FLOAT32_BOUND)
+
+
+def assert_same_bits(found: jax.Array, expected: jax.Array) -> None:
+    """Not one bit differs: 0.0 is not -0.0 here, and a NaN equals itself."""
+    chex.assert_equal_shape_prefix([found, expected], found.ndim)
+    assert found.dtype == expected.dtype
+    chex.assert_trees_all_equal(bits(found), bits(expected))
+
+
+def bits(array: jax.Array) -> jax.Array:
+    """The array's bits as integers."""
+    integer = {2: jnp.int16, 4: jnp.int32}[array.dtype.itemsize]
+    return lax.bitcast_convert_type(array, integer)

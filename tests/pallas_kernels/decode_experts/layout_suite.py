@@ -1,0 +1,400 @@
+"""What every layout must do: its test file subclasses LayoutSuite and inherits every case."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+
+from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group, reference_experts
+from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
+from pallas_kernels.races import run_and_assert_no_races
+from tests.pallas_kernels.decode_experts.cases import (
+    BFLOAT16_BOUND,
+    INT32_MAX,
+    INT32_MIN,
+    PRESETS,
+    Case,
+    Size,
+    assert_right,
+    assert_same_bits,
+    bits,
+    make_case,
+    struct_case,
+)
+from tests.pallas_kernels.machine import (
+    INTERPRET,
+    ON_GPU,
+    call_with_poisoned_output,
+    examples,
+    lower_for_cuda,
+    mosaic_modules,
+)
+
+# Most cases run at this size: skewed routing gives an expert more assignments than a tile of 8 rows
+# holds.
+USUAL = Size(T=48, E=12, K=4, H=256, I=192) if ON_GPU else Size(T=4, E=5, K=3, H=64, I=64)
+# At this size every tile of 64 columns makes a ring of 2 slots come round again.
+DEEP = Size(T=9, E=6, K=3, H=512, I=448) if ON_GPU else Size(T=3, E=4, K=3, H=192, I=192)
+
+SIZES = [
+    Size(T=1, E=1, K=1, H=64, I=64),
+    Size(T=1, E=4, K=4, H=64, I=128),
+    Size(T=2, E=3, K=1, H=192, I=64),
+    Size(T=2, E=4, K=2, H=64, I=192),
+    Size(T=3, E=4, K=2, H=128, I=64),
+    Size(T=5, E=6, K=3, H=64, I=64),
+]
+if ON_GPU:
+    SIZES += [
+        Size(T=7, E=7, K=7, H=320, I=448),
+        Size(T=33, E=12, K=5, H=384, I=128),
+        Size(T=97, E=3, K=2, H=128, I=64),
+        Size(T=128, E=16, K=8, H=512, I=192),
+        Size(T=1, E=128, K=8, H=2048, I=768),
+        Size(T=64, E=128, K=8, H=2048, I=768),
+    ]
+
+# The few that generated routings run at, since each one compiles.
+GENERATED = [
+    Size(T=1, E=2, K=2, H=64, I=64),
+    Size(T=3, E=4, K=2, H=64, I=64),
+    Size(T=5, E=3, K=3, H=64, I=64),
+]
+if ON_GPU:
+    GENERATED += [Size(T=40, E=5, K=2, H=192, I=128), Size(T=100, E=9, K=4, H=128, I=320)]
+
+# Batches whose tokens are those of the largest.
+BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 2, 3]
+LARGEST_BATCH = USUAL._replace(T=128) if ON_GPU else USUAL
+
+
+TOKEN_TILES = [16, 24, 32, LARGEST_TOKEN_TILE] if ON_GPU else [16]
+
+
+def _all_on_one(ids, E):
+    return jnp.full_like(ids, E - 1)
+
+
+def _repeated_within_a_token(ids, E):
+    return ids.at[:, -1].set(ids[:, 0])
+
+
+def _only_two_experts(ids, E):
+    return jnp.where(ids % 2 == 0, 1, E - 1)
+
+
+def _pad_some_entries(ids, E):
+    return jnp.where(jnp.arange(ids.size).reshape(ids.shape) % 3 == 1, -1, ids)
+
+
+def _pad_with_every_kind_of_id(ids, E):
+    kinds = jnp.array([-1, E, E + 7, INT32_MAX, INT32_MIN, -E], jnp.int32)
+    return ids.at[:, 1].set(kinds[jnp.arange(len(ids)) % len(kinds)])
+
+
+def _pad_whole_rows(ids, E):
+    return ids.at[0].set(-1).at[-1].set(E).at[1, 0].set(-1)
+
+
+def _pad_everything(ids, E):
+    return jnp.full_like(ids, -1).at[0].set(E)
+
+
+def other_value(kernel, field: str, shapes) -> Any:
+    """The default config with another value in this field, one that check_config takes."""
+    default = kernel.default_config(shapes, 1)
+    value = getattr(default, field)
+    candidates = [not value] if isinstance(value, bool) else []
+    if isinstance(value, int):
+        candidates += [value // 2, value - 1, 2 * value, value - 64, value + 64, value + 1]
+    for candidate in candidates:
+        config = dataclasses.replace(default, **{field: candidate})
+        try:
+            kernel.check_config(config, shapes)
+        except ValueError:
+            continue
+        return config
+    raise AssertionError(f"no other value found for {field} = {value!r}: teach other_value one")
+
+
+class LayoutSuite:
+    """Set `layout` and `small_rings`, a Config whose rings come round again at the size DEEP."""
+
+    layout: ClassVar[str]
+    small_rings: ClassVar[Any]
+    launches: ClassVar[int] = 2
+    # Tests that a layout does not pass yet in interpret mode, and why; strict, so a cure shows.
+    known_failures_on_cpu: ClassVar[dict[str, str]] = {}
+    # StableHLO operations that nothing around the kernels may need.
+    forbidden_operations: ClassVar[tuple[str, ...]] = ("sort", "scatter")
+
+    def run(self, case: Case, **keywords) -> jax.Array:
+        keywords = {"interpret": INTERPRET, "out_dtype": jnp.float32} | keywords
+        return decode_experts(*case, layout=self.layout, **keywords)
+
+    @property
+    def kernel(self):
+        return LAYOUTS[self.layout]
+
+    # --- right on fresh inputs
+
+    @pytest.mark.parametrize("size", SIZES, ids=str)
+    def test_matches_reference(self, size, seed):
+        case = make_case(size, seed)
+        assert_right(self.run(case), case)
+
+    def test_bfloat16_is_float32_rounded_once(self, seed):
+        # Enough outputs for the error to be near its mean, which is bfloat16's own 0.00165.
+        case = make_case(Size(T=USUAL.T, E=3, K=1, H=192, I=64), seed)
+        out = self.run(case, out_dtype=None)
+        chex.assert_type(out, jnp.bfloat16)
+        assert_same_bits(out, self.run(case).astype(jnp.bfloat16))
+        expected = reference_experts(*case)
+        error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+        chex.assert_trees_all_close(error, 0.0, rtol=0, atol=BFLOAT16_BOUND)
+
+    @pytest.mark.parametrize("routing", [_all_on_one, _repeated_within_a_token, _only_two_experts])
+    def test_odd_routing(self, routing, seed):
+        case = make_case(USUAL, seed)
+        case = case._replace(expert_ids=routing(case.expert_ids, USUAL.E))
+        assert_right(self.run(case), case)
+
+    @examples(on_cpu=6, on_gpu=60)
+    @given(data=st.data())
+    def test_generated_routing(self, data):
+        size = data.draw(st.sampled_from(GENERATED), label="size")
+        count = size.T * size.K
+        an_id = st.integers(-2, size.E + 1) | st.sampled_from([0, size.E - 1, -1])
+        ids = data.draw(st.lists(an_id, min_size=count, max_size=count), label="expert_ids")
+        case = make_case(size, data.draw(st.integers(0, 2**20), label="seed"))
+        case = case._replace(
+            expert_ids=jnp.array(ids, jnp.int32).reshape(size.T, size.K),
+            # Negative and zero ones too: a routing weight may be anything finite.
+            expert_weights=case.expert_weights - 0.5,
+        )
+        assert_right(self.run(case), case)
+
+    def test_config(self, config_field, seed):
+        size = Size(T=2, E=3, K=2, H=128, I=128)
+        config = other_value(self.kernel, config_field, size.shapes)
+        assert config != self.kernel.default_config(size.shapes, size.T)
+        case = make_case(size, seed)
+        assert_right(self.run(case, config=config), case)
+
+    @pytest.mark.parametrize("pad", [lambda ids, E: ids, _pad_some_entries], ids=["full", "padded"])
+    def test_rings_that_come_round_again(self, pad, seed):
+        case = make_case(DEEP, seed)
+        case = case._replace(expert_ids=pad(case.expert_ids, DEEP.E))
+        assert_right(self.run(case, config=self.small_rings), case)
+
+    def test_own_grouping_passed_in_changes_no_bit(self, seed):
+        case = make_case(USUAL, seed)
+        case = case._replace(expert_ids=_pad_some_entries(case.expert_ids, USUAL.E))
+        grouping = group(case.expert_ids, case.expert_weights, USUAL.E)
+        out = self.run(case, grouping=grouping)
+        assert_same_bits(out, self.run(case))
+        assert_right(out, case)
+
+    @pytest.mark.parametrize("token_tile", TOKEN_TILES)
+    def test_other_token_tile(self, token_tile, seed):
+        case = make_case(USUAL, seed)
+        grouping = group(case.expert_ids, case.expert_weights, USUAL.E, token_tile=token_tile)
+        out = self.run(case, grouping=grouping)
+        assert_right(out, case)
+        if ON_GPU:  # A CPU's matrix product adds in another order if it is wider.
+            assert_same_bits(out, self.run(case))
+
+    # --- padding, and what must not be read
+
+    @pytest.mark.parametrize(
+        "pad",
+        [_pad_some_entries, _pad_with_every_kind_of_id, _pad_whole_rows, _pad_everything],
+    )
+    def test_padding(self, pad, seed):
+        clean = make_case(USUAL, seed)
+        clean = clean._replace(expert_ids=pad(clean.expert_ids, USUAL.E))
+        padding = (clean.expert_ids < 0) | (clean.expert_ids >= USUAL.E)  # [T, K]
+        assert padding.any()
+        full_rows = padding.all(axis=1)
+        dirty = clean._replace(
+            x=jnp.where(full_rows[:, None], jnp.nan, clean.x),
+            expert_weights=jnp.where(padding, jnp.nan, clean.expert_weights),
+        )
+        out = self.run(dirty)
+        chex.assert_trees_all_equal(out[full_rows], jnp.zeros_like(out[full_rows]))
+        assert_right(out, clean)
+
+    @pytest.mark.parametrize("value", [jnp.inf, jnp.nan])
+    def test_unused_expert_changes_no_bit(self, value, seed):
+        case = make_case(USUAL, seed)
+        unused = jnp.array([0, USUAL.E - 1])
+        ids = jnp.where(jnp.isin(case.expert_ids, unused), 2, case.expert_ids)
+        # Padding's ids must not reach an expert either: clipped, they would be these two.
+        case = case._replace(expert_ids=ids.at[0, 0].set(-1).at[1, 0].set(USUAL.E))
+        weights = dataclasses.replace(
+            case.weights,
+            gate_up=case.weights.gate_up.at[unused].set(value),
+            down=case.weights.down.at[unused].set(value),
+        )
+        out = self.run(case)
+        assert_right(out, case)
+        assert_same_bits(self.run(case._replace(weights=weights)), out)
+
+    # --- bits
+
+    def test_same_input_same_bits(self, seed):
+        # Deep enough for slots to be refilled many times: a refill too early would show here.
+        size = Size(T=4, E=128, K=8, H=2048, I=768) if ON_GPU else DEEP
+        config = None if ON_GPU else self.small_rings
+        case = make_case(size, seed)
+        expected = self.run(case, config=config)
+
+        @jax.jit
+        def count_different(case, expected):
+            def again(index, count):
+                # Tied to the index, or the compiler would compute it once for all rounds.
+                this_case, _ = lax.optimization_barrier((case, index))
+                out = self.run(this_case, config=config)
+                return count + jnp.any(bits(out) != bits(expected))
+
+            return lax.fori_loop(0, 1000 if ON_GPU else 2, again, jnp.int32(0))
+
+        assert_right(expected, case)
+        chex.assert_trees_all_equal(count_different(case, expected), jnp.int32(0))
+
+    @pytest.mark.parametrize("pad", [lambda ids, E: ids, _pad_whole_rows], ids=["full", "padded"])
+    def test_every_element_is_written(self, pad, seed):
+        case = make_case(USUAL, seed)
+        case = case._replace(expert_ids=pad(case.expert_ids, USUAL.E))
+        expected = self.run(case)
+        for _ in range(20 if ON_GPU else 1):
+            out = call_with_poisoned_output(
+                lambda *case, interpret: self.run(Case(*case), interpret=interpret), *case
+            )
+            assert_same_bits(out, expected)
+        assert_right(expected, case)
+
+    @pytest.mark.parametrize("T", BATCHES)
+    def test_bits_do_not_depend_on_the_batch(self, T, seed):
+        case = make_case(LARGEST_BATCH, seed)
+        expected = self.run(case)
+        which = np.random.default_rng(seed).permutation(LARGEST_BATCH.T)
+        for start in range(0, LARGEST_BATCH.T - T + 1, T):
+            some = which[start : start + T]
+            assert_same_bits(self.run(case.tokens(some)), expected[some])
+
+    def test_bits_do_not_depend_on_the_place(self, seed):
+        case = make_case(LARGEST_BATCH, seed)
+        expected = self.run(case)
+        order = np.roll(np.arange(LARGEST_BATCH.T)[::-1], 1)
+        assert_same_bits(self.run(case.tokens(order)), expected[order])
+
+    @pytest.mark.parametrize("x_of_others", [1.0, jnp.nan])
+    def test_bits_do_not_depend_on_neighbours(self, x_of_others, seed):
+        case = make_case(LARGEST_BATCH, seed)
+        expected = self.run(case)
+        token = 2
+        other = make_case(LARGEST_BATCH, seed + 1)
+        # Neighbours that all share this token's first expert, one of them padding.
+        ids = jnp.full_like(case.expert_ids, case.expert_ids[token, 0]).at[0].set(-1)
+        changed = Case(
+            x=(other.x * x_of_others).at[token].set(case.x[token]),
+            weights=case.weights,
+            expert_ids=ids.at[token].set(case.expert_ids[token]),
+            expert_weights=other.expert_weights.at[token].set(case.expert_weights[token]),
+        )
+        assert_same_bits(self.run(changed)[token], expected[token])
+
+    # --- under JAX's transformations
+
+    def test_gradients_are_a_clear_error(self, seed):
+        case = make_case(SIZES[0], seed)
+
+        def loss(x, weights, expert_weights):
+            return self.run(Case(x, weights, case.expert_ids, expert_weights)).sum()
+
+        arguments = (case.x, case.weights, case.expert_weights)
+        for argument in range(3):
+            with pytest.raises(NotImplementedError, match=rf"{self.layout}.*reference_experts"):
+                jax.grad(loss, argument)(*arguments)
+        with pytest.raises(NotImplementedError, match=rf"{self.layout}.*reference_experts"):
+            jax.jvp(loss, arguments, arguments)
+
+    def test_jit(self, seed):
+        case = make_case(USUAL, seed)
+        assert_same_bits(jax.jit(self.run)(case), self.run(case))
+
+    def test_vmap_over_batches(self, seed):
+        case = make_case(USUAL, seed)
+        expected = self.run(case)
+
+        def one_batch(x, expert_ids, expert_weights):
+            return self.run(Case(x, case.weights, expert_ids, expert_weights))
+
+        batches = [
+            array.reshape(2, USUAL.T // 2, -1)
+            for array in (case.x, case.expert_ids, case.expert_weights)
+        ]
+        out = jax.vmap(one_batch)(*batches)
+        chex.assert_trees_all_close(out.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+
+    def test_scan_over_layers(self, seed):
+        size = SIZES[1]
+        cases = [make_case(size, seed), make_case(size, seed + 1)]
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *cases)
+        _, out = lax.scan(lambda carry, case: (carry, self.run(case)), None, stacked)
+        for layer, case in enumerate(cases):
+            assert_same_bits(out[layer], self.run(case))
+
+    # --- what no output shows
+
+    @pytest.mark.parametrize("pad", [lambda ids, E: ids, _pad_whole_rows], ids=["full", "padded"])
+    @pytest.mark.skipif(ON_GPU, reason="the race detector is interpret mode's")
+    def test_no_races(self, pad, seed):
+        case = make_case(DEEP, seed)
+        case = case._replace(expert_ids=pad(case.expert_ids, DEEP.E))
+        out = run_and_assert_no_races(
+            lambda *case, interpret: self.run(
+                Case(*case), interpret=interpret, config=self.small_rings
+            ),
+            *case,
+        )
+        assert_right(out, case)
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_lowers_for_cuda(self, preset):
+        shapes = PRESETS[preset]
+        lowered = {}
+        for T in (1, 8, 64, 128):
+            case = struct_case(Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I))
+            grouping = jax.eval_shape(
+                lambda ids, weights: group(ids, weights, shapes.E),
+                case.expert_ids,
+                case.expert_weights,
+            )
+            # What tells one shipped kernel from another; T by itself only sets the grid.
+            key = self.kernel.default_config(shapes, T), grouping.token_tile
+            if key not in lowered:
+                lowered[key] = lower_for_cuda(
+                    lambda *case: decode_experts(*case, layout=self.layout), *case
+                )
+        for text in lowered.values():
+            assert text.count("custom_call @mosaic_gpu_v2") == self.launches
+            assert text.count("custom_call") == self.launches
+            for operation in self.forbidden_operations:
+                assert f"stablehlo.{operation}" not in text
+            self.check_kernels(mosaic_modules(text))
+
+    def check_kernels(self, modules: list[str]) -> None:
+        """What else must hold of the lowered kernels' MLIR."""
+        assert len(modules) == self.launches
+        for module in modules:
+            assert "mbarrier.try_wait" in module
+            assert "atomicrmw" not in module and "red.global" not in module

@@ -1,0 +1,56 @@
+import re
+
+import pytest
+
+from pallas_kernels.decode_experts import ExpertMajorConfig
+from tests.pallas_kernels.decode_experts.layout_suite import LayoutSuite
+
+# In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
+_STEPS = re.compile(
+    r"(?P<load>cp\.async\.bulk\.tensor\.shared)"
+    r"|(?P<commit>wgmma\.commit_group)"
+    r"|wgmma\.wait_group\.sync\.aligned (?P<wait>\d+)"
+)
+
+
+class TestExpertMajor(LayoutSuite):
+    layout = "expert_major"
+    small_rings = ExpertMajorConfig(
+        gate_up_columns=64, gate_up_slots=2, down_rows=64, down_columns=64, down_slots=2
+    )
+    known_failures_on_cpu = {  # noqa: RUF012
+        "test_bits_do_not_depend_on_the_batch[1]": "at T = 1 XLA fuses _combine's product and sum"
+    }
+
+    def check_kernels(self, modules):
+        super().check_kernels(modules)
+        for module in modules:
+            assert_waits_before_refill(module)
+
+
+def assert_waits_before_refill(module: str) -> None:
+    """Interpret mode runs wgmma synchronously, so a refill too early shows only in the code.
+
+    The first wgmma starts the ring's loop; from there, loads come only after a wait that leaves at
+    most the last step's groups running.
+    """
+    assert "wgmma.mma_async" in module
+    loop = module[module.index("wgmma.mma_async") :]
+    groups, waited = 0, False
+    for step in _STEPS.finditer(loop):
+        if step["commit"]:
+            groups += 1
+            waited = False
+        elif step["wait"] is not None:
+            waited = int(step["wait"]) <= groups
+        else:
+            assert waited, "a slot is refilled while a wgmma may still read it"
+    assert groups > 0 and "cp.async.bulk.tensor.shared" in loop
+
+
+def test_a_refill_without_the_wait_is_caught():
+    step = "wgmma.mma_async wgmma.commit_group.sync.aligned; {} cp.async.bulk.tensor.shared"
+    assert_waits_before_refill(step.format("wgmma.wait_group.sync.aligned 1;"))
+    for wait in ("", "wgmma.wait_group.sync.aligned 2;"):
+        with pytest.raises(AssertionError, match="refilled"):
+            assert_waits_before_refill(step.format(wait))

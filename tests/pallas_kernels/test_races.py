@@ -1,0 +1,147 @@
+"""The race helper passes a sound ring and catches planted races, which Pallas only prints."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import tma_ring
+from pallas_kernels.races import run_and_assert_no_races
+from tests.pallas_kernels.machine import ON_GPU
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the race detector is interpret mode's")
+
+STEPS, SLOTS, COLUMNS = 5, 2, 128
+
+
+def sum_rows(x, *, interpret, fault=None):
+    """[STEPS, COLUMNS] -> [COLUMNS]: adds the rows, streamed through a ring that may be faulty."""
+
+    def kernel(x_gmem, out_gmem, x_smem, barrier, other_barrier):
+        def copy(step, slot, arrived):
+            plgpu.copy_gmem_to_smem(x_gmem.at[step], x_smem.at[slot], arrived)
+
+        def consume(step, slot, total):
+            if fault == "refilled before it is consumed":
+                copy(step, slot, other_barrier)
+            if fault == "read before it arrives":
+                slot = (slot + 1) % SLOTS
+            if fault == "no such slot":
+                slot += SLOTS
+            total += x_smem.at[slot][...]
+            if fault == "refilled before it is consumed":
+                plgpu.barrier_wait(other_barrier)
+            if fault != "refilled without a fence":
+                plgpu.commit_smem()
+            return total
+
+        out_gmem[...] = tma_ring(
+            STEPS,
+            SLOTS,
+            barrier=barrier,
+            copy=copy,
+            consume=consume,
+            init=jnp.zeros(COLUMNS, jnp.float32),
+        )
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((COLUMNS,), jnp.float32),
+        scratch_types=[
+            plgpu.SMEM((SLOTS, COLUMNS), jnp.float32),
+            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(),
+        ],
+        interpret=interpret,
+    )(x)
+
+
+@pytest.fixture
+def x(seed):
+    return jax.random.normal(jax.random.key(seed), (STEPS, COLUMNS))
+
+
+def test_a_sound_ring_passes(x):
+    out = run_and_assert_no_races(sum_rows, x)
+    chex.assert_trees_all_close(out, x.sum(axis=0), rtol=1e-5, atol=1e-5)
+
+
+FAULTS = ["refilled before it is consumed", "read before it arrives", "refilled without a fence"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_race_is_caught(x, fault, capsys):
+    with pytest.raises(AssertionError, match=r"kernels \[0\] of 1 race(.|\n)*test_races.py"):
+        run_and_assert_no_races(sum_rows, x, fault=fault)
+    assert capsys.readouterr().out == ""
+    # Nothing of it is left for the next kernel.
+    run_and_assert_no_races(sum_rows, x)
+
+
+def test_a_race_in_a_kernel_before_the_last_is_caught(x):
+    def two_kernels(x, *, interpret):
+        racing = sum_rows(x, interpret=interpret, fault="refilled before it is consumed")
+        return sum_rows(x + racing, interpret=interpret)
+
+    with pytest.raises(AssertionError, match=r"kernels \[0\] of 2 race"):
+        run_and_assert_no_races(two_kernels, x)
+
+
+def test_under_jit(x):
+    jitted = functools.partial(jax.jit, static_argnames=("interpret", "fault"))
+    with pytest.raises(AssertionError, match=r"kernels \[0\] of 1 race"):
+        run_and_assert_no_races(jitted(sum_rows), x, fault="read before it arrives")
+
+
+def test_a_function_without_a_watched_kernel_is_an_error(x):
+    with pytest.raises(AssertionError, match="none was watched"):
+        run_and_assert_no_races(lambda x, *, interpret: x + 1, x)
+    # Runs a kernel, but without the detector.
+    unwatched = plgpu.InterpretGPUParams()
+    with pytest.raises(AssertionError, match="none was watched"):
+        run_and_assert_no_races(lambda x, *, interpret: sum_rows(x, interpret=unwatched), x)
+
+
+def test_a_failing_kernel_leaves_nothing_behind(x):
+    with pytest.raises(Exception, match=r"(?i)out.of.bounds"):
+        run_and_assert_no_races(sum_rows, x, fault="no such slot")
+    run_and_assert_no_races(sum_rows, x)
+
+
+def test_ring_skips_inactive_steps(x):
+    def kernel(x_gmem, out_gmem, x_smem, barrier):
+        def copy(step, slot, arrived):
+            plgpu.copy_gmem_to_smem(x_gmem.at[step], x_smem.at[slot], arrived)
+
+        def consume(step, slot, total):
+            total += x_smem.at[slot][...]
+            plgpu.commit_smem()
+            return total
+
+        out_gmem[...] = tma_ring(
+            STEPS,
+            SLOTS,
+            barrier=barrier,
+            copy=copy,
+            consume=consume,
+            init=jnp.zeros(COLUMNS, jnp.float32),
+            active=lambda step: step % 3 != 1,
+        )
+
+    def run(x, *, interpret):
+        return plgpu.kernel(
+            kernel,
+            out_type=jax.ShapeDtypeStruct((COLUMNS,), jnp.float32),
+            scratch_types=[
+                plgpu.SMEM((SLOTS, COLUMNS), jnp.float32),
+                plgpu.Barrier(num_barriers=SLOTS),
+            ],
+            interpret=interpret,
+        )(x)
+
+    out = run_and_assert_no_races(run, x)
+    active = jnp.array([step % 3 != 1 for step in range(STEPS)])
+    chex.assert_trees_all_close(out, x[active].sum(axis=0), rtol=1e-5, atol=1e-5)
