@@ -35,7 +35,7 @@ def tma_ring(
 
     1. Fill: start the copies of the first num_slots steps.
     2. For each step: wait until its slot has arrived, consume it, and start the next copy into a
-       slot that nothing can still be reading: this step's own, if consume reads synchronously;
+       slot that nothing can still be reading: this step's own, if consume loads it into registers;
        the previous step's, if consume leaves wgmmas running.
 
     Args:
@@ -79,7 +79,13 @@ def tma_ring(
         if wgmmas_in_flight:
             plgpu.wgmma_wait(wgmmas_in_flight)
         refill = step - refill_lag + num_slots
-        pl.when((step >= refill_lag) & (refill < num_steps))(lambda: start(refill))
+
+        @pl.when((step >= refill_lag) & (refill < num_steps))
+        def _():
+            if not wgmmas_in_flight:
+                plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
+            start(refill)
+
         return carry
 
     return lax.fori_loop(0, num_steps, body, init)

@@ -57,6 +57,7 @@ def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
         ("row_of", (T, shapes.K)),
         ("token_of", (rows,)),
         ("expert_of", (rows,)),
+        ("weight_of", (rows,)),
     ):
         found = getattr(grouping, field).shape
         if found != shape:

@@ -3,8 +3,8 @@
     group     the assignments (t, k) of each expert fill tiles of N rows   (grouping.py)
     gather    rows[p] = x[token_of[p]]                                     (XLA)
     gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p]
-    down      program (tile, R neurons)    outputs[p] = down_e hidden[p]
-    combine   out[t] = sum over k, in order, of w[t, k] * outputs[row_of[t, k]]   (XLA)
+    down      program (tile, R neurons)    outputs[p] = weight_of[p] * down_e hidden[p]
+    combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]      (XLA)
 
 An expert's weights are read once for each of its tiles: once, unless more than N tokens chose it.
 Programs on one expert's tiles are neighbours, so that further reads may hit L2.
@@ -40,6 +40,7 @@ from pallas_kernels.mosaic import interpret_params, tma_ring
 GATE_UP_ROWS = 64
 # How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
 _TILES = (64, 128)
 
 
@@ -117,7 +118,7 @@ def run(
     gate_up = weights.gate_up.reshape(E * 2 * I, H)
     hidden = _gate_up(grouping, rows, gate_up, I, config, interpret)
     outputs = _down(grouping, hidden, weights.down.reshape(E * H, I), H, config, interpret)
-    return _combine(outputs, grouping, expert_weights).astype(out_dtype)
+    return _combine(outputs, grouping.row_of).astype(out_dtype)
 
 
 def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpret) -> jax.Array:
@@ -190,11 +191,17 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
 
 
 def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -> jax.Array:
-    """outputs[p] = down_e (hi[p] + lo[p]): [P, H] float32. Unused tiles stay unwritten."""
+    """outputs[p] = weight_of[p] * down_e (hi[p] + lo[p]): [P, H] float32.
+
+    The rows of unused tiles stay unwritten; _combine does not read them.
+    """
     N, (P2, I) = grouping.token_tile, hidden.shape
     R, columns, slots = config.down_rows, config.down_columns, config.down_slots
 
-    def kernel(expert_gmem, hidden_gmem, down_gmem, outputs_gmem, down_smem, hidden_smem, barrier):
+    def kernel(
+        expert_gmem, weight_gmem, hidden_gmem, down_gmem, outputs_gmem,
+        down_smem, hidden_smem, barrier,
+    ):  # fmt: skip
         tile, block = tile_program(lax.axis_index("program"), H // R)
         expert = expert_gmem[tile * N]
 
@@ -223,7 +230,10 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
                 wgmmas_in_flight=1,
             )
             products = acc[...]  # [R, 2N]
-            outputs = products[:, :N] + products[:, N:]  # [R, N]
+            tile_weights = weight_gmem.at[pl.ds(tile * N, N)]
+            weights = plgpu.load(tile_weights, layout=_ALONG_TOKENS, optimized=False)
+            weights = lax.broadcast_in_dim(weights, (R, N), (1,))
+            outputs = weights * (products[:, :N] + products[:, N:])  # [R, N]
             outputs = plgpu.layout_cast(outputs, plgpu.Layout.WGMMA_TRANSPOSED)
             tile_outputs = outputs_gmem.at[pl.ds(tile * N, N), pl.ds(block * R, R)]
             tile_outputs.transpose((1, 0))[...] = outputs
@@ -243,15 +253,17 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
         ],
         kernel_name="expert_major_down",
         interpret=interpret_params(interpret),
-    )(grouping.expert_of, hidden, down)
+    )(grouping.expert_of, grouping.weight_of, hidden, down)
 
 
-def _combine(outputs: jax.Array, grouping: Grouping, expert_weights: jax.Array) -> jax.Array:
-    """out[t] = sum over k of w[t, k] * outputs[row_of[t, k]], in order of k: [T, H] float32."""
+def _combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
+    """out[t] = sum over k, in order, of outputs[row_of[t, k]]: [T, H] float32.
+
+    Additions only: a product here could be fused into one of them, or not, by the size of T.
+    """
     out = jnp.float32(0)
-    for k in range(expert_weights.shape[1]):
-        row = grouping.row_of[:, k, None]  # [T, 1]
-        product = expert_weights[:, k, None] * outputs[jnp.maximum(row[:, 0], 0)]  # [T, H]
-        # Select, never multiply by zero: what stands in padding's place may be inf or NaN.
-        out += jnp.where(row >= 0, product, 0)
+    for k in range(row_of.shape[1]):
+        row = row_of[:, k, None]  # [T, 1]
+        # Select, never multiply by zero: what lies at an unwritten row may be inf or NaN.
+        out += jnp.where(row >= 0, outputs[jnp.maximum(row[:, 0], 0)], 0)  # [T, H]
     return out

@@ -24,12 +24,14 @@ class Grouping:
       token_of: [P] int32, the token of each compacted row; -1 where nobody owns the row.
       expert_of: [P] int32, the expert of each compacted row, -1 likewise. A tile's first row is
         owned if any is: expert_of[tile * token_tile] is the tile's expert, -1 if it is unused.
+      weight_of: [P] float32, the routing weight of each compacted row, 0 where nobody owns it.
       token_tile: rows in a tile (static), a multiple of 8 up to 64.
     """
 
     row_of: jax.Array
     token_of: jax.Array
     expert_of: jax.Array
+    weight_of: jax.Array
     token_tile: int = dataclasses.field(metadata={"static": True})
 
 
@@ -57,15 +59,15 @@ def group(
     1. rank[a]: how many earlier assignments chose a's expert.
     2. row[a] = rank[a] + token_tile * (tiles of all lower experts); each assignment whose rank is a
        multiple of token_tile starts a tile.
-    3. token_of and expert_of turn row_of around, by comparing every row with every assignment.
+    3. token_of, expert_of and weight_of turn row_of around, by comparing every row with every
+       assignment.
 
     No sort and no scatter: at these sizes each would cost more launches than a quadratic number of
     comparisons costs time. Nothing of quadratic size is stored.
 
     Args:
       expert_ids: [T, K] int32; ids outside [0, num_experts) are padding and get no row.
-      expert_weights: [T, K] float32; not read here, taken so that every maker of a Grouping (a
-        router kernel may be one) has one signature.
+      expert_weights: [T, K] float32; padding's may be anything.
       num_experts: E.
       token_tile: rows in a tile, a multiple of 8 from 8 to 64. 8 was the fastest at every T up to
         128 (H100, Qwen3-30B-A3B's layer): a second tile finds its expert's weights in L2.
@@ -76,7 +78,6 @@ def group(
     Raises:
       ValueError: token_tile is not one that the tensor cores take.
     """
-    del expert_weights
     T, K = expert_ids.shape
     if token_tile not in range(8, 65, 8):
         raise ValueError(f"token_tile is {token_tile}; expected a multiple of 8 from 8 to 64")
@@ -99,5 +100,6 @@ def group(
         row_of=row.reshape(T, K),
         token_of=jnp.max(jnp.where(owns, index[None, :] // K, -1), axis=1),
         expert_of=jnp.max(jnp.where(owns, ids[None, :], -1), axis=1),
+        weight_of=jnp.sum(jnp.where(owns, expert_weights.reshape(-1)[None, :], 0), axis=1),
         token_tile=token_tile,
     )
