@@ -10,7 +10,6 @@ pytest.register_assert_rewrite(
 )
 
 from pallas_kernels.decode_experts import LAYOUTS  # noqa: E402
-from tests.pallas_kernels.machine import ON_GPU  # noqa: E402
 
 
 @pytest.fixture
@@ -24,10 +23,3 @@ def pytest_generate_tests(metafunc):
     if "config_field" in metafunc.fixturenames:
         config = LAYOUTS[metafunc.cls.layout].Config
         metafunc.parametrize("config_field", [field.name for field in dataclasses.fields(config)])
-
-
-@pytest.fixture(autouse=True)
-def _expect_known_failure(request):
-    reason = getattr(request.cls, "known_failures_on_cpu", {}).get(request.node.name)
-    if reason and not ON_GPU:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))

@@ -1,7 +1,7 @@
 """What the tests do differently with a GPU: kernels compiled, larger shapes, more repeats."""
 
-import functools
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -28,27 +28,30 @@ def examples(on_cpu: int, on_gpu: int) -> settings:
     )
 
 
-def call_with_poisoned_output(function, *arguments) -> jax.Array:
+def calls_with_poisoned_output(function, *arguments) -> Iterator[jax.Array]:
     """function(*arguments, interpret=...) where memory that no kernel has written yet holds NaN.
 
     In interpret mode that is an option. On a GPU the output takes over a donated buffer of NaN, and
-    temporaries fall into memory that was full of NaN when it was freed.
+    temporaries fall into memory that was full of NaN when it was freed: several calls, since the
+    allocator may still pick other memory.
     """
     if INTERPRET:
-        return function(*arguments, interpret=plgpu.InterpretGPUParams(uninitialized_memory="nan"))
-    function = functools.partial(function, interpret=False)
-    out = jax.eval_shape(function, *arguments)
+        interpret = plgpu.InterpretGPUParams(uninitialized_memory="nan")
+        yield function(*arguments, interpret=interpret)
+        return
+    out = jax.eval_shape(lambda *arguments: function(*arguments, interpret=False), *arguments)
     poisoned = jax.jit(
-        lambda poison, *arguments: function(*arguments), donate_argnums=0, keep_unused=True
+        lambda poison, *arguments: function(*arguments, interpret=False),
+        donate_argnums=0,
+        keep_unused=True,
     )
-    poison = jnp.full(out.shape, jnp.nan, out.dtype)
-    compiled = poisoned.lower(poison, *arguments).compile()
-    jax.block_until_ready(
-        [jnp.full((4**n,), jnp.nan, jnp.float32) for n in range(4, 13) for _ in range(4)]
-    )
-    result = compiled(poison, *arguments)
-    assert poison.is_deleted(), "the output did not take over the donated buffer"
-    return result
+    for _ in range(20):
+        jax.block_until_ready(
+            [jnp.full((4**n,), jnp.nan, jnp.float32) for n in range(4, 13) for _ in range(4)]
+        )
+        poison = jnp.full(out.shape, jnp.nan, out.dtype)
+        yield poisoned(poison, *arguments)
+        assert poison.is_deleted(), "the output did not take over the donated buffer"
 
 
 def lower_for_cuda(function, *arguments) -> str:

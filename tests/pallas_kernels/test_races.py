@@ -34,8 +34,6 @@ def sum_rows(x, *, interpret, fault=None):
             total += x_smem.at[slot][...]
             if fault == "refilled before it is consumed":
                 plgpu.barrier_wait(other_barrier)
-            if fault != "refilled without a fence":
-                plgpu.commit_smem()
             return total
 
         out_gmem[...] = tma_ring(
@@ -69,7 +67,7 @@ def test_a_sound_ring_passes(x):
     chex.assert_trees_all_close(out, x.sum(axis=0), rtol=1e-5, atol=1e-5)
 
 
-FAULTS = ["refilled before it is consumed", "read before it arrives", "refilled without a fence"]
+FAULTS = ["refilled before it is consumed", "read before it arrives"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -79,6 +77,12 @@ def test_a_planted_race_is_caught(x, fault, capsys):
     assert capsys.readouterr().out == ""
     # Nothing of it is left for the next kernel.
     run_and_assert_no_races(sum_rows, x)
+
+
+def test_a_ring_that_does_not_commit_its_reads_is_caught(x, monkeypatch):
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    with pytest.raises(AssertionError, match=r"write at .*test_races.py(.|\n)*read at "):
+        run_and_assert_no_races(sum_rows, x)
 
 
 def test_a_race_in_a_kernel_before_the_last_is_caught(x):
@@ -118,7 +122,6 @@ def test_ring_skips_inactive_steps(x):
 
         def consume(step, slot, total):
             total += x_smem.at[slot][...]
-            plgpu.commit_smem()
             return total
 
         out_gmem[...] = tma_ring(

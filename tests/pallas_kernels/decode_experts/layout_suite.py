@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group, reference_experts
+from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group
 from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
 from pallas_kernels.races import run_and_assert_no_races
 from tests.pallas_kernels.decode_experts.cases import (
@@ -25,13 +25,14 @@ from tests.pallas_kernels.decode_experts.cases import (
     assert_right,
     assert_same_bits,
     bits,
+    jitted_reference,
     make_case,
     struct_case,
 )
 from tests.pallas_kernels.machine import (
     INTERPRET,
     ON_GPU,
-    call_with_poisoned_output,
+    calls_with_poisoned_output,
     examples,
     lower_for_cuda,
     mosaic_modules,
@@ -63,15 +64,14 @@ if ON_GPU:
 
 # The few that generated routings run at, since each one compiles.
 GENERATED = [
-    Size(T=1, E=2, K=2, H=64, I=64),
-    Size(T=3, E=4, K=2, H=64, I=64),
+    Size(T=2, E=4, K=2, H=64, I=64),
     Size(T=5, E=3, K=3, H=64, I=64),
 ]
 if ON_GPU:
     GENERATED += [Size(T=40, E=5, K=2, H=192, I=128), Size(T=100, E=9, K=4, H=128, I=320)]
 
 # Batches whose tokens are those of the largest.
-BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 2, 3]
+BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 3]
 LARGEST_BATCH = USUAL._replace(T=128) if ON_GPU else USUAL
 
 
@@ -86,8 +86,9 @@ def _repeated_within_a_token(ids, E):
     return ids.at[:, -1].set(ids[:, 0])
 
 
-def _only_two_experts(ids, E):
-    return jnp.where(ids % 2 == 0, 1, E - 1)
+def _crowd_on_the_first_of_two(ids, E):
+    # More than a tile of rows on one expert, and another expert after it.
+    return jnp.ones_like(ids).at[::2, 0].set(E - 1)
 
 
 def _pad_some_entries(ids, E):
@@ -130,8 +131,6 @@ class LayoutSuite:
     layout: ClassVar[str]
     small_rings: ClassVar[Any]
     launches: ClassVar[int] = 2
-    # Tests that a layout does not pass yet in interpret mode, and why; strict, so a cure shows.
-    known_failures_on_cpu: ClassVar[dict[str, str]] = {}
     # StableHLO operations that nothing around the kernels may need.
     forbidden_operations: ClassVar[tuple[str, ...]] = ("sort", "scatter")
 
@@ -156,11 +155,13 @@ class LayoutSuite:
         out = self.run(case, out_dtype=None)
         chex.assert_type(out, jnp.bfloat16)
         assert_same_bits(out, self.run(case).astype(jnp.bfloat16))
-        expected = reference_experts(*case)
+        expected = jitted_reference(*case)
         error = jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
         chex.assert_trees_all_close(error, 0.0, rtol=0, atol=BFLOAT16_BOUND)
 
-    @pytest.mark.parametrize("routing", [_all_on_one, _repeated_within_a_token, _only_two_experts])
+    @pytest.mark.parametrize(
+        "routing", [_all_on_one, _repeated_within_a_token, _crowd_on_the_first_of_two]
+    )
     def test_odd_routing(self, routing, seed):
         case = make_case(USUAL, seed)
         case = case._replace(expert_ids=routing(case.expert_ids, USUAL.E))
@@ -274,10 +275,11 @@ class LayoutSuite:
         case = make_case(USUAL, seed)
         case = case._replace(expert_ids=pad(case.expert_ids, USUAL.E))
         expected = self.run(case)
-        for _ in range(20 if ON_GPU else 1):
-            out = call_with_poisoned_output(
-                lambda *case, interpret: self.run(Case(*case), interpret=interpret), *case
-            )
+
+        def run(*case, interpret):
+            return self.run(Case(*case), interpret=interpret)
+
+        for out in calls_with_poisoned_output(run, *case):
             assert_same_bits(out, expected)
         assert_right(expected, case)
 

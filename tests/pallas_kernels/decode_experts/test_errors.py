@@ -318,7 +318,7 @@ def test_grouping_of_other_sizes(case, other, layout):
     assert_raises(ValueError, fragments, case, layout=layout, grouping=grouping)
 
 
-@pytest.mark.parametrize("field", ["row_of", "token_of", "expert_of"])
+@pytest.mark.parametrize("field", ["row_of", "token_of", "expert_of", "weight_of"])
 def test_grouping_field_of_wrong_shape(case, field):
     right = group(case.expert_ids, case.expert_weights, SIZE.E)
     wrong = dataclasses.replace(right, **{field: getattr(right, field)[:-1]})

@@ -18,9 +18,6 @@ class TestExpertMajor(LayoutSuite):
     small_rings = ExpertMajorConfig(
         gate_up_columns=64, gate_up_slots=2, down_rows=64, down_columns=64, down_slots=2
     )
-    known_failures_on_cpu = {  # noqa: RUF012
-        "test_bits_do_not_depend_on_the_batch[1]": "at T = 1 XLA fuses _combine's product and sum"
-    }
 
     def check_kernels(self, modules):
         super().check_kernels(modules)

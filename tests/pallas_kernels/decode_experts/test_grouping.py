@@ -21,20 +21,28 @@ SIZES = [(1, 1, 1), (1, 8, 128), (3, 2, 4), (5, 3, 3), (20, 2, 3), (40, 4, 6)]
 TOKEN_TILES = [8, 16, LARGEST_TOKEN_TILE]
 
 
-def group_by_loop(ids: np.ndarray, E: int, token_tile: int, capacity: int) -> Grouping:
+def group_by_loop(ids, weights, E: int, token_tile: int, capacity: int) -> Grouping:
     T, K = ids.shape
     row_of = np.full((T, K), -1, np.int32)
     token_of = np.full(capacity * token_tile, -1, np.int32)
     expert_of = np.full(capacity * token_tile, -1, np.int32)
+    weight_of = np.zeros(capacity * token_tile, np.float32)
     next_tile = 0
     for expert in range(E):
         owners = [(t, k) for t in range(T) for k in range(K) if ids[t, k] == expert]
         for rank, (t, k) in enumerate(owners):
             row = next_tile * token_tile + rank
             row_of[t, k], token_of[row], expert_of[row] = row, t, expert
+            weight_of[row] = weights[t, k]
         next_tile += -(-len(owners) // token_tile)
     assert next_tile <= capacity
-    return Grouping(row_of=row_of, token_of=token_of, expert_of=expert_of, token_tile=token_tile)
+    return Grouping(
+        row_of=row_of,
+        token_of=token_of,
+        expert_of=expert_of,
+        weight_of=weight_of,
+        token_tile=token_tile,
+    )
 
 
 @functools.cache
@@ -45,10 +53,14 @@ def jitted_group(E, token_tile):
 def assert_grouped(ids, E, token_tile):
     ids = np.asarray(ids, np.int32)
     T, K = ids.shape
-    found = jitted_group(E, token_tile)(ids, np.ones(ids.shape, np.float32))
-    expected = group_by_loop(ids, E, token_tile, tile_capacity(T, K, E, token_tile))
+    # Another weight for each assignment, and what must go nowhere for padding.
+    weights = 0.5 + np.arange(T * K, dtype=np.float32).reshape(T, K)
+    weights[(ids < 0) | (ids >= E)] = np.nan
+    found = jitted_group(E, token_tile)(ids, weights)
+    expected = group_by_loop(ids, weights, E, token_tile, tile_capacity(T, K, E, token_tile))
     assert found.token_tile == token_tile
     chex.assert_type([found.row_of, found.token_of, found.expert_of], jnp.int32)
+    chex.assert_type(found.weight_of, jnp.float32)
     chex.assert_trees_all_equal(found, expected)
 
 
@@ -80,12 +92,6 @@ def test_docstring_example():
 @pytest.mark.parametrize("value", [0, 2, -1, 3, INT32_MAX])
 def test_all_alike(value):
     assert_grouped(np.full((40, 4), value), 3, 8)
-
-
-def test_expert_weights_are_not_read():
-    ids = jnp.array([[0, 2], [2, 1]])
-    found = group(ids, jnp.full(ids.shape, jnp.nan), 3)
-    chex.assert_trees_all_equal(found, group(ids, jnp.ones(ids.shape), 3))
 
 
 @pytest.mark.parametrize("token_tile", [1, 2, 3, 8])

@@ -14,7 +14,3 @@ class TestOutputMajor(LayoutSuite):
     )
     # No grouping and no combine: nothing but the two kernels.
     forbidden_operations = ("sort", "scatter", "gather", "reduce", "dot_general", "while")
-    known_failures_on_cpu = {  # noqa: RUF012
-        f"test_no_races[{case}]": "a ring slot is refilled without commit_smem after plain reads"
-        for case in ("full", "padded")
-    }
