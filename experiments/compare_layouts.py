@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f"compare_layouts: {error}")
     sys.stdout.reconfigure(line_buffering=True)  # a run that is cut off leaves its lines
+    # Or Pallas's interpreter can hang; read when the CPU client is made.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # A pipe or a log file is not 80 columns wide just because it says nothing about its width.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     where = on_gpu if jax.default_backend() == "gpu" else on_cpu

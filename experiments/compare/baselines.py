@@ -83,10 +83,9 @@ def xla_dense(x, weights, expert_ids, expert_weights, *, out_dtype=jnp.bfloat16)
 def bf16_rounding(x, weights, expert_ids, expert_weights, *, out_dtype=jnp.bfloat16):
     """What the usual kernels round on the way: for its error only, never timed.
 
-    bf16 after the first product, after silu(gate) * up and after each weighted expert output, and
-    a bf16 running sum over k. One token at a time, so that nothing large is gathered.
+    bf16 after the first product, after silu(gate) * up and after each weighted expert output; the
+    combine then adds those bf16 outputs in float32. One token at a time, to gather little.
     """
-    bf16 = jnp.bfloat16
 
     def one_token(token):
         x_t, ids, w = token  # [H], [K], [K]
@@ -98,11 +97,7 @@ def bf16_rounding(x, weights, expert_ids, expert_weights, *, out_dtype=jnp.bfloa
         outputs = jnp.einsum(
             "ki,khi->kh", hidden, weights.down[ids], preferred_element_type=jnp.float32
         )
-        weighted = _round_to_bf16(w[:, None] * outputs)
-        total = weighted[0]
-        for k in range(1, weighted.shape[0]):
-            total = _round_to_bf16(total + weighted[k])
-        return total.astype(bf16)
+        return jnp.sum(_round_to_bf16(w[:, None] * outputs), axis=0)  # [H]
 
     return jax.lax.map(one_token, (x, expert_ids, expert_weights)).astype(out_dtype)
 

@@ -126,11 +126,11 @@ def _to_json(record: Environment | Measurement) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with floats that JSON cannot hold as None, and the others at 7 digits."""
+    """The value with floats that JSON cannot hold as None, and the others at 10 digits."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
+        return float(f"{value:.10g}") if math.isfinite(value) else None
     return value

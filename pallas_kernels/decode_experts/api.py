@@ -85,7 +85,8 @@ def decode_experts(
       config: the layout's Config; None takes its default for these sizes.
       out_dtype: bfloat16 or float32; None means x.dtype.
       interpret: True runs the kernels in Pallas's interpret mode, on a CPU; an InterpretGPUParams
-        does too, with its own options.
+        does too, with its own options. The interpreter's callbacks can wait for each other for ever
+        under asynchronous dispatch: first set jax.config's jax_cpu_enable_async_dispatch to False.
 
     Returns:
       [T, H] in out_dtype.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_experts.grouping import Grouping, tile_capacity
+from pallas_kernels.decode_experts.grouping import Grouping, check_token_tile, tile_capacity
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 SIZE_MULTIPLE = 64
@@ -51,19 +51,24 @@ def check_inputs(
 
 
 def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
-    """Raises a ValueError where a Grouping was made for other sizes than these."""
+    """Raises a ValueError or TypeError where a Grouping does not fit these sizes."""
+    check_token_tile(grouping.token_tile)
     rows = tile_capacity(T, shapes.K, shapes.E, grouping.token_tile) * grouping.token_tile
-    for field, shape in (
-        ("row_of", (T, shapes.K)),
-        ("token_of", (rows,)),
-        ("expert_of", (rows,)),
-        ("weight_of", (rows,)),
+    for field, shape, dtype in (
+        ("row_of", (T, shapes.K), jnp.int32),
+        ("token_of", (rows,), jnp.int32),
+        ("expert_of", (rows,), jnp.int32),
+        ("weight_of", (rows,), jnp.float32),
     ):
-        found = getattr(grouping, field).shape
-        if found != shape:
+        found = getattr(grouping, field)
+        if found.shape != shape:
             raise ValueError(
-                f"grouping.{field} has shape {found}; expected {shape} for T = {T}, {shapes} and "
-                f"token_tile = {grouping.token_tile}"
+                f"grouping.{field} has shape {found.shape}; expected {shape} for T = {T}, "
+                f"{shapes} and token_tile = {grouping.token_tile}"
+            )
+        if found.dtype != dtype:
+            raise TypeError(
+                f"grouping.{field} has dtype {found.dtype.name}; expected {jnp.dtype(dtype).name}"
             )
 
 

@@ -38,6 +38,14 @@ class Grouping:
 LARGEST_TOKEN_TILE = 64
 
 
+def check_token_tile(token_tile: int) -> None:
+    """Raises a ValueError unless the tensor cores take as many columns."""
+    if token_tile not in range(8, LARGEST_TOKEN_TILE + 1, 8):
+        raise ValueError(
+            f"token_tile is {token_tile}; expected a multiple of 8 from 8 to {LARGEST_TOKEN_TILE}"
+        )
+
+
 def tile_capacity(T: int, K: int, E: int, token_tile: int) -> int:
     """The most tiles that any routing of T * K assignments over E experts can fill.
 
@@ -79,8 +87,7 @@ def group(
       ValueError: token_tile is not one that the tensor cores take.
     """
     T, K = expert_ids.shape
-    if token_tile not in range(8, 65, 8):
-        raise ValueError(f"token_tile is {token_tile}; expected a multiple of 8 from 8 to 64")
+    check_token_tile(token_tile)
     ids = expert_ids.reshape(-1)  # [TK]
     valid = (ids >= 0) & (ids < num_experts)
     index = jnp.arange(T * K, dtype=jnp.int32)

@@ -326,6 +326,24 @@ def test_grouping_field_of_wrong_shape(case, field):
     assert_raises(ValueError, fragments, case, layout="expert_major", grouping=wrong)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("field", ["row_of", "token_of", "expert_of", "weight_of"])
+def test_grouping_field_of_wrong_dtype(case, field, layout):
+    right = group(case.expert_ids, case.expert_weights, SIZE.E)
+    other = jnp.float32 if field != "weight_of" else jnp.bfloat16
+    wrong = dataclasses.replace(right, **{field: getattr(right, field).astype(other)})
+    fragments = (f"grouping.{field}", jnp.dtype(other).name, "expected")
+    assert_raises(TypeError, fragments, case, layout=layout, grouping=wrong)
+
+
+@pytest.mark.parametrize("token_tile", [0, 12])
+def test_handmade_grouping_of_wrong_token_tile(case, token_tile):
+    right = group(case.expert_ids, case.expert_weights, SIZE.E)
+    wrong = dataclasses.replace(right, token_tile=token_tile)
+    fragments = (f"token_tile is {token_tile}", "multiple of 8")
+    assert_raises(ValueError, fragments, case, layout="expert_major", grouping=wrong)
+
+
 @pytest.mark.parametrize("token_tile", [0, -8, 4, 12, 72])
 def test_token_tile(case, token_tile):
     with pytest.raises(
