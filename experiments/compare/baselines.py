@@ -2,7 +2,8 @@
 
 Each takes x [T, H] bf16, the weights, expert_ids [T, K] and expert_weights [T, K] float32, all ids
 in [0, E), and returns [T, H] in `out_dtype`. Products take bf16 and accumulate in float32; the
-intermediate is rounded to bf16, as the second product's operand must be.
+intermediate is cast to bf16 for the second product. XLA may drop that cast where it fuses the
+product: on a GPU xla_gather's error shows that it does.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ Layer = Callable[[jax.Array, ExpertWeights, jax.Array, jax.Array], jax.Array]
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up in float32, rounded to the bf16 that the next product takes."""
+    """silu(gate) * up in float32, cast to the bf16 that the next product takes."""
     return (jax.nn.silu(gate) * up).astype(jnp.bfloat16)
 
 
@@ -93,10 +94,8 @@ def bf16_rounding(x, weights, expert_ids, expert_weights, *, out_dtype=jnp.bfloa
             "h,kjih->kji", x_t, weights.gate_up[ids], preferred_element_type=jnp.float32
         )
         projected = _round_to_bf16(projected)
-        hidden = _swiglu(projected[:, 0], projected[:, 1])  # [K, I]
-        outputs = jnp.einsum(
-            "ki,khi->kh", hidden, weights.down[ids], preferred_element_type=jnp.float32
-        )
+        hidden = _round_to_bf16(jax.nn.silu(projected[:, 0]) * projected[:, 1])  # [K, I]
+        outputs = jnp.einsum("ki,khi->kh", hidden, weights.down[ids].astype(jnp.float32))
         return jnp.sum(_round_to_bf16(w[:, None] * outputs), axis=0)  # [H]
 
     return jax.lax.map(one_token, (x, expert_ids, expert_weights)).astype(out_dtype)

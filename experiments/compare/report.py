@@ -33,7 +33,7 @@ def _percent(value: float) -> str:
 
 
 def _error(value: float) -> str:
-    return f"{value:.1e}"
+    return f"{value:.2e}"
 
 
 # Name on the command line -> title, field, how a figure is written.

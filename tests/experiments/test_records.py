@@ -120,7 +120,7 @@ def test_sections():
     assert chain["floor: unique bytes"] == ["25.0", "100.0"]
     assert chain["xla_gather"] == ["100.0", "failed"]
     assert by_title["times faster than the best baseline"]["output_major"] == ["2.50", "-"]
-    assert by_title["relative error before rounding"] == {"expert_major": ["2.0e-06", "-"]}
+    assert by_title["relative error before rounding"] == {"expert_major": ["2.00e-06", "-"]}
     assert "device, us" not in by_title
 
 
