@@ -36,7 +36,12 @@ _BASELINES = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_string(
     "dtype", "bf16", f"The output's: {', '.join(settings.DTYPES)}. Inputs and weights are bf16."
 )
-_REPEATS = flags.DEFINE_integer("repeats", 20, "How often each time is taken; the median counts.")
+_REPEATS = flags.DEFINE_integer(
+    "repeats",
+    20,
+    "How often each time is taken; the median counts. At least 3, and fewer than asked for where a "
+    "candidate would take more than 1.2 s.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, tokens and routings.")
 _OUT = flags.DEFINE_string("out", "out/compare_layouts", "The folder for the JSONL and the PNG.")
 _COMMIT = flags.DEFINE_string("commit", "", "The commit to record where there is no git checkout.")

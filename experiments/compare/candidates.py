@@ -98,3 +98,10 @@ def make_baselines(names: Sequence[str], out_dtype) -> tuple[list[Candidate], li
             )
         found.append(candidate)
     return found, left_out
+
+
+def expect_some(found: list[Candidate], left_out: Sequence[str]) -> list[Candidate]:
+    """Returns the candidates, or ends the program where all that was asked for is left out."""
+    if not found:
+        raise SystemExit("compare_layouts: nothing is left to run; " + "; ".join(left_out))
+    return found

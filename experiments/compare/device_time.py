@@ -1,5 +1,8 @@
 """Device time of a layer: the sum of its kernels' durations, gaps left out, by CUPTI.
 
+It can exceed the time in a chain: there one kernel starts up while the one before it drains, and
+here, launched singly and watched by the profiler, each pays for that alone.
+
 The one place that touches JAX's experimental profiler. To be called after all chain timings: a
 profiler that is attached slows launches down.
 """

@@ -39,7 +39,7 @@ def compare(settings: Settings, console: Console) -> int:
     console.print(
         f"No GPU here. Checked instead: every layout in interpret mode at the {_CHECKED_PRESET} "
         f"shape (E={shapes.E} K={shapes.K} H={shapes.H} I={shapes.I}), "
-        f"T = {', '.join(map(str, tokens))}.\n"
+        f"T = {', '.join(map(str, tokens))}, {routing} routing.\n"
         "Interpret mode runs the kernels' arithmetic and not their speed: its times mean nothing "
         "and none is shown.\nThe times below are plain XLA's on this CPU, at the tiny shape.",
         highlight=False,
@@ -54,12 +54,12 @@ def compare(settings: Settings, console: Console) -> int:
         tokens=tokens,
         routing=routing,
         layers=[layers.make_layer(key, shapes) for key in keys],
-        candidates=[*layouts, *baselines],
+        candidates=candidates.expect_some([*layouts, *baselines], left_out),
         steps=_STEPS,
         accuracy_routings=_ACCURACY_ROUTINGS,
         ceiling_tbps=None,
     )
-    path = settings.result_path(environment.device, _CHECKED_PRESET, ".jsonl")
+    path = settings.result_path(environment.device, _CHECKED_PRESET, routing, ".jsonl")
     with output.progress(console) as bar:
         bar.start("candidates", len(tokens) * len(plan.candidates))
         save = output.saver(path, environment)

@@ -51,12 +51,12 @@ def compare(settings: Settings, console: Console) -> int:
             tokens=settings.tokens,
             routing=settings.routing,
             layers=weights,
-            candidates=[*layouts, *baselines],
+            candidates=candidates.expect_some([*layouts, *baselines], left_out),
             steps=timing.STEPS,
             accuracy_routings=_ACCURACY_ROUTINGS,
             ceiling_tbps=ceiling.tbps,
         )
-        path = settings.result_path(environment.device, settings.preset, ".jsonl")
+        path = settings.result_path(environment.device, settings.preset, settings.routing, ".jsonl")
         save = output.saver(path, environment)
         bar.start("chains", len(plan.tokens) * len(plan.candidates))
         measurements = run.run(plan, bar.advance, bar.say, save)

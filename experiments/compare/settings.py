@@ -1,6 +1,7 @@
 """What was asked for on the command line, checked: the flags' values and where results go."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -36,11 +37,13 @@ class Settings:
     def out_dtype(self):
         return DTYPES[self.dtype]
 
-    def result_path(self, device: str, preset: str, suffix: str) -> pathlib.Path:
-        """out/<device>_<preset>.jsonl, with the routing in the name where it is not uniform."""
+    def result_path(self, device: str, preset: str, routing: str, suffix: str) -> pathlib.Path:
+        """out/<device>_<preset>.jsonl; the name has dtype and routing if not bf16 and uniform."""
         parts = [device, preset]
-        if self.routing != "uniform":
-            parts.append(routings.slug(self.routing))
+        if self.dtype != "bf16":
+            parts.append(self.dtype)
+        if routing != "uniform":
+            parts.append(routings.slug(routing))
         return self.out / ("_".join(parts) + suffix)
 
 
@@ -80,10 +83,16 @@ def parse(
     if not counts:
         raise ValueError("--tokens is empty; expected whole numbers from 1 up, as in 1,2,4")
     for flag, value, least in (("repeats", repeats, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"--{flag} is {value}; expected {least} or more")
+        if not least <= value < 2**31:
+            raise ValueError(f"--{flag} is {value}; expected {least} to {2**31 - 1}")
     if not out:
         raise ValueError("--out is empty; expected a folder")
+    try:
+        pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {out!r}; expected a folder to write to: {error}") from None
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"--out is {out!r}; expected a folder to write to: it is read-only")
     # Draws one routing, so that a trace file that does not fit fails before anything is built.
     routings.make_routings(routing, PRESETS[preset], T=1, count=1, seed=seed)
     return Settings(

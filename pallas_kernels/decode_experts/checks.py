@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_experts.arrays import expect_array
 from pallas_kernels.decode_experts.grouping import Grouping, check_token_tile, tile_capacity
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
@@ -14,21 +15,23 @@ def check_inputs(
     weights: ExpertWeights,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
-    out_dtype: jnp.dtype,
+    out_dtype,
 ) -> tuple[ExpertShapes, int]:
     """Returns the layer's sizes and T, or raises ValueError, TypeError or NotImplementedError."""
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"weights is a {type(weights).__name__}; expected an ExpertWeights")
     if weights.gate_up_scale is not None or weights.down_scale is not None:
         raise NotImplementedError(
             "weights.gate_up_scale and weights.down_scale must be None: no layout reads quantised "
             "weights; dequantise to bfloat16 first"
         )
-    _expect("x", x, "[T, H]", jnp.bfloat16)
-    _expect("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)
-    _expect("weights.down", weights.down, "[E, H, I]", jnp.bfloat16)
-    _expect("expert_ids", expert_ids, "[T, K]", jnp.int32)
-    _expect("expert_weights", expert_weights, "[T, K]", jnp.float32)
-    if out_dtype not in (jnp.bfloat16, jnp.float32):
-        raise TypeError(f"out_dtype is {out_dtype.name}; expected bfloat16 or float32")
+    expect_array("x", x, "[T, H]", jnp.bfloat16)
+    expect_array("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)
+    expect_array("weights.down", weights.down, "[E, H, I]", jnp.bfloat16)
+    expect_array("expert_ids", expert_ids, "[T, K]", jnp.int32)
+    expect_array("expert_weights", expert_weights, "[T, K]", jnp.float32)
+    if out_dtype not in (None, jnp.bfloat16, jnp.float32):
+        raise TypeError(f"out_dtype is {out_dtype!r}; expected bfloat16 or float32")
 
     T, H = x.shape
     K = expert_ids.shape[1]
@@ -52,6 +55,8 @@ def check_inputs(
 
 def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
     """Raises a ValueError or TypeError where a Grouping does not fit these sizes."""
+    if not isinstance(grouping, Grouping):
+        raise TypeError(f"grouping is a {type(grouping).__name__}; expected a Grouping")
     check_token_tile(grouping.token_tile)
     rows = tile_capacity(T, shapes.K, shapes.E, grouping.token_tile) * grouping.token_tile
     for field, shape, dtype in (
@@ -70,16 +75,3 @@ def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
             raise TypeError(
                 f"grouping.{field} has dtype {found.dtype.name}; expected {jnp.dtype(dtype).name}"
             )
-
-
-def _expect(name: str, value: jax.Array, letters: str, dtype) -> None:
-    shape, found = jnp.shape(value), jnp.result_type(value)
-    if len(shape) != letters.count(",") + 1 or 0 in shape:
-        raise ValueError(f"{name} has shape {shape}; expected {letters}, every size at least 1")
-    if found == dtype:
-        return
-    if dtype == jnp.bfloat16 and jnp.issubdtype(found, jnp.floating):
-        raise NotImplementedError(
-            f"{name} has dtype {found.name}; the kernels take bfloat16, reference_experts takes any"
-        )
-    raise TypeError(f"{name} has dtype {found.name}; expected {jnp.dtype(dtype).name}")

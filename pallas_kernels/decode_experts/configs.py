@@ -13,15 +13,16 @@ def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, s
     fitting = [a for a in accepted if size % a == 0]
     if value not in fitting:
         raise ValueError(
-            f"config.{field} is {value}; expected one of {fitting}, which divide {letter} = {size}"
+            f"config.{field} is {value!r}; expected one of {fitting}, the divisors of "
+            f"{letter} = {size} among what it takes"
         )
 
 
 def check_slots(field: str, slots: int, bytes_a_slot: int, least: int) -> None:
     """Raises a ValueError unless a ring has at least `least` slots and fits in shared memory."""
     most = SHARED_MEMORY_BYTES // bytes_a_slot
-    if not least <= slots <= most:
+    if not isinstance(slots, int) or not least <= slots <= most:
         raise ValueError(
-            f"config.{field} is {slots}; expected {least} to {most}: a slot takes up to "
+            f"config.{field} is {slots!r}; expected {least} to {most}: a slot takes up to "
             f"{bytes_a_slot} of {SHARED_MEMORY_BYTES} bytes of shared memory"
         )

@@ -12,9 +12,9 @@ Programs on one expert's tiles are neighbours, so that further reads may hit L2.
 A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
 ("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed.
 
-The tensor cores want bf16, and rounding hidden to bf16 would cost half of the accuracy there is.
-So it is kept as hi + lo, two bf16 numbers with 16 bits of mantissa between them: 2 N rows of the
-[2P, I] intermediate, 2 N columns of one product whose halves are added in float32.
+The tensor cores want bf16, and rounding hidden to bf16 would add an error as large as the output's
+own rounding. So it is kept as hi + lo, two bf16 numbers with 16 bits of mantissa between them: 2 N
+rows of the [2P, I] intermediate, 2 N columns of one product whose halves are added in float32.
 """
 
 import dataclasses

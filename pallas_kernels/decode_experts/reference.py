@@ -26,16 +26,24 @@ def reference_experts(
 
     Returns:
       [T, H] float32; zeros for a row whose ids are all padding.
+
+    Raises:
+      NotImplementedError: the weights have scales.
     """
-    E = weights.gate_up.shape[0]
+    if weights.gate_up_scale is not None or weights.down_scale is not None:
+        raise NotImplementedError(
+            "weights.gate_up_scale and weights.down_scale must be None: dequantise first"
+        )
+    all_gate_up, all_down = jnp.asarray(weights.gate_up), jnp.asarray(weights.down)
+    E = all_gate_up.shape[0]
     highest = jax.lax.Precision.HIGHEST
 
     def one_token(token):
         x_t, ids, w = token  # [H], [K], [K]
         valid = (ids >= 0) & (ids < E)
         safe = jnp.where(valid, ids, 0)
-        gate_up = weights.gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
-        down = weights.down[safe].astype(jnp.float32)  # [K, H, I]
+        gate_up = all_gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
+        down = all_down[safe].astype(jnp.float32)  # [K, H, I]
         projected = jnp.einsum("h,kjih->kji", x_t.astype(jnp.float32), gate_up, precision=highest)
         hidden = jax.nn.silu(projected[:, 0]) * projected[:, 1]  # [K, I]
         outputs = jnp.einsum("ki,khi->kh", hidden, down, precision=highest)

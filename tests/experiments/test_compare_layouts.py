@@ -16,6 +16,10 @@ from experiments.compare import candidates, layers, on_cpu, on_gpu, read_ceiling
 from experiments.compare import settings as settings_module
 from experiments.compare.presets import PRESETS
 
+on_a_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="what a machine without GPU does"
+)
+
 FLAGS = {
     "preset": "tiny",
     "tokens": ["1"],
@@ -43,9 +47,11 @@ FLAGS = {
         ({"routing": "normal"}, "--routing is 'normal'"),
         ({"routing": "trace:nowhere.npz"}, "trace:nowhere.npz: there is no such file"),
         ({"dtype": "fp8"}, "--dtype has 'fp8'; expected one of bf16, fp32"),
-        ({"repeats": 0}, "--repeats is 0; expected 1 or more"),
-        ({"seed": -1}, "--seed is -1; expected 0 or more"),
+        ({"repeats": 0}, "--repeats is 0; expected 1 to"),
+        ({"seed": -1}, "--seed is -1; expected 0 to"),
+        ({"seed": 2**31}, "--seed is 2147483648; expected 0 to"),
         ({"out": ""}, "--out is empty"),
+        ({"out": __file__}, "--out is .*; expected a folder to write to"),
     ],
 )
 def test_flag_errors_name_the_flag(flags, message):
@@ -55,9 +61,11 @@ def test_flag_errors_name_the_flag(flags, message):
 
 def test_result_path_has_the_routing_unless_uniform(tmp_path):
     asked = settings_module.parse(**{**FLAGS, "out": str(tmp_path), "routing": "zipf"})
-    assert asked.result_path("h100", "tiny", ".jsonl") == tmp_path / "h100_tiny_zipf.jsonl"
+    assert asked.result_path("h100", "tiny", "zipf", ".jsonl") == tmp_path / "h100_tiny_zipf.jsonl"
     asked = settings_module.parse(**FLAGS)
-    assert asked.result_path("h100", "tiny", ".png").name == "h100_tiny.png"
+    assert asked.result_path("h100", "tiny", "uniform", ".png").name == "h100_tiny.png"
+    asked = settings_module.parse(**{**FLAGS, "dtype": "fp32"})
+    assert asked.result_path("h100", "tiny", "uniform", ".png").name == "h100_tiny_fp32.png"
 
 
 def _run_script(monkeypatch, *arguments):
@@ -67,6 +75,7 @@ def _run_script(monkeypatch, *arguments):
         compare_layouts.main(flags.FLAGS(argv))
 
 
+@on_a_cpu
 def test_script_on_a_cpu(tmp_path, monkeypatch, capsys):
     _run_script(
         monkeypatch,
@@ -146,6 +155,7 @@ def test_failures_are_recorded_and_the_rest_goes_on(tmp_path):
     assert len(said) == 4
 
 
+@on_a_cpu
 def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
     """The GPU's order of work with a made-up ceiling: Mosaic and CUPTI fail, XLA goes through."""
     ceiling = read_ceiling.ReadCeiling(3.0, "made up", {"made up": 3.0, "broken": None})
@@ -163,6 +173,7 @@ def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert "L2 is not cold at T = 1" in (tmp_path / "log").read_text()
 
 
+@on_a_cpu
 def test_cpu_flow_reads_a_trace_for_the_byte_model_only(tmp_path):
     trace = tmp_path / "t.npz"
     np.savez(trace, expert_ids=np.arange(8)[None] + np.zeros((5, 1), int))
@@ -177,6 +188,13 @@ def test_cpu_flow_reads_a_trace_for_the_byte_model_only(tmp_path):
     )
     with (tmp_path / "log").open("w") as log:
         assert on_cpu.compare(asked, Console(file=log, width=120)) == 0
-    _, measurements = records.read(tmp_path / "cpu_tiny_trace_t.jsonl")
+    _, measurements = records.read(tmp_path / "cpu_tiny.jsonl")
     assert {m.routing for m in measurements} == {"uniform"}
-    assert "8.0" in (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert "8.0" in log
+    assert "uniform routing" in log
+
+
+def test_nothing_left_to_run_says_why():
+    with pytest.raises(SystemExit, match="nothing is left to run; vllm is not installed"):
+        candidates.expect_some([], ["vllm is not installed"])

@@ -10,13 +10,6 @@ from jax import lax
 
 from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
 
-# The layers that people run: experiments/compare/presets.py has them too.
-PRESETS = {
-    "qwen3_30b_a3b": ExpertShapes(E=128, K=8, H=2048, I=768),
-    "qwen3_235b_a22b": ExpertShapes(E=128, K=8, H=4096, I=1536),
-    "qwen3_coder_480b": ExpertShapes(E=160, K=8, H=6144, I=2560),
-}
-
 # Relative errors against the float32 reference: before the last rounding, and after bfloat16's.
 FLOAT32_BOUND = 1e-4
 BFLOAT16_BOUND = 1.8e-3

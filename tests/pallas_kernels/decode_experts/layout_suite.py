@@ -1,6 +1,7 @@
 """What every layout must do: its test file subclasses LayoutSuite and inherits every case."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import chex
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
+from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group
 from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
 from pallas_kernels.races import run_and_assert_no_races
@@ -19,7 +21,6 @@ from tests.pallas_kernels.decode_experts.cases import (
     BFLOAT16_BOUND,
     INT32_MAX,
     INT32_MIN,
-    PRESETS,
     Case,
     Size,
     assert_right,
@@ -62,13 +63,8 @@ if ON_GPU:
         Size(T=64, E=128, K=8, H=2048, I=768),
     ]
 
-# The few that generated routings run at, since each one compiles.
-GENERATED = [
-    Size(T=2, E=4, K=2, H=64, I=64),
-    Size(T=5, E=3, K=3, H=64, I=64),
-]
-if ON_GPU:
-    GENERATED += [Size(T=40, E=5, K=2, H=192, I=128), Size(T=100, E=9, K=4, H=128, I=320)]
+# Up to how many T, E, K, H / 64 and I / 64 shapes are generated; each one compiles.
+GENERATED = Size(T=100, E=9, K=4, H=5, I=5) if ON_GPU else Size(T=5, E=4, K=3, H=3, I=3)
 
 # Batches whose tokens are those of the largest.
 BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 3]
@@ -167,10 +163,17 @@ class LayoutSuite:
         case = case._replace(expert_ids=routing(case.expert_ids, USUAL.E))
         assert_right(self.run(case), case)
 
-    @examples(on_cpu=6, on_gpu=60)
+    @examples(on_cpu=6, on_gpu=25)
     @given(data=st.data())
-    def test_generated_routing(self, data):
-        size = data.draw(st.sampled_from(GENERATED), label="size")
+    def test_generated_shape_and_routing(self, data):
+        E = data.draw(st.integers(1, GENERATED.E), label="E")
+        size = Size(
+            T=data.draw(st.integers(1, GENERATED.T), label="T"),
+            E=E,
+            K=data.draw(st.integers(1, min(E, GENERATED.K)), label="K"),
+            H=64 * data.draw(st.integers(1, GENERATED.H), label="H / 64"),
+            I=64 * data.draw(st.integers(1, GENERATED.I), label="I / 64"),
+        )
         count = size.T * size.K
         an_id = st.integers(-2, size.E + 1) | st.sampled_from([0, size.E - 1, -1])
         ids = data.draw(st.lists(an_id, min_size=count, max_size=count), label="expert_ids")
@@ -370,24 +373,28 @@ class LayoutSuite:
         )
         assert_right(out, case)
 
-    @pytest.mark.parametrize("preset", PRESETS)
+    @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
     def test_lowers_for_cuda(self, preset):
         shapes = PRESETS[preset]
-        lowered = {}
-        for T in (1, 8, 64, 128):
+
+        # The default config does not depend on T, which only sets the grid.
+        assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
+        for T, token_tile, out_dtype in (
+            (1, None, jnp.bfloat16),
+            (8, LARGEST_TOKEN_TILE, jnp.bfloat16),
+            (128, None, jnp.float32),
+        ):
             case = struct_case(Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I))
-            grouping = jax.eval_shape(
-                lambda ids, weights: group(ids, weights, shapes.E),
-                case.expert_ids,
-                case.expert_weights,
-            )
-            # What tells one shipped kernel from another; T by itself only sets the grid.
-            key = self.kernel.default_config(shapes, T), grouping.token_tile
-            if key not in lowered:
-                lowered[key] = lower_for_cuda(
-                    lambda *case: decode_experts(*case, layout=self.layout), *case
-                )
-        for text in lowered.values():
+            grouping = None
+            if token_tile:
+                make = functools.partial(group, num_experts=shapes.E, token_tile=token_tile)
+                grouping = jax.eval_shape(make, case.expert_ids, case.expert_weights)
+
+            def function(grouping, *case, out_dtype=out_dtype):
+                layout = self.layout
+                return decode_experts(*case, layout=layout, grouping=grouping, out_dtype=out_dtype)
+
+            text = lower_for_cuda(function, grouping, *case)
             assert text.count("custom_call @mosaic_gpu_v2") == self.launches
             assert text.count("custom_call") == self.launches
             for operation in self.forbidden_operations:

@@ -3,8 +3,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import LAYOUTS, api, choose_layout, decode_experts
-from tests.pallas_kernels.decode_experts.cases import PRESETS, Size, assert_same_bits, make_case
+from tests.pallas_kernels.decode_experts.cases import Size, assert_same_bits, make_case
 from tests.pallas_kernels.machine import INTERPRET
 
 

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.decode_experts import (
@@ -14,6 +15,7 @@ from pallas_kernels.decode_experts import (
     OutputMajorConfig,
     decode_experts,
     group,
+    reference_experts,
 )
 from tests.pallas_kernels.decode_experts.cases import Case, Size, make_case
 
@@ -344,7 +346,44 @@ def test_handmade_grouping_of_wrong_token_tile(case, token_tile):
     assert_raises(ValueError, fragments, case, layout="expert_major", grouping=wrong)
 
 
-@pytest.mark.parametrize("token_tile", [0, -8, 4, 12, 72])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("x", [[1.0]]), ("expert_ids", [[0]]), ("expert_weights", (0.5,)), ("weights", {})],
+)
+def test_argument_that_is_no_array(case, name, value):
+    changed = case._replace(**{name: value})
+    assert_raises(TypeError, (name, type(value).__name__, "expected"), changed, layout="auto")
+
+
+def test_numpy_ids_of_64_bits_are_not_wrapped(case):
+    changed = case._replace(expert_ids=np.full(case.expert_ids.shape, 2**32, np.int64))
+    assert_raises(TypeError, ("expert_ids", "int64", "int32"), changed, layout="auto")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("interpret", "yes"), ("grouping", {}), ("out_dtype", "foo")],
+)
+def test_keyword_of_wrong_type(case, keyword, value):
+    fragments = (keyword, "expected")
+    assert_raises(TypeError, fragments, case, layout="expert_major", **{keyword: value})
+
+
+def test_group_refuses_transposed_weights():
+    ids = zeros(2, 3, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"expert_weights has shape \(3, 2\); expected"):
+        group(ids, zeros(3, 2, dtype=jnp.float32), 4)
+    with pytest.raises(TypeError, match="expert_ids has dtype float32; expected int32"):
+        group(zeros(2, 3, dtype=jnp.float32), zeros(2, 3, dtype=jnp.float32), 4)
+
+
+def test_reference_refuses_scales(case):
+    weights = dataclasses.replace(case.weights, down_scale=jnp.ones(1))
+    with pytest.raises(NotImplementedError, match="down_scale must be None"):
+        reference_experts(*case._replace(weights=weights))
+
+
+@pytest.mark.parametrize("token_tile", [0, -8, 4, 12, 72, 8.0])
 def test_token_tile(case, token_tile):
     with pytest.raises(
         ValueError, match=rf"token_tile is {token_tile}.*multiple of 8 from 8 to 64"
