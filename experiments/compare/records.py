@@ -87,10 +87,13 @@ class Measurement:
 
 
 def write(path: pathlib.Path, environment: Environment, measurements: list[Measurement]) -> None:
-    """Writes the file anew; what is not finite becomes null."""
+    """Writes the file anew, whole or not at all; what is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [_to_json(record) for record in (environment, *measurements)]
-    path.write_text("\n".join(lines) + "\n")
+    # A run killed here, or a full disk, leaves the file that was saved before.
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("\n".join(lines) + "\n")
+    unfinished.replace(path)
 
 
 def read(path: pathlib.Path) -> tuple[Environment, list[Measurement]]:

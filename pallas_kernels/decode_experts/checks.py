@@ -59,19 +59,16 @@ def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
         raise TypeError(f"grouping is a {type(grouping).__name__}; expected a Grouping")
     check_token_tile(grouping.token_tile)
     rows = tile_capacity(T, shapes.K, shapes.E, grouping.token_tile) * grouping.token_tile
-    for field, shape, dtype in (
-        ("row_of", (T, shapes.K), jnp.int32),
-        ("token_of", (rows,), jnp.int32),
-        ("expert_of", (rows,), jnp.int32),
-        ("weight_of", (rows,), jnp.float32),
+    for field, letters, shape, dtype in (
+        ("row_of", "[T, K]", (T, shapes.K), jnp.int32),
+        ("token_of", "[P]", (rows,), jnp.int32),
+        ("expert_of", "[P]", (rows,), jnp.int32),
+        ("weight_of", "[P]", (rows,), jnp.float32),
     ):
         found = getattr(grouping, field)
+        expect_array(f"grouping.{field}", found, letters, dtype)
         if found.shape != shape:
             raise ValueError(
-                f"grouping.{field} has shape {found.shape}; expected {shape} for T = {T}, "
-                f"{shapes} and token_tile = {grouping.token_tile}"
-            )
-        if found.dtype != dtype:
-            raise TypeError(
-                f"grouping.{field} has dtype {found.dtype.name}; expected {jnp.dtype(dtype).name}"
+                f"grouping.{field} has shape {found.shape}; expected {letters} = {shape} for "
+                f"T = {T}, {shapes} and token_tile = {grouping.token_tile}"
             )

@@ -1,6 +1,7 @@
 """The result file has the schema that others read, and the table says what is in it."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -80,6 +81,22 @@ def test_round_trip(tmp_path):
             value = getattr(written, field)
             expected = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value
             assert getattr(record, field) == expected
+
+
+def test_a_write_that_breaks_off_keeps_the_file_before(tmp_path, monkeypatch):
+    path = tmp_path / "run.jsonl"
+    records.write(path, ENVIRONMENT, _run())
+    before = path.read_text()
+
+    def half(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", half)
+    with pytest.raises(OSError, match="no space left"):
+        records.write(path, ENVIRONMENT, _run()[:1])
+    assert path.read_text() == before
 
 
 def test_what_follows_from_a_chain_time():
