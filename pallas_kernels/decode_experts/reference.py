@@ -3,6 +3,8 @@
 out[t] = sum over k of w[t,k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)),  e = ids[t,k]
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,12 @@ from pallas_kernels.decode_experts.weights import ExpertWeights
 
 
 def reference_experts(
-    x: jax.Array, weights: ExpertWeights, expert_ids: jax.Array, expert_weights: jax.Array
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> jax.Array:
     """Computes one MoE layer's experts in float32, one token at a time.
 
@@ -23,6 +30,7 @@ def reference_experts(
       weights: gate_up [E, 2, I, H] and down [E, H, I], any float dtype, no scales.
       expert_ids: [T, K] int32; an id outside [0, E) is padding and contributes nothing.
       expert_weights: [T, K] float32.
+      activation: takes the place of silu.
 
     Returns:
       [T, H] float32; zeros for a row whose ids are all padding.
@@ -45,7 +53,7 @@ def reference_experts(
         gate_up = all_gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
         down = all_down[safe].astype(jnp.float32)  # [K, H, I]
         projected = jnp.einsum("h,kjih->kji", x_t.astype(jnp.float32), gate_up, precision=highest)
-        hidden = jax.nn.silu(projected[:, 0]) * projected[:, 1]  # [K, I]
+        hidden = activation(projected[:, 0]) * projected[:, 1]  # [K, I]
         outputs = jnp.einsum("ki,khi->kh", hidden, down, precision=highest)
         # Select, never multiply by zero: an inf in an unused expert must not become NaN.
         return jnp.sum(

@@ -1,0 +1,242 @@
+"""Qwen3-MoE as a causal language model, top to bottom; the parts are functions in other files.
+
+Read `Qwen3Moe.__call__` first: embeddings, then for each layer attention and an MLP or MoE block,
+both on normed inputs and added to the residual, then the final norm and the head.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import losses
+from moe_jax.attention import Attention
+from moe_jax.cache import KVCache, overflowed, slots_of
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.input_checks import check_inputs
+from moe_jax.layers import MLP, Embedding, Linear, RMSNorm, linear
+from moe_jax.moe import SparseMoe
+from moe_jax.rope import rope_tables
+from moe_jax.routing import Routing
+from moe_jax.traces import RoutingTrace
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLMOutput:
+    """What a call returns; None for what was not asked for.
+
+    Attributes:
+      logits: [B, S', V] in the model's dtype, S' as logits_to_keep says.
+      loss: float32 scalar, if labels were given: cross entropy, plus the router losses times their
+        coefficients if output_router_logits.
+      aux_loss: float32 scalar, the load-balancing loss of all layers pooled, without its
+        coefficient.
+      aux_loss_per_layer: [MoE layers] float32, the same of each layer by itself.
+      z_loss: float32 scalar, the router z-loss, without its coefficient.
+      router_logits: for each MoE layer [B*S, E] float32.
+      routings: for each MoE layer the Routing of the B*S tokens.
+      hidden_states: the embeddings, each layer's output, the last one after the final norm; each
+        [B, S, H].
+      cache: the KVCache after this call.
+    """
+
+    logits: jax.Array
+    loss: jax.Array | None = None
+    aux_loss: jax.Array | None = None
+    aux_loss_per_layer: jax.Array | None = None
+    z_loss: jax.Array | None = None
+    router_logits: tuple[jax.Array, ...] | None = None
+    routings: tuple[Routing, ...] | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+    cache: KVCache | None = None
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP has experts or is dense."""
+
+    def __init__(self, config: Qwen3MoeConfig, layer: int, *, rngs: nnx.Rngs, dtype):
+        H = config.hidden_size
+        self.input_layernorm = RMSNorm(config, H, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(config, H, dtype=dtype)
+        self.is_moe = config.is_moe_layer(layer)
+        self.mlp = (SparseMoe if self.is_moe else MLP)(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x, rope, slots, valid, stored=None, **moe_options):
+        """Returns x [B, S, H], the layer's (keys, values) or None, and its Routing or None."""
+        with jax.named_scope("attention"):
+            attended, updated = self.self_attn(self.input_layernorm(x), rope, slots, valid, stored)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            with jax.named_scope("mlp"):
+                return x + self.mlp(normed), updated, None
+        with jax.named_scope("moe"):
+            y, routing = self.mlp(normed, valid, **moe_options)
+        return x + y, updated, routing
+
+
+class Qwen3Moe(nnx.Module):
+    """The model. Parameters have the names of moe_jax.parameters."""
+
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
+        """Makes random parameters in `dtype`, as the config's initializer_range says."""
+        self.config = config
+        self.embed_tokens = Embedding(config, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List(
+            DecoderLayer(config, layer, rngs=rngs, dtype=dtype)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config, config.hidden_size, dtype=dtype)
+        tied = config.tie_word_embeddings
+        H, V = config.hidden_size, config.vocab_size
+        self.lm_head = None if tied else Linear(config, H, V, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        input_ids: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
+        attention_mask: jax.Array | None = None,
+        position_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        labels: jax.Array | None = None,
+        logits_to_keep: int | jax.Array = 0,
+        output_router_logits: bool | None = None,
+        output_routings: bool = False,
+        output_hidden_states: bool = False,
+        experts_backend: str = "auto",
+        replay: RoutingTrace | None = None,
+    ) -> CausalLMOutput:
+        """Runs the model on new tokens.
+
+        Args:
+          input_ids: [B, S] integers in [0, V); inside a compiled function one outside gives NaN.
+          inputs_embeds: [B, S, H] instead of input_ids.
+          attention_mask: [B, S], 0 for padding, anywhere in a row; None: all valid. With a cache
+            too it is the mask of the new tokens only.
+          position_ids: [1 or B, S] for RoPE. By default a token's place among its row's valid
+            tokens, those in the cache included: padding on either side needs no position_ids.
+          cache: what init_cache or the call before returned; it is not changed. A row with more
+            tokens than its cache can hold gets logits of NaN.
+          labels: [B, S] integers, -100 where nothing is to be predicted.
+          logits_to_keep: the last so many positions (0: all), or their indices [N] or [B, N].
+          output_router_logits: None takes the config's.
+          output_routings: whether to return each MoE layer's Routing.
+          output_hidden_states: whether to return every layer's output.
+          experts_backend: as in moe_jax.experts.experts; a call with a cache and S = 1 is a decode
+            step.
+          replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
+
+        Raises:
+          ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
+            out of range, labels together with logits_to_keep.
+        """
+        config = self.config
+        B, S = check_inputs(
+            config,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            replay=replay,
+        )
+        with jax.named_scope("embed"):
+            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+        # 1. Where each token stands in its row, and the angles that this gives.
+        valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
+        lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
+        slots = slots_of(valid, lengths)  # [B, S]
+        if position_ids is None:
+            position_ids = jnp.maximum(slots, 0)
+        rope = rope_tables(
+            config.rope, config.head_dim, config.max_position_embeddings, position_ids, x.dtype
+        )
+
+        # 2. The layers.
+        hidden_states, routings, keys, values = [x], [], [], []
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, updated, routing = layer(
+                    x,
+                    rope,
+                    slots,
+                    valid,
+                    None if cache is None else (cache.keys[index], cache.values[index], lengths),
+                    **self._moe_options(layer, len(routings), experts_backend, cache, S, replay),
+                )
+            if cache is not None:
+                keys.append(updated[0])
+                values.append(updated[1])
+            if routing is not None:
+                routings.append(routing)
+            hidden_states.append(x)
+        x = self.norm(x)
+        hidden_states[-1] = x
+        if cache is not None:
+            cache = KVCache(
+                keys=tuple(keys),
+                values=tuple(values),
+                lengths=lengths + jnp.sum(valid, axis=1, dtype=jnp.int32),
+            )
+
+        # 3. The head.
+        with jax.named_scope("lm_head"):
+            head = self.embed_tokens if self.lm_head is None else self.lm_head
+            logits = linear(_keep(x, logits_to_keep), head.weight[...])
+        if cache is not None:
+            logits = jnp.where(overflowed(cache, config)[:, None, None], jnp.nan, logits)
+
+        # 4. The losses.
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        loss = None if labels is None else losses.cross_entropy(logits, labels)
+        router = _router_losses(config, routings, valid) if output_router_logits else {}
+        if loss is not None and router:
+            loss = loss + config.router_aux_loss_coef * router["aux_loss"]
+            loss = loss + config.router_z_loss_coef * router["z_loss"]
+        return CausalLMOutput(
+            logits=logits,
+            loss=loss,
+            **router,
+            routings=tuple(routings) if output_routings else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            cache=cache,
+        )
+
+    def _moe_options(self, layer, moe_index, backend, cache, S, replay):
+        if not layer.is_moe:
+            return {}
+        return {
+            "backend": backend,
+            "decode": cache is not None and S == 1,
+            "replay": None if replay is None else replay.layer(moe_index),
+        }
+
+
+def _keep(x: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
+    """[B, S', H]: the positions whose logits are wanted."""
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:] if logits_to_keep else x
+    if logits_to_keep.ndim == 1:
+        return x[:, logits_to_keep]
+    return jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)
+
+
+def _router_losses(config: Qwen3MoeConfig, routings: list[Routing], valid: jax.Array) -> dict:
+    logits = tuple(routing.logits for routing in routings)
+    if not logits:
+        return {}
+    K, valid = config.num_experts_per_tok, valid.reshape(-1)
+    return {
+        "router_logits": logits,
+        "aux_loss": losses.load_balancing_loss(logits, K, valid),
+        "aux_loss_per_layer": losses.load_balancing_loss_per_layer(logits, K, valid),
+        "z_loss": losses.router_z_loss(logits, valid),
+    }

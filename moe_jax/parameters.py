@@ -1,0 +1,79 @@
+"""Parameters as a flat mapping of dotted names to arrays, and back into a model.
+
+The names, with Hugging Face's [out, in] shapes:
+embed_tokens.weight, norm.weight, lm_head.weight (absent when tied), and in layers.N:
+input_layernorm.weight, post_attention_layernorm.weight, self_attn.{q,k,v,o}_proj.weight (and
+.bias), self_attn.{q,k}_norm.weight, then mlp.gate.weight [E, H], mlp.experts.gate_up
+[E, 2, I, H], mlp.experts.down [E, H, I], or for a dense layer mlp.{gate,up,down}_proj.weight.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.model import Qwen3Moe
+
+
+def _abstract(config: Qwen3MoeConfig, dtype) -> Qwen3Moe:
+    return nnx.eval_shape(lambda: Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def _flat(model: Qwen3Moe) -> list[tuple[tuple, nnx.Param]]:
+    return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def parameter_shapes(config: Qwen3MoeConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name and shape of every parameter; allocates nothing."""
+    return {
+        _name(path): jax.ShapeDtypeStruct(param.shape, dtype)
+        for path, param in _flat(_abstract(config, dtype))
+    }
+
+
+def parameter_count(config: Qwen3MoeConfig) -> int:
+    """How many numbers the model holds."""
+    return sum(struct.size for struct in parameter_shapes(config).values())
+
+
+def active_parameter_count(config: Qwen3MoeConfig) -> int:
+    """How many of them one token uses: K of E experts in each MoE layer."""
+    return sum(
+        struct.size * config.num_experts_per_tok // config.num_experts
+        if ".experts." in name
+        else struct.size
+        for name, struct in parameter_shapes(config).items()
+    )
+
+
+def to_arrays(model: Qwen3Moe) -> dict[str, jax.Array]:
+    """The model's parameters by name; the arrays themselves, no copies."""
+    return {_name(path): param[...] for path, param in _flat(model)}
+
+
+def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen3Moe:
+    """A model that holds these arrays, without copying them.
+
+    Raises:
+      ValueError: names are missing or unexpected, or shapes do not fit; the message lists them.
+    """
+    model = _abstract(config, jnp.float32)
+    params = {_name(path): (path, param) for path, param in _flat(model)}
+    problems = [f"missing: {name}" for name in params.keys() - arrays.keys()]
+    problems += [f"unexpected: {name}" for name in arrays.keys() - params.keys()]
+    problems += [
+        f"{name} has shape {tuple(arrays[name].shape)}; expected {tuple(param.shape)}"
+        for name, (_, param) in params.items()
+        if name in arrays and tuple(arrays[name].shape) != tuple(param.shape)
+    ]
+    if problems:
+        raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(sorted(problems)))
+    held = {path: param.replace(arrays[name]) for name, (path, param) in params.items()}
+    nnx.update(model, nnx.from_flat_state(held))
+    return model

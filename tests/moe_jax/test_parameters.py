@@ -1,0 +1,76 @@
+"""Parameter names, counts of the published models, and models made from arrays."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from moe_jax.model import Qwen3Moe
+from moe_jax.parameters import (
+    active_parameter_count,
+    from_arrays,
+    parameter_count,
+    parameter_shapes,
+    to_arrays,
+)
+from moe_jax.presets import PRESETS
+
+TINY = PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("qwen3_30b_a3b", 30.532, 3.353),
+        ("qwen3_30b_a3b_instruct_2507", 30.532, 3.353),
+        ("qwen3_coder_30b_a3b", 30.532, 3.353),
+        ("qwen3_235b_a22b", 235.094, 22.191),
+        ("qwen3_coder_480b_a35b", 480.155, 35.475),
+    ],
+)
+def test_published_sizes(name, total, active):
+    assert round(parameter_count(PRESETS[name]) / 1e9, 3) == total
+    assert round(active_parameter_count(PRESETS[name]) / 1e9, 3) == active
+
+
+def test_names_and_shapes():
+    config = dataclasses.replace(TINY, mlp_only_layers=(0,), attention_bias=True)
+    shapes = {name: struct.shape for name, struct in parameter_shapes(config).items()}
+    assert shapes["embed_tokens.weight"] == shapes["lm_head.weight"] == (512, 64)
+    assert shapes["layers.0.mlp.gate_proj.weight"] == (128, 64)
+    assert shapes["layers.0.self_attn.q_proj.bias"] == (128,)
+    assert shapes["layers.1.self_attn.o_proj.weight"] == (64, 128)
+    assert shapes["layers.1.mlp.gate.weight"] == (8, 64)
+    assert shapes["layers.1.mlp.experts.gate_up"] == (8, 2, 64, 64)
+    assert shapes["layers.1.mlp.experts.down"] == (8, 64, 64)
+    assert "lm_head.weight" not in parameter_shapes(
+        dataclasses.replace(config, tie_word_embeddings=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_arrays_make_the_same_model(dtype):
+    model = Qwen3Moe(TINY, rngs=nnx.Rngs(0), dtype=dtype)
+    arrays = to_arrays(model)
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        name: (struct.shape, struct.dtype) for name, struct in parameter_shapes(TINY, dtype).items()
+    }
+    again = from_arrays(TINY, arrays)
+    assert all(array is arrays[name] for name, array in to_arrays(again).items())
+    ids = jnp.array([[3, 1, 4]])
+    run = jax.jit(lambda model: model(ids).logits)
+    chex.assert_trees_all_equal(run(again), run(model))
+
+
+def test_every_problem_is_listed():
+    arrays = to_arrays(Qwen3Moe(TINY, rngs=nnx.Rngs(0)))
+    del arrays["norm.weight"]
+    arrays["layers.1.mlp.gate.weight"] = jnp.ones((7, 64))
+    arrays["rotary"] = jnp.ones(3)
+    with pytest.raises(ValueError, match="do not fit the config") as raised:
+        from_arrays(TINY, arrays)
+    for part in ("missing: norm.weight", "unexpected: rotary", "(7, 64); expected (8, 64)"):
+        assert part in str(raised.value)
