@@ -113,7 +113,8 @@ class Qwen3Moe(nnx.Module):
         """Runs the model on new tokens.
 
         Args:
-          input_ids: [B, S] integers in [0, V); inside a compiled function one outside gives NaN.
+          input_ids: [B, S] integers in [0, V); inside a compiled function one outside makes its
+            row's logits NaN.
           inputs_embeds: [B, S, H] instead of input_ids.
           attention_mask: [B, S], 0 for padding, anywhere in a row; None: all valid. With a cache
             too it is the mask of the new tokens only.

@@ -11,9 +11,9 @@ def expert_parallel(
 ) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """The rule that splits experts over one axis of a mesh and copies everything else.
 
-    layers.N.mlp.experts.gate_up [E, 2, I, H] and layers.N.mlp.experts.down [E, H, I] are split along
-    E, so that each device along the axis holds E / size whole experts; the router, attention, norms,
-    embedding, head and dense layers are on every device.
+    layers.N.mlp.experts.gate_up [E, 2, I, H] and layers.N.mlp.experts.down [E, H, I] are split
+    along E, so that each device along the axis holds E / size whole experts; the router, attention,
+    norms, embedding, head and dense layers are on every device.
 
     Args:
       mesh: any mesh that has the axis.

@@ -1,7 +1,9 @@
 """Grouped matmul: assignments sorted by expert, each expert's rows multiplied together.
 
 For prefill and training. lax.ragged_dot_general contracts the weights' last dimension, so it reads
-them as they are stored. On a GPU XLA expands it to a dense product over all experts.
+them as they are stored. XLA expands it, on CPUs and GPUs alike, to a dense product of all experts
+with rows that are zero where they are another expert's: weights must be finite, for an inf or NaN
+in any expert reaches every token.
 """
 
 import jax
