@@ -1,0 +1,27 @@
+"""A decode step with the Pallas backend lowers for CUDA, on a machine without a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.cache import init_cache
+from moe_jax.experts import api
+from moe_jax.parameters import from_arrays, parameter_shapes
+from moe_jax.presets import PRESETS
+from tests.pallas_kernels.machine import lower_for_cuda
+
+
+@pytest.mark.parametrize(("B", "layout"), [(1, "output_major"), (16, "expert_major")])
+def test_a_decode_step_takes_the_kernels_on_cuda(monkeypatch, B, layout):
+    monkeypatch.setattr(api, "platform", lambda: "cuda")
+    config = PRESETS["tiny"]
+
+    def step(arrays, ids, cache):
+        return from_arrays(config, arrays)(ids, cache=cache).logits
+
+    cache = jax.eval_shape(lambda: init_cache(config, B, 32))
+    ids = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    lowered = lower_for_cuda(step, parameter_shapes(config), ids, cache)
+    assert lowered.count("mosaic_gpu_v2") >= 2  # gate/up and down; equal layers share a function
+    assert f"{layout}_gate_up" in lowered
+    assert "ragged_dot" not in lowered
