@@ -160,10 +160,10 @@ def read_config(path: str | pathlib.Path) -> Qwen3MoeConfig:
       FileNotFoundError: there is no such file.
       ConfigError: it is no JSON object, or from_hf refuses it; the message names the file.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8")
     try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
         return Qwen3MoeConfig.from_hf(json.loads(text))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

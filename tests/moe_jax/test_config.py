@@ -184,6 +184,9 @@ def test_files(tmp_path):
     path.write_text(json.dumps(CODER)[:-20])
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
         read_config(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match=r"config\.json is not valid JSON: .*utf-8"):
+        read_config(path)
     path.write_text("[1]")
     with pytest.raises(ConfigError, match=r"config\.json: config is a list"):
         read_config(path)

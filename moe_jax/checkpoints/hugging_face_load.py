@@ -1,0 +1,115 @@
+"""Hugging Face directory -> Qwen3Moe, one stacked array at a time."""
+
+import math
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from moe_jax.checkpoints import fp8, keys
+from moe_jax.checkpoints.hugging_face_check import HubFiles, inspect
+from moe_jax.checkpoints.placing import Shardings, place, sharding_of
+from moe_jax.checkpoints.safetensors_file import FP8
+from moe_jax.checkpoints.sources import Progress, Source, counter, expect_float
+from moe_jax.model import Qwen3Moe
+from moe_jax.parameters import from_arrays
+
+
+def load_hugging_face(
+    directory: str | pathlib.Path,
+    *,
+    dtype=None,
+    shardings: Shardings | None = None,
+    progress: Progress | None = None,
+) -> Qwen3Moe:
+    """Loads config.json and model.safetensors, or the files that an index names.
+
+    1. Every file's header is read and compared with the config; nothing is loaded unless all fits.
+    2. For each parameter in turn, its tensors go from the file straight to their place in one
+       stacked array, cast or dequantised on the way.
+    3. That array goes to the device, and the host's copy is dropped before the next is made. With
+       `shardings` the unit is one device's shard: only its slices are read.
+
+    Args:
+      directory: where config.json is.
+      dtype: of every parameter: bfloat16, float32 or float16. None keeps each tensor's own, and
+        makes bfloat16 of FP8 blocks (see checkpoints.fp8).
+      shardings: (parameter name, shape) -> jax.sharding.Sharding, as from
+        moe_jax.sharding.expert_parallel; None puts everything on the default device.
+      progress: called as progress(done_bytes, total_bytes) after each tensor of the file.
+
+    Returns:
+      The model. Its config has quantization_config None, as its weights are not quantised.
+
+    Raises:
+      CheckpointError: the directory is no whole Qwen3-MoE checkpoint; lists all that is wrong.
+      NotImplementedError: a quantisation other than FP8 in blocks.
+    """
+    files = inspect(directory)
+    dtype = None if dtype is None else expect_float(dtype)
+    count = counter(_bytes_to_read(files), progress)
+    arrays = {}
+    for name, struct in files.shapes.items():
+        arrays[name] = place(
+            jax.ShapeDtypeStruct(struct.shape, dtype or struct.dtype),
+            sharding_of(shardings, name, struct.shape),
+            lambda index, name=name: read_slice(files, name, index, dtype, count),
+        )
+    return from_arrays(files.config, arrays)
+
+
+def open_hugging_face(directory: str | pathlib.Path, *, dtype=None) -> Source:
+    """The directory's parameters, to be read one at a time; dtype and errors as above."""
+    files = inspect(directory)
+    dtype = None if dtype is None else expect_float(dtype)
+    shapes = {
+        name: jax.ShapeDtypeStruct(struct.shape, dtype or struct.dtype)
+        for name, struct in files.shapes.items()
+    }
+
+    def read(name: str) -> np.ndarray:
+        return read_slice(files, name, (slice(None),) * len(shapes[name].shape), dtype)
+
+    return Source(files.config, shapes, read)
+
+
+def read_slice(
+    files: HubFiles,
+    name: str,
+    index: tuple[slice, ...],
+    dtype: np.dtype | None = None,
+    count: Callable[[int], None] = lambda nbytes: None,
+) -> np.ndarray:
+    """One slice of one parameter, from the slices of its tensors.
+
+    Args:
+      index: slices of step 1, one for each dimension.
+      dtype: None for the one in files.shapes.
+      count: told how many of the file's bytes each tensor's slice took.
+    """
+    struct = files.shapes[name]
+    bounds = [slice(*part.indices(n)[:2]) for part, n in zip(index, struct.shape, strict=True)]
+    out = np.empty([part.stop - part.start for part in bounds], dtype or struct.dtype)
+    for position, key in keys.hub_keys(name, struct.shape).items():
+        leading, inner = bounds[: len(position)], tuple(bounds[len(position) :])
+        if not all(part.start <= i < part.stop for i, part in zip(position, leading, strict=True)):
+            continue
+        target = out[tuple(i - part.start for i, part in zip(position, leading, strict=True))]
+        tensor = files.tensors[key]
+        if tensor.dtype == FP8:
+            scale = files.tensors[fp8.scale_key(key)].view()[:, :]
+            fp8.dequantise(tensor.view(), scale, files.block, inner, target)
+        else:
+            target[...] = tensor.view()[inner]
+        count(target.size * tensor.dtype.itemsize)
+    return out
+
+
+def _bytes_to_read(files: HubFiles) -> int:
+    """Of all parameters as they are stored; scales and ignored tensors are left out."""
+    return sum(
+        math.prod(files.tensors[key].shape) * files.tensors[key].dtype.itemsize
+        for name, struct in files.shapes.items()
+        for key in keys.hub_keys(name, struct.shape).values()
+    )

@@ -1,0 +1,119 @@
+"""Safetensors files, read and written by the safetensors package.
+
+One thing is done here: FP8. The package's numpy frontend, 0.8.0, cannot return such tensors, so
+they are mapped from the file, at the place that its header names.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+# What checkpoints are read from.
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": FP8,
+}
+
+
+class DamagedFileError(ValueError):
+    """A file is no whole safetensors file; the message does not name the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+      path: its file.
+      key: its name there.
+      dtype: None if it is none that checkpoints are read from.
+      dtype_name: as the file spells it, BF16 for example.
+      shape: as the file says.
+    """
+
+    path: pathlib.Path
+    key: str
+    dtype: np.dtype | None
+    dtype_name: str
+    shape: tuple[int, ...]
+
+    def view(self):
+        """What gives numpy arrays when it is indexed with slices, and reads those slices only."""
+        if self.dtype == FP8:
+            offset = _data_offsets(*_identity(self.path))[self.key]
+            return np.memmap(self.path, FP8, "r", offset, self.shape)
+        return _opened(*_identity(self.path)).get_slice(self.key)
+
+
+def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by key; reads the header only.
+
+    Raises:
+      DamagedFileError: the file is cut off, or its header is not one; says what was found.
+      FileNotFoundError: there is no such file.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            slices = {key: file.get_slice(key) for key in names}
+            return {
+                key: StoredTensor(
+                    path,
+                    key,
+                    _DTYPES.get(part.get_dtype()),
+                    part.get_dtype(),
+                    tuple(part.get_shape()),
+                )
+                for key, part in slices.items()
+            }
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise DamagedFileError(f"is damaged or cut off, at {size} bytes: {error}") from None
+
+
+def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file.
+
+    Raises:
+      OSError: it cannot be written, as on a full disk.
+    """
+    contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+    try:
+        # transformers before version 5 refuses a file that does not say whose format it is.
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _identity(path: pathlib.Path) -> tuple[pathlib.Path, int, int, int]:
+    """A path, and what tells its file from another that takes its place."""
+    found = os.stat(path)
+    return path, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: pathlib.Path, *identity):
+    """An open file: a header names thousands of tensors, too many to read it for each of them."""
+    return safe_open(path, framework="numpy")
+
+
+@functools.lru_cache(maxsize=2)
+def _data_offsets(path: pathlib.Path, *identity) -> dict[str, int]:
+    """Key -> the file's byte at which its data begin. The header is known to be whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items()}

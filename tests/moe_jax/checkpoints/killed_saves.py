@@ -1,0 +1,156 @@
+"""Saves that are killed, each at another line of its code, over a checkpoint that must survive.
+
+    python -m tests.moe_jax.checkpoints.killed_saves FOLDER FORMAT STRIDE
+
+Puts checkpoint 0 into place, then forks a process that replaces it by checkpoint 1 and ends itself
+by SIGKILL at line STRIDE, 2 * STRIDE, ... that it executes of the files below, until one gets
+through. Prints, for every kill, which checkpoint is there afterwards (null if it is neither).
+JAX starts no backend in the process that forks.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+
+import jax
+import numpy as np
+
+from moe_jax.checkpoints import (
+    Source,
+    differences,
+    open_checkpoint,
+    write_hugging_face,
+    write_orbax,
+)
+from moe_jax.config import Qwen3MoeConfig
+from tests.moe_jax.checkpoints import hub
+
+TRACED = (
+    "moe_jax/checkpoints/hugging_face_save.py",
+    "moe_jax/checkpoints/orbax.py",
+    "moe_jax/checkpoints/replace_directory.py",
+    "moe_jax/checkpoints/safetensors_file.py",
+)
+
+
+def source(number: int) -> Source:
+    """A tiny checkpoint of one layer whose arrays are full of `number`, of its own vocabulary."""
+    config = hub.config(num_hidden_layers=1, mlp_only_layers=[], num_experts=2)
+    config["vocab_size"] = 32 + number
+    H, D, E, I = 16, 12, 2, 8
+    shapes = {
+        "embed_tokens.weight": (config["vocab_size"], H),
+        "layers.0.input_layernorm.weight": (H,),
+        "layers.0.post_attention_layernorm.weight": (H,),
+        "layers.0.self_attn.q_proj.weight": (2 * D, H),
+        "layers.0.self_attn.k_proj.weight": (D, H),
+        "layers.0.self_attn.v_proj.weight": (D, H),
+        "layers.0.self_attn.o_proj.weight": (H, 2 * D),
+        "layers.0.self_attn.q_norm.weight": (D,),
+        "layers.0.self_attn.k_norm.weight": (D,),
+        "layers.0.mlp.gate.weight": (E, H),
+        "layers.0.mlp.experts.gate_up": (E, 2, I, H),
+        "layers.0.mlp.experts.down": (E, H, I),
+        "norm.weight": (H,),
+        "lm_head.weight": (config["vocab_size"], H),
+    }
+    return Source(
+        Qwen3MoeConfig.from_hf(config),
+        {name: jax.ShapeDtypeStruct(shape, hub.BF16) for name, shape in shapes.items()},
+        lambda name: np.full(shapes[name], number, hub.BF16),
+    )
+
+
+def save(directory: pathlib.Path, form: str, number: int) -> None:
+    if form == "orbax":
+        write_orbax(directory, source(number), overwrite=True)
+    else:
+        write_hugging_face(directory, source(number), overwrite=True, max_shard_bytes=1000)
+
+
+def killed_at(line: int):
+    """A trace function that ends this process before the line-th line of the traced files."""
+    left = line
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(TRACED):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    return trace
+
+
+def in_a_fork(work) -> int | None:
+    """Runs work() in a forked process; what it returned, or None if it was killed."""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+
+
+def which(directory: pathlib.Path, form: str) -> int | None:
+    """The number of the checkpoint that is there, None unless it is whole."""
+
+    def look() -> int:
+        found = open_checkpoint(directory)
+        matching = [number for number in (0, 1) if not differences(source(number), found)[0]]
+        return matching[0] if matching else 99
+
+    if (directory / "tokenizer.json").read_text() != "{}":
+        return None
+    if form == "orbax":
+        number = in_a_fork(look)
+        return number if number in (0, 1) else None
+    # By the safetensors package, which is quicker than a process with a JAX backend for each.
+    (number,) = {float(value) for array in hub.read(directory).values() for value in array.flat}
+    config = json.loads((directory / "config.json").read_text())
+    expected = hub.shapes(config)
+    whole = {key: array.shape for key, array in hub.read(directory).items()} == expected
+    named = hub.read_index(directory).keys() == expected.keys()
+    return int(number) if whole and named and config["vocab_size"] == 32 + number else None
+
+
+def main(folder: str, form: str, stride: str) -> None:
+    directory, first = pathlib.Path(folder, "places", "saved"), pathlib.Path(folder, "first")
+
+    def prepare() -> int:
+        save(first, form, 0)
+        (first / "tokenizer.json").write_text("{}")
+        return 0
+
+    # Orbax starts threads, and a process with threads should not fork.
+    assert in_a_fork(prepare) == 0
+    outcomes, leftovers, line, code = [], 0, 0, None
+    while code is None:
+        line += int(stride)
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(first, directory)
+
+        def replace(line=line) -> int:
+            sys.settrace(killed_at(line))
+            save(directory, form, 1)
+            return 0
+
+        code = in_a_fork(replace)
+        leftovers += len(os.listdir(directory.parent)) > 1
+        outcomes.append(which(directory, form))
+    # What the killed ones left, each next one has removed.
+    left = sorted(os.listdir(directory.parent))
+    print(json.dumps({"outcomes": outcomes, "leftovers": leftovers, "left": left, "code": code}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""What test_placing.py checks, in a process of its own that has four CPU devices.
+
+    python -m tests.moe_jax.checkpoints.on_four_devices FOLDER
+
+with XLA_FLAGS=--xla_force_host_platform_device_count=4 and JAX_PLATFORMS=cpu.
+"""
+
+import pathlib
+import sys
+import weakref
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_jax.checkpoints import (
+    hugging_face_load,
+    load_hugging_face,
+    load_orbax,
+    placing,
+    save_hugging_face,
+    save_orbax,
+)
+from moe_jax.checkpoints.sources import host_copy
+from moe_jax.parameters import to_arrays
+from moe_jax.sharding import expert_parallel
+from tests.moe_jax.checkpoints import hub
+
+CONFIG = hub.config()
+TENSORS = hub.tensors(CONFIG)
+GATE_UP = "layers.2.mlp.experts.gate_up"  # [4, 2, 8, 16]
+
+
+def read_sizes(load) -> tuple[dict, list[int]]:
+    """A loaded model's arrays, and how many elements each read of the files took.
+
+    Asserts that no part is on the host any more when the next is read.
+    """
+    sizes, parts = [], []
+    read_slice, put = hugging_face_load.read_slice, placing._put
+
+    def counting(*args, **kwargs):
+        assert not any(part() is not None for part in parts)
+        part = read_slice(*args, **kwargs)
+        sizes.append(part.size)
+        parts.append(weakref.ref(part))
+        return part
+
+    hugging_face_load.read_slice = counting
+    # A CPU device may use the host's memory as it is; a copy makes it a device of its own.
+    placing._put = lambda host, device: put(host.copy(), device)
+    try:
+        return to_arrays(load()), sizes
+    finally:
+        hugging_face_load.read_slice, placing._put = read_slice, put
+
+
+def check_expert_parallel(folder, mesh, whole: dict) -> None:
+    model_rule = expert_parallel(mesh)
+    arrays, sizes = read_sizes(lambda: load_hugging_face(folder / "hub", shardings=model_rule))
+    for name, array in arrays.items():
+        assert array.sharding == model_rule(name, array.shape), name
+        assert hub.same(host_copy(array), whole[name]), name
+    shards = sorted(arrays[GATE_UP].addressable_shards, key=lambda shard: shard.index[0].start)
+    assert [shard.data.shape for shard in shards] == [(1, 2, 8, 16)] * 4
+    for e, shard in enumerate(shards):
+        assert hub.same(shard.data, whole[GATE_UP][e : e + 1])
+    assert arrays["norm.weight"].is_fully_replicated
+    # Each element once: four reads of an expert's share, one read of what is on every device.
+    experts = sum(".experts." in name for name in arrays)
+    assert len(sizes) == len(arrays) + 3 * experts
+    assert sum(sizes) == sum(array.size for array in arrays.values())
+
+
+def check_any_layout(folder, mesh, whole: dict) -> None:
+    """Rows, columns and both, replicated over what is left of the mesh."""
+    specs = [("expert",), (None, "expert"), ("expert", "other"), ("other",), (("expert", "other"),)]
+    dividing = [PartitionSpec(*spec) for spec in specs]
+
+    def rule(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        fits = [spec for spec in dividing if len(spec) <= len(shape)]
+        spec = fits[sum(map(ord, name)) % len(fits)]
+        try:
+            NamedSharding(mesh, spec).shard_shape(shape)
+        except ValueError:
+            spec = PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    arrays, sizes = read_sizes(lambda: load_hugging_face(folder / "hub", shardings=rule))
+    assert sum(sizes) == sum(array.size for array in arrays.values())
+    assert len({str(array.sharding.spec) for array in arrays.values()}) >= 4
+    for name, array in arrays.items():
+        assert array.sharding == rule(name, array.shape)
+        assert hub.same(host_copy(array), whole[name]), name
+
+
+def check_saves(folder, mesh, whole: dict) -> None:
+    model = load_hugging_face(folder / "hub", shardings=expert_parallel(mesh))
+    save_hugging_face(folder / "saved", model)
+    hub.expect_same(hub.read(folder / "saved"), TENSORS)
+    save_orbax(folder / "orbax", model)
+    rule = expert_parallel(mesh)
+    for shardings in (None, rule):
+        arrays = to_arrays(load_orbax(folder / "orbax", shardings=shardings))
+        hub.expect_same({name: host_copy(array) for name, array in arrays.items()}, whole)
+        devices = arrays[GATE_UP].sharding.device_set
+        assert len(devices) == (1 if shardings is None else 4)
+    assert arrays[GATE_UP].sharding == rule(GATE_UP, arrays[GATE_UP].shape)
+
+
+def check_refusals(folder) -> None:
+    mesh = jax.make_mesh((3,), ("expert",), devices=jax.devices()[:3])
+    try:
+        load_hugging_face(folder / "hub", shardings=expert_parallel(mesh))
+    except ValueError as error:
+        assert "has 4 experts; expected a multiple of 3, the size of the mesh's axis" in str(error)
+    else:
+        raise AssertionError("4 experts were put on 3 devices")
+
+
+def main(folder: pathlib.Path) -> None:
+    assert len(jax.devices()) == 4
+    hub.write(folder / "hub", CONFIG, TENSORS, files=2)
+    model = load_hugging_face(folder / "hub")
+    whole = {name: np.asarray(array) for name, array in to_arrays(model).items()}
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        check_expert_parallel(folder, jax.make_mesh((4,), ("expert",), axis_types=(kind,)), whole)
+    two_by_two = jax.make_mesh((2, 2), ("other", "expert"))
+    check_any_layout(folder, two_by_two, whole)
+    check_saves(folder, jax.make_mesh((4,), ("expert",)), whole)
+    check_refusals(folder)
+    print("all good")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
