@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup compare test lint clean
+.PHONY: help setup compare generate test lint clean
 
 # What a target is given beyond its defaults: make test ARGS="tests/test_frame.py -k pins"
 ARGS ?=
@@ -28,6 +28,9 @@ setup: $(DEV_ENV) ## make .venv with everything for development
 
 compare: $(RUN_ENV) ## compare the kernel layouts; ARGS are flags of experiments.compare_layouts
 	$(PYTHON) -m experiments.compare_layouts $(ARGS)
+
+generate: $(RUN_ENV) ## generate text; ARGS are flags of experiments.generate, else a tiny random model's
+	$(PYTHON) -m experiments.generate $(or $(ARGS),--preset=tiny --random --prompt=hello --max_new_tokens=32)
 
 test: $(DEV_ENV) ## run the tests; ARGS go to pytest (-m "" for the slow ones too)
 	JAX_PLATFORMS='$(JAX_PLATFORMS)' $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)

@@ -1,0 +1,230 @@
+"""`stream`: tokens and text of every row, as an iterator, while they are made."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.cache import init_cache
+from moe_jax.experts import BACKENDS
+from moe_jax.generation import arguments
+from moe_jax.generation import decode as compiled
+from moe_jax.generation.sampling import NO_TOKEN, Sampling, row_keys
+from moe_jax.generation.text import RowText
+from moe_jax.model import Qwen3Moe
+from moe_jax.parameters import to_arrays
+from moe_jax.traces import RoutingTrace
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """One token of one row.
+
+    Attributes:
+      row: which prompt.
+      index: the token's number in its row, from 0.
+      token_id: the token; a stop id too is reported.
+      text: what may be shown now: characters and beginnings of stop strings are held back until
+        they are complete, or clearly none. Neither stop strings nor stop ids are in it.
+      finish_reason: None, or why the row ends with this token: "stop_id", "stop_string", "length".
+      seconds: since `stream` began to run, when the token was there.
+    """
+
+    row: int
+    index: int
+    token_id: int
+    text: str
+    finish_reason: str | None
+    seconds: float
+
+
+def stream(
+    model: Qwen3Moe,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling = GREEDY,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    tokenizer=None,
+    seed: int | Sequence[int] = 0,
+    prefill_chunk: int = 512,
+    capacity: int | None = None,
+    prefill_backend: str = "auto",
+    decode_backend: str = "auto",
+    on_routing: Callable[[RoutingTrace], None] | None = None,
+) -> Iterator[Event]:
+    """Generates for every prompt; arguments are checked here, the work is done as one iterates.
+
+    The next step is started before a token is read, so that the device does not wait for Python.
+    The price is at most one step too many at the end, and for a row with a stop string one token
+    that nobody sees.
+
+    Args:
+      model: its parameters are used in place; changing them while iterating changes what follows.
+      prompts: rows of token ids, of any lengths.
+      sampling: greedy by default.
+      max_new_tokens: for every row.
+      stop_ids: tokens that end a row.
+      stop_strings: text that ends a row; needs a tokenizer.
+      tokenizer: whatever has decode(ids) -> str, as moe_jax.tokenization's; None gives no text.
+      seed: row r draws from (seed, r), so its tokens do not depend on the rows beside it. A
+        sequence has a seed for each row, and a row draws as if it were alone.
+      prefill_chunk: columns of the prompts that run at once; changes memory, not results.
+      capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
+        value serves calls of several lengths with one compiled step.
+      prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts.
+      on_routing: called after each decode step with its RoutingTrace of NumPy arrays,
+        [MoE layers, B, K]; rows that had ended have ids -1 and weights 0.
+
+    Yields:
+      Events, the rows in turn; a row that has ended has no more.
+
+    Raises:
+      ValueError, TypeError: an argument cannot be; the message names it, its value and what can.
+      FloatingPointError: while iterating, if a row's logits are NaN; names row and token.
+    """
+    config = model.config
+    rows = arguments.check_prompts(prompts, config, max_new_tokens)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is {sampling!r}; expected a Sampling")
+    arguments.whole_number("prefill_chunk", prefill_chunk, least=1)
+    longest = max(map(len, rows))
+    columns = arguments.padded_length(longest, prefill_chunk)
+    capacity = arguments.cache_capacity(columns, max_new_tokens, capacity, longest)
+    stops = arguments.check_stop_ids(stop_ids, config.vocab_size)
+    seeds, places = arguments.check_seed(seed, len(rows))
+    texts = [RowText(tokenizer, stop_strings) for _ in rows]
+    if stop_strings and tokenizer is None:
+        raise ValueError(f"stop_strings is {stop_strings!r} without tokenizer; expected both")
+    for name, backend in (("prefill_backend", prefill_backend), ("decode_backend", decode_backend)):
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"{name} is {backend!r}; expected auto or one of {sorted(BACKENDS)}")
+    if on_routing is not None and not config.moe_layers:
+        raise ValueError("on_routing is given, but the model has no MoE layer to trace")
+    job = _Job(
+        model=model,
+        sampling=sampling,
+        rows=rows,
+        columns=columns,
+        prefill_chunk=min(prefill_chunk, columns),
+        capacity=capacity,
+        max_new_tokens=max_new_tokens,
+        keys=row_keys(seeds, places),
+        stop_ids=stops,
+        texts=texts,
+        prefill_backend=prefill_backend,
+        decode_backend=decode_backend,
+        on_routing=on_routing,
+    )
+    return _events(job)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """The arguments of `stream`, checked and converted."""
+
+    model: Qwen3Moe
+    sampling: Sampling
+    rows: list[np.ndarray]
+    columns: int
+    prefill_chunk: int
+    capacity: int
+    max_new_tokens: int
+    keys: jax.Array
+    stop_ids: frozenset[int]
+    texts: list[RowText]
+    prefill_backend: str
+    decode_backend: str
+    on_routing: Callable[[RoutingTrace], None] | None
+
+    def plan(self, backend: str, capture: bool) -> compiled.Plan:
+        return compiled.Plan(self.model.config, self.sampling.steps, backend, capture)
+
+
+def _events(job: _Job) -> Iterator[Event]:
+    start = time.perf_counter()
+    fixed = compiled.Fixed(
+        parameters=to_arrays(job.model),
+        values=job.sampling.values(),
+        keys=job.keys,
+        stop_ids=compiled.stop_array(job.stop_ids),
+    )
+    plan = job.plan(job.decode_backend, capture=job.on_routing is not None)
+    step = _prefill(job, fixed)
+    going = np.ones(len(job.rows), bool)
+    alive = jnp.array(going)  # a copy: `going` changes
+    for index in range(job.max_new_tokens):
+        is_last = index + 1 == job.max_new_tokens
+        # Started before this step's tokens are read. `kept` is donated; `chosen` is not.
+        ahead = None if is_last else compiled.decode(plan, fixed, step.kept, step.chosen, alive)
+        tokens = np.asarray(step.chosen.tokens)
+        seconds = time.perf_counter() - start
+        if step.trace is not None:
+            job.on_routing(_only_rows(step.trace, going))
+        stopped = False
+        for row in np.flatnonzero(going).tolist():
+            token = int(tokens[row])
+            text, reason = _read(job, row, index, token, is_last)
+            going[row] = reason is None
+            stopped |= reason == "stop_string"
+            yield Event(
+                row=row,
+                index=index,
+                token_id=token,
+                text=text,
+                finish_reason=reason,
+                seconds=seconds,
+            )
+        if not going.any():
+            return
+        if stopped:  # stop ids the device has seen for itself
+            alive = jnp.array(going)
+        step = ahead
+
+
+def _prefill(job: _Job, fixed: compiled.Fixed) -> compiled.Step:
+    """Runs the prompts chunk by chunk; returns the last chunk's Step."""
+    config, B = job.model.config, len(job.rows)
+    dtype = fixed.parameters["embed_tokens.weight"].dtype
+    seen = None
+    if job.sampling.steps.repetition_penalty:
+        seen = jnp.zeros((B, config.vocab_size), bool)
+    kept = compiled.Kept(init_cache(config, B, job.capacity, dtype), seen)
+    ids, valid = arguments.pad_left(job.rows, job.columns)
+    plan = job.plan(job.prefill_backend, capture=False)
+    for first in range(0, job.columns, job.prefill_chunk):
+        chunk = slice(first, first + job.prefill_chunk)
+        step = compiled.prefill(plan, fixed, kept, ids[:, chunk], valid[:, chunk])
+        kept = step.kept
+    return step
+
+
+def _read(job: _Job, row: int, index: int, token: int, is_last: bool) -> tuple[str, str | None]:
+    """The text that a token lets through, and why the row ends with it, if it does."""
+    if token == NO_TOKEN:
+        raise FloatingPointError(
+            f"row {row}: the logits for its token {index} are NaN, or all -inf; no token can be "
+            "chosen. Look for NaN in the weights, or for overflow in their dtype"
+        )
+    text = job.texts[row]
+    if token in job.stop_ids:
+        return text.flush(), "stop_id"
+    shown, stopped = text.push(token)
+    if stopped:
+        return shown, "stop_string"
+    return (shown + text.flush(), "length") if is_last else (shown, None)
+
+
+def _only_rows(trace: RoutingTrace, going: np.ndarray) -> RoutingTrace:
+    """The trace in NumPy; nothing in the rows that have ended, whatever the device did for them."""
+    kept = going[None, :, None]
+    return RoutingTrace(
+        expert_ids=np.where(kept, np.asarray(trace.expert_ids), -1),
+        expert_weights=np.where(kept, np.asarray(trace.expert_weights), np.float32(0)),
+    )

@@ -1,0 +1,316 @@
+"""The script end to end, what it says of wrong flags, and its parts on checkpoints.
+
+It is not imported here: another script's flags of the same names are in this process already.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.generation import load, output, settings
+from experiments.generation.run import run
+from moe_jax.checkpoints import save_hugging_face, save_orbax
+from moe_jax.generation import Event, Generation, Sampling, generate
+from moe_jax.model import Qwen3Moe
+from moe_jax.presets import PRESETS
+from moe_jax.tokenization import ByteTokenizer, ChatTemplateError, load_tokenizer
+from moe_jax.traces import load_trace
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENIZER = ROOT / "tests" / "moe_jax" / "generation" / "checkpoint"
+
+FLAGS = {
+    "checkpoint": "",
+    "preset": "tiny",
+    "random": True,
+    "prompt": ["hello"],
+    "prompt_file": "",
+    "prompt_tokens": 0,
+    "chat": False,
+    "system": "",
+    "batch": 1,
+    "max_new_tokens": 6,
+    "sampling": {"temperature": None, "top_k": None},
+    "seed": 0,
+    "stop": [],
+    "ignore_eos": False,
+    "dtype": "",
+    "prefill_chunk": 512,
+    "experts_backend": "auto",
+    "decode_backend": "",
+    "capture_trace": "",
+    "warm_up": False,
+}
+
+
+def parse(**changes):
+    return settings.parse(**{**FLAGS, **changes})
+
+
+SUBPROCESS = {
+    "cwd": ROOT,
+    "env": {**os.environ, "JAX_PLATFORMS": "cpu"},
+    "capture_output": True,
+    "text": True,
+    "encoding": "utf-8",
+    "timeout": 300,
+}
+
+
+def test_script():
+    command = "-m experiments.generate --preset=tiny --random --prompt=hello --max_new_tokens=8"
+    made = subprocess.run([sys.executable, *command.split()], **SUBPROCESS)
+    assert made.returncode == 0, made.stderr
+    text, _, figures = made.stdout.partition("\n\n")
+    assert 0 < len(text) <= 8 * 4
+    assert "rows: 1, prompt tokens: 5, new tokens: 8 (length 1)" in figures
+    assert re.search(r"time to first token: [\d.]+ ms, compiled before", figures)
+    assert re.search(r"decode: [\d.]+ tokens/s, 7 steps of [\d.]+ ms", figures)
+    assert re.search(r"compiling and warming up: [\d.]+ s", figures)
+    assert "cpu, jax " in figures
+
+
+_MAIN = """
+import json, sys
+from absl import flags
+from experiments import generate
+for argv in json.loads(sys.argv[1]):
+    flags.FLAGS.unparse_flags()
+    try:
+        generate.main(flags.FLAGS(["generate", *argv]))
+    except SystemExit as end:
+        print(end)
+"""
+
+
+def test_main_ends_with_one_line():
+    calls = [["hello"], ["--random", "--preset=gpt"], ["--checkpoint=/nowhere"]]
+    made = subprocess.run(
+        [sys.executable, "-c", _MAIN, json.dumps([[*call, "--prompt=a"] for call in calls])],
+        **SUBPROCESS,
+    )
+    assert made.stdout.splitlines() == [
+        "generate takes flags only; left over: hello",
+        f"generate: --preset is 'gpt'; expected one of {', '.join(PRESETS)}",
+        "generate: /nowhere is no directory; expected a checkpoint",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"random": False}, "--checkpoint and --random: neither given"),
+        ({"checkpoint": "x"}, "--checkpoint and --random: both given"),
+        ({"preset": ""}, "--preset is ''; expected one of tiny, qwen3_30b_a3b"),
+        ({"random": False, "checkpoint": "x"}, "--preset is 'tiny' with --checkpoint"),
+        ({"prompt": []}, "--prompt, --prompt_file and --prompt_tokens: 0 given"),
+        ({"prompt_tokens": 3}, "--prompt, --prompt_file and --prompt_tokens: 2 given"),
+        ({"prompt": ["a", ""]}, "--prompt is empty"),
+        ({"prompt": [], "prompt_file": "/nowhere"}, "--prompt_file is '/nowhere'; expected a file"),
+        ({"chat": True}, "--chat is given with --random"),
+        (
+            {"chat": True, "random": False, "checkpoint": "x", "preset": "", "prompt": []}
+            | {"prompt_tokens": 3},
+            "--chat is given with --prompt_tokens",
+        ),
+        ({"system": "Be brief."}, "--system is 'Be brief.' without --chat"),
+        ({"batch": 0}, "--batch is 0; expected 1 to"),
+        ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 to"),
+        ({"prefill_chunk": 0}, "--prefill_chunk is 0; expected 1 to"),
+        ({"seed": -1}, "--seed is -1; expected 0 to"),
+        ({"sampling": {"top_k": -1}}, "--top_k is -1; expected a whole number"),
+        ({"sampling": {"temperature": -1.0}}, "--temperature is -1.0; expected"),
+        ({"sampling": {"top_p": 0.9}}, "--top_p is 0.9, but choices are greedy"),
+        ({"stop": ["a", ""]}, "--stop is empty"),
+        ({"dtype": "fp8"}, "--dtype is 'fp8'; expected one of bfloat16, float32"),
+        ({"experts_backend": "cuda"}, "--experts_backend is 'cuda'; expected one of auto"),
+        ({"decode_backend": "cuda"}, "--decode_backend is 'cuda'; expected one of auto"),
+        ({"capture_trace": "/nowhere/t.npz"}, "--capture_trace is '/nowhere/t.npz'; expected"),
+        ({"capture_trace": "t.npz", "max_new_tokens": 1}, "--max_new_tokens is 1; expected 2"),
+    ],
+)
+def test_flag_errors_name_the_flag(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(**flags)
+
+
+def test_decode_backend_is_the_experts_backend_unless_given():
+    asked = parse(experts_backend="gather")
+    assert (asked.prefill_backend, asked.decode_backend) == ("gather", "gather")
+    asked = parse(experts_backend="grouped", decode_backend="gather")
+    assert (asked.prefill_backend, asked.decode_backend) == ("grouped", "gather")
+
+
+def test_sampling_flags_go_over_the_checkpoints():
+    defaults = Sampling(temperature=0.6, top_k=20, top_p=0.95)
+    asked = parse(sampling={"temperature": 0.9, "top_k": None})
+    assert asked.sampling_over(defaults) == dataclasses.replace(defaults, temperature=0.9)
+    assert parse(sampling={"temperature": 0.0}).sampling_over(defaults).temperature == 0
+    asked = dataclasses.replace(parse(), sampling={"temperature": 0.0, "top_k": 3})
+    with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
+        asked.sampling_over(defaults)
+
+
+def test_random_prompt_tokens():
+    asked = parse(prompt=[], prompt_tokens=20, batch=3, seed=4)
+    model = load.Loaded(model=_Config, tokenizer=None, defaults=None)
+    rows = load.prompt_ids(asked, model)
+    assert [len(row) for row in rows] == [20] * 3
+    assert rows[0] != rows[1] and rows == load.prompt_ids(asked, model)
+    assert all(0 <= id_ < 512 for row in rows for id_ in row)
+
+
+class _Config:
+    config = PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = dataclasses.replace(PRESETS["tiny"], initializer_range=0.1, extra={"eos_token_id": 5})
+    return Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module", params=["hugging_face", "orbax"])
+def checkpoint(request, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / request.param
+    {"hugging_face": save_hugging_face, "orbax": save_orbax}[request.param](folder, model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TOKENIZER / name, folder)
+    return folder
+
+
+def of_checkpoint(folder, **changes):
+    return parse(**{"checkpoint": str(folder), "preset": "", "random": False} | changes)
+
+
+def test_checkpoint(checkpoint, model):
+    asked = of_checkpoint(checkpoint, chat=True, system="Be brief.", prompt=["hi"])
+    loaded = load.load(asked)
+    assert loaded.defaults.stop_ids == (5,)
+    assert loaded.defaults.sampling == Sampling()
+    tokenizer = load_tokenizer(TOKENIZER)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    ids = tokenizer.encode_chat(messages)
+    assert load.prompt_ids(asked, loaded) == [ids]
+    out = io.StringIO()
+    made = run(asked, out)
+    options = {"stop_ids": [5], "tokenizer": tokenizer, "capacity": 64}
+    expected = generate(model, [ids], max_new_tokens=6, **options)
+    assert made.tokens == expected.tokens
+    assert out.getvalue().startswith(output.printable(expected.texts[0]) + "\n")
+
+
+def test_defaults_of_a_checkpoint_and_flags_over_them(checkpoint, model):
+    file = {"do_sample": True, "temperature": 0.5, "top_k": 7, "eos_token_id": [3, 4]}
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps(file))
+    try:
+        loaded = load.load(of_checkpoint(checkpoint))
+        assert loaded.defaults.stop_ids == (3, 4)
+        assert loaded.defaults.sampling == Sampling(temperature=0.5, top_k=7)
+        # nothing is loaded for flags that do not fit the checkpoint
+        bad = of_checkpoint(checkpoint, sampling={"temperature": 0.0, "top_k": 3})
+        with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
+            load.load(bad)
+    finally:
+        path.unlink()
+
+
+def test_end_tokens_and_stop_strings(checkpoint, model):
+    ids = load_tokenizer(TOKENIZER).encode("hello")
+    plain = generate(model, [ids], max_new_tokens=6).tokens[0]
+    end = plain[2]
+    path = checkpoint / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": end}))
+    try:
+        made = run(of_checkpoint(checkpoint), io.StringIO())
+        assert made.tokens == [plain[: plain.index(end) + 1]]
+        assert made.finish_reasons == ["stop_id"]
+        made = run(of_checkpoint(checkpoint, ignore_eos=True), io.StringIO())
+        assert (made.tokens, made.finish_reasons) == ([plain], ["length"])
+    finally:
+        path.unlink()
+    text = load_tokenizer(TOKENIZER).decode(plain)
+    stop = next(character for character in text if character != "\N{REPLACEMENT CHARACTER}")
+    made = run(of_checkpoint(checkpoint, stop=[stop], ignore_eos=True), io.StringIO())
+    assert made.texts == [text.partition(stop)[0]]
+    assert made.finish_reasons == ["stop_string"]
+
+
+def test_checkpoint_without_tokenizer_or_template(model, tmp_path):
+    save_hugging_face(tmp_path / "m", model)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+        load.load(of_checkpoint(tmp_path / "m"))
+    asked = of_checkpoint(tmp_path / "m", prompt=[], prompt_tokens=4)
+    assert load.load(asked).tokenizer is None
+    shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "m")
+    asked = of_checkpoint(tmp_path / "m", chat=True)
+    with pytest.raises(ChatTemplateError, match="has no chat template 'default'"):
+        load.prompt_ids(asked, load.load(asked))
+
+
+def test_random_model_with_trace(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(load.PRESETS, "tiny", model.config)  # the weights, too, are of one seed
+    path = tmp_path / "t.npz"
+    out = io.StringIO()
+    made = run(parse(dtype="float32", capture_trace=str(path)), out)
+    again = generate(model, [list(b"hello")], max_new_tokens=6, capture=True)
+    assert made.tokens == again.tokens
+    np.testing.assert_array_equal(load_trace(path).expert_ids, again.trace.expert_ids)
+    assert out.getvalue().startswith(output.printable(made.texts[0]) + "\n")
+    assert "rows: 1, prompt tokens: 5, new tokens: 6 (length 1)" in out.getvalue()
+    assert f"wrote {path}" in out.getvalue()
+
+
+def test_rows_of_a_batch():
+    rows = load.prompt_ids(
+        parse(prompt=["a", "bc"], batch=2),
+        load.Loaded(model=None, tokenizer=ByteTokenizer(256), defaults=None),
+    )
+    assert rows == [[97], [97], [98, 99], [98, 99]]
+
+
+def event(row, text):
+    return Event(row=row, index=0, token_id=0, text=text, finish_reason=None, seconds=0.0)
+
+
+def test_row_0_is_written_as_it_comes_and_the_others_at_the_end():
+    out = io.StringIO()
+    events = output.shown(iter([event(0, "a"), event(1, "x"), event(0, "b")]), 2, out)
+    next(events)
+    assert out.getvalue() == "--- row 0\na"
+    next(events)
+    next(events)
+    assert out.getvalue() == "--- row 0\nab"
+    assert list(events) == []
+    assert out.getvalue() == "--- row 0\nab\n--- row 1\nx\n"
+
+
+def test_nothing_that_steers_a_terminal_is_printed():
+    assert output.printable("a\x1b[31m\x07\x9b\n\tß😀") == "a�[31m��\n\tß😀"
+
+
+def test_report_without_a_decode_step():
+    made = Generation(
+        tokens=[[1], [2]],
+        texts=["", ""],
+        finish_reasons=["length", "stop_id"],
+        first_token_seconds=0.25,
+        decode_seconds=0.0,
+        decode_steps=0,
+    )
+    text = output.report(made, [[1, 2], [3, 4]], None)
+    assert "prompt tokens: 2, new tokens: 2 (length 1, stop_id 1)" in text
+    assert "time to first token: 250.0 ms, compiling included" in text
+    assert "decode" not in text

@@ -1,0 +1,74 @@
+"""Tiny float32 models, their plain greedy continuation, and prompts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.generation import Sampling
+from moe_jax.model import Qwen3Moe
+from moe_jax.presets import PRESETS
+
+DRAWN = Sampling(temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
+V = 128  # every token is an ASCII byte, so every token is text
+LONGEST = 64
+
+# Padded to 16 columns: with up to 48 new tokens all have one shape, and are compiled once.
+PROMPTS = [
+    list(b"hello"),
+    list(b"a longer prompt"),
+    list(b"x"),
+]
+
+
+@functools.cache
+def tiny(**changes) -> Qwen3Moe:
+    """The tiny preset with a vocabulary of ASCII, and weights large enough to differ.
+
+    One of its two layers is dense, which compiles faster.
+    """
+    fields = {"vocab_size": V, "initializer_range": 0.1, "mlp_only_layers": (0,), **changes}
+    config = dataclasses.replace(PRESETS["tiny"], **fields)
+    return Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def spoilt(value: float, token: int) -> Qwen3Moe:
+    """The tiny model with `value` all through one token's embedding."""
+    model = nnx.clone(tiny())
+    table = model.embed_tokens.weight
+    table[...] = table[...].at[token].set(value)
+    return model
+
+
+@functools.cache
+def _whole_model(**changes):
+    graph, state = nnx.split(tiny(**changes))
+
+    @jax.jit
+    def run(ids, length):
+        model = nnx.merge(graph, state)
+        valid = jnp.arange(LONGEST)[None] < length
+        kept = jnp.asarray(length - 1)[None]
+        out = model(ids, attention_mask=valid, logits_to_keep=kept, output_routings=True)
+        return jnp.argmax(out.logits[0, 0]), out.routings
+
+    return run
+
+
+def plain_greedy(prompt: list[int], new: int, **changes) -> list[int]:
+    """The argmax loop through the whole model, without a cache."""
+    ids = np.zeros((1, LONGEST), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + new):
+        ids[0, length], _ = _whole_model(**changes)(ids, length)
+    return ids[0, len(prompt) : len(prompt) + new].tolist()
+
+
+def plain_routings(tokens: list[int]) -> tuple:
+    """Each MoE layer's Routing of these tokens, LONGEST rows of which the first are theirs."""
+    ids = np.zeros((1, LONGEST), np.int32)
+    ids[0, : len(tokens)] = tokens
+    return _whole_model()(ids, len(tokens))[1]

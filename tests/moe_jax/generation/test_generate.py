@@ -1,0 +1,200 @@
+"""What is generated: equal to the plain loop, whatever the batch, the padding and the chunks."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.generation import collect, generate, stream, streaming
+from moe_jax.parameters import from_arrays, to_arrays
+from moe_jax.tokenization import ByteTokenizer
+from tests.moe_jax.generation.models import DRAWN, PROMPTS, plain_greedy, plain_routings, tiny
+
+BYTES = ByteTokenizer(256)
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=str)
+def test_greedy_is_the_plain_loop(changes):
+    made = generate(tiny(**changes), PROMPTS, max_new_tokens=20)
+    assert made.tokens == [plain_greedy(prompt, 20, **changes) for prompt in PROMPTS]
+    assert made.finish_reasons == ["length"] * 3
+    assert made.texts == [""] * 3
+
+
+@pytest.mark.parametrize("changes", [{}, WINDOW], ids=str)
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_chunks_of_prefill_make_no_difference(chunk, changes):
+    made = generate(tiny(**changes), PROMPTS, max_new_tokens=8, prefill_chunk=chunk, capacity=64)
+    assert made.tokens == [plain_greedy(prompt, 8, **changes) for prompt in PROMPTS]
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    model, options = tiny(), {"max_new_tokens": 12, "sampling": DRAWN}
+    together = generate(model, PROMPTS, seed=[5, 6, 7], **options).tokens
+    others = [[1] * 16, PROMPTS[0], [2]]  # in another place, with other padding
+    assert generate(model, others, seed=[1, 5, 2], **options).tokens[1] == together[0]
+    others = [PROMPTS[2], [1], [3] * 9]
+    assert generate(model, others, seed=[7, 1, 5], **options).tokens[0] == together[2]
+    # with one seed, a row's place in the batch is part of its key
+    rows = generate(model, PROMPTS, seed=5, **options).tokens
+    others = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+    others = generate(model, others, seed=5, **options).tokens
+    assert others[0] == rows[0] == together[0]
+    assert others[2] != rows[1]
+
+
+def test_a_row_alone():
+    made = generate(tiny(), PROMPTS[1:2], max_new_tokens=12)
+    assert made.tokens == [plain_greedy(PROMPTS[1], 12)]
+
+
+def test_seeds():
+    model, options = tiny(), {"max_new_tokens": 12, "sampling": DRAWN}
+    first = generate(model, PROMPTS, seed=1, **options).tokens
+    assert generate(model, PROMPTS, seed=1, **options).tokens == first
+    assert generate(model, PROMPTS, seed=2, **options).tokens != first
+    same = generate(model, [PROMPTS[0]] * 3, seed=1, **options).tokens
+    assert len(set(map(tuple, same))) == 3  # rows of one prompt are drawn apart
+    generate(model, PROMPTS, seed=2**32 - 1, **options)
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_generated():
+    strong = dataclasses.replace(DRAWN, repetition_penalty=100.0, temperature=1e-5)
+    made = generate(tiny(), PROMPTS, max_new_tokens=20, sampling=strong)
+    for tokens, before in zip(made.tokens, PROMPTS, strict=True):
+        assert len(set(tokens)) == len(tokens)
+        assert not set(tokens) & set(before)
+
+
+def test_stop_ids():
+    plain = [plain_greedy(prompt, 20) for prompt in PROMPTS]
+    stop = plain[0][4]
+    made = generate(tiny(), PROMPTS, max_new_tokens=20, stop_ids=[stop, 127], tokenizer=BYTES)
+    for tokens, text, reason, whole in zip(
+        made.tokens, made.texts, made.finish_reasons, plain, strict=True
+    ):
+        ends = [place for place, token in enumerate(whole) if token in (stop, 127)]
+        length = ends[0] + 1 if ends else 20
+        assert tokens == whole[:length]
+        assert reason == ("stop_id" if ends else "length")
+        assert text == BYTES.decode(whole[: length - 1] if ends else whole)
+    assert made.finish_reasons[0] == "stop_id"
+
+
+def test_stop_id_as_first_and_as_last_token():
+    plain = [plain_greedy(prompt, 20) for prompt in PROMPTS]
+    first = [tokens[:1] for tokens in plain]
+    made = generate(tiny(), PROMPTS, max_new_tokens=20, stop_ids=[ids[0] for ids in first])
+    assert (made.tokens, made.finish_reasons) == (first, ["stop_id"] * 3)
+    assert (made.decode_steps, made.tokens_per_second) == (0, None)
+    row = plain[0]
+    new = next(place for place in range(1, 20) if row[place] not in row[:place]) + 1
+    made = generate(tiny(), PROMPTS, max_new_tokens=new, stop_ids=[row[new - 1]])
+    assert (made.tokens[0], made.finish_reasons[0]) == (row[:new], "stop_id")
+
+
+def test_stop_strings_end_their_row_only():
+    plain = [plain_greedy(prompt, 20) for prompt in PROMPTS]
+    text = BYTES.decode(plain[0])
+    stop = text[5:8]
+    made = generate(
+        tiny(), PROMPTS, max_new_tokens=20, stop_strings=[stop, "never"], tokenizer=BYTES
+    )
+    shown = text[: text.index(stop)]
+    assert made.texts[0] == shown
+    assert made.tokens[0] == plain[0][: len(shown) + 3]
+    assert made.finish_reasons[0] == "stop_string"
+    for row in (1, 2):
+        whole = BYTES.decode(plain[row])
+        assert made.texts[row] == whole.partition(stop)[0]
+        assert made.finish_reasons[row] == ("stop_string" if stop in whole else "length")
+        assert made.tokens[row] == plain[row][: len(made.tokens[row])]
+
+
+def test_streaming_is_generating():
+    model = tiny()
+    options = {"max_new_tokens": 10, "sampling": DRAWN, "tokenizer": BYTES, "stop_ids": [3]}
+    events = list(stream(model, PROMPTS, **options))
+    made = generate(model, PROMPTS, **options)
+    assert collect(events, 3).tokens == made.tokens
+    for row in range(3):
+        own = [event for event in events if event.row == row]
+        assert [event.index for event in own] == list(range(len(own)))
+        assert "".join(event.text for event in own) == made.texts[row]
+        assert [event.finish_reason for event in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason == made.finish_reasons[row]
+    seconds = [event.seconds for event in events]
+    assert seconds == sorted(seconds)
+    assert made.decode_seconds > 0
+    assert made.tokens_per_second == pytest.approx(
+        (sum(map(len, made.tokens)) - 3) / made.decode_seconds
+    )
+
+
+def test_a_stream_comes_token_by_token():
+    events = stream(tiny(), PROMPTS, max_new_tokens=20)
+    first = next(events)
+    assert (first.row, first.index) == (0, 0)
+    assert first.token_id == plain_greedy(PROMPTS[0], 1)[0]
+    events.close()
+
+
+def test_backends_generate_the_same():
+    backends = {"prefill_backend": "reference", "decode_backend": "grouped"}
+    made = generate(tiny(), PROMPTS, max_new_tokens=6, **backends)
+    assert made.tokens == [plain_greedy(prompt, 6) for prompt in PROMPTS]
+
+
+def test_captured_trace_is_what_the_model_routes():
+    model = tiny()
+    plain = [plain_greedy(prompt, 20) for prompt in PROMPTS]
+    stop = plain[2][3]
+    made = generate(model, PROMPTS, max_new_tokens=8, stop_ids=[stop], capture=True)
+    steps = max(map(len, made.tokens)) - 1
+    layers, K = 1, model.config.num_experts_per_tok
+    assert made.trace.expert_ids.shape == (layers, steps * 3, K)
+    ids = np.asarray(made.trace.expert_ids).reshape(layers, steps, 3, K)
+    weights = np.asarray(made.trace.expert_weights).reshape(layers, steps, 3, K)
+    for row, prompt in enumerate(PROMPTS):
+        tokens = made.tokens[row]
+        for layer, routing in enumerate(plain_routings(prompt + tokens)):
+            ran = slice(len(prompt), len(prompt) + len(tokens) - 1)
+            own = slice(0, len(tokens) - 1)
+            np.testing.assert_array_equal(ids[layer, own, row], routing.ids[ran])
+            np.testing.assert_allclose(weights[layer, own, row], routing.weights[ran], atol=1e-5)
+        assert (ids[:, len(tokens) - 1 :, row] == -1).all()
+        assert (weights[:, len(tokens) - 1 :, row] == 0).all()
+    assert any(len(tokens) < steps + 1 for tokens in made.tokens)
+
+
+def test_trace_has_nothing_of_a_row_after_its_stop_string():
+    text = BYTES.decode(plain_greedy(PROMPTS[0], 20))
+    made = generate(
+        tiny(), PROMPTS, max_new_tokens=8, stop_strings=[text[2]], tokenizer=BYTES, capture=True
+    )
+    ids = np.asarray(made.trace.expert_ids).reshape(1, -1, 3, 2)
+    length = len(made.tokens[0])
+    assert length <= 3 and ids.shape[1] > length
+    assert (ids[:, : length - 1, 0] >= 0).all()
+    assert (ids[:, length - 1 :, 0] == -1).all()
+
+
+def test_prompts_may_be_numpy_arrays():
+    prompts = [np.asarray(prompt, np.int64) for prompt in PROMPTS]
+    made = generate(tiny(), prompts, max_new_tokens=3)
+    assert made.tokens == [plain_greedy(prompt, 3) for prompt in PROMPTS]
+
+
+def test_the_cache_has_the_dtype_of_the_model(monkeypatch):
+    made = []
+    init_cache = streaming.init_cache
+    monkeypatch.setattr(
+        streaming, "init_cache", lambda *given: made.append(init_cache(*given)) or made[-1]
+    )
+    arrays = {name: array.astype(jnp.bfloat16) for name, array in to_arrays(tiny()).items()}
+    model = from_arrays(tiny().config, arrays)
+    generate(model, PROMPTS, max_new_tokens=1)
+    generate(tiny(), PROMPTS, max_new_tokens=1)
+    assert [cache.keys[0].dtype for cache in made] == [jnp.bfloat16, jnp.float32]

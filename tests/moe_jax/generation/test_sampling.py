@@ -1,0 +1,216 @@
+"""Choosing a token: against transformers' processors, properties, and errors."""
+
+import functools
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from moe_jax.generation import sampling as functions
+from moe_jax.generation.sampling import NO_TOKEN, Sampling, choose, process, row_keys
+
+GOLDENS = np.load(pathlib.Path(__file__).with_name("sampling_goldens.npz"))
+CASES = json.loads(str(GOLDENS["_cases"]))
+V = 16
+
+jitted_process = jax.jit(process, static_argnames="steps")
+jitted_choose = jax.jit(choose, static_argnames="steps")
+
+
+def seen_of(ids: np.ndarray, V: int) -> np.ndarray:
+    seen = np.zeros((ids.shape[0], V), bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in CASES), ("all", False)])
+def test_process_as_transformers_does(name, jit):
+    # A penalty alone is what transformers applies to a greedy choice, as here.
+    asked = Sampling(**{"temperature": 0.0, **CASES[name]})
+    run = jitted_process if jit else process
+    logits = GOLDENS["_logits"]
+    seen = seen_of(GOLDENS["_ids"], logits.shape[1])
+    made = np.asarray(run(logits, seen, steps=asked.steps, values=asked.values()))
+    expected = GOLDENS[name]
+    for given_row, row, expected_row in zip(logits, made, expected, strict=True):
+        finite = given_row[np.isfinite(given_row)]
+        if len(np.unique(finite)) < len(finite):
+            # Which of equal logits stay is left open there; how many is not.
+            row, expected_row = np.sort(row), np.sort(expected_row)
+        np.testing.assert_array_equal(np.isfinite(row), np.isfinite(expected_row))
+        np.testing.assert_allclose(row, expected_row, rtol=1e-6)
+
+
+def test_top_p_keeps_the_lower_ids_of_equal_logits():
+    made = functions.top_p(jnp.asarray([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0]]), 0.6)
+    np.testing.assert_array_equal(np.isfinite(made), [[False, True, True, False, True, False]])
+    made = functions.top_p(jnp.zeros((1, 8)), 0.3)
+    np.testing.assert_array_equal(np.isfinite(made), [[True] * 3 + [False] * 5])
+
+
+def test_functions_one_by_one_are_what_process_applies():
+    logits = jnp.asarray(GOLDENS["_logits"])
+    seen = jnp.asarray(seen_of(GOLDENS["_ids"], logits.shape[1]))
+    made = functions.repetition_penalty(logits, seen, 1.2)
+    made = functions.temperature(made, 0.7)
+    made = functions.top_k(made, 12)
+    made = functions.top_p(made, 0.9)
+    made = functions.min_p(made, 0.02)
+    asked = Sampling(**CASES["all"])
+    chex.assert_trees_all_equal(made, process(logits, seen, asked.steps, asked.values()))
+
+
+rows = hnp.arrays(
+    np.float32, (3, V), elements=st.floats(-20, 20, width=16)
+)  # 16 bits, so that ties come up
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows, st.integers(1, 2 * V))
+def test_top_k_keeps_k_and_the_ties_of_the_last(logits, k):
+    kept = np.isfinite(_jitted("top_k")(logits, k))
+    for row, keeps in zip(logits, kept, strict=True):
+        border = np.sort(row)[-min(k, V)]
+        np.testing.assert_array_equal(keeps, row >= border)
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows, st.floats(0, 0.999))
+def test_top_p_keeps_a_smallest_set_that_reaches_p(logits, p):
+    kept = np.isfinite(_jitted("top_p")(logits, p))
+    for row, keeps in zip(logits.astype(np.float64), kept, strict=True):
+        weights = np.exp(row - row.max())
+        weights /= weights.sum()
+        assert keeps.any()
+        assert weights[keeps].sum() >= p - 1e-5
+        if keeps.sum() > 1:  # without its least likely member the set misses p
+            assert weights[keeps].sum() - weights[keeps].min() <= p + 1e-5
+        assert keeps.all() or row[~keeps].max() <= row[keeps].min()
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows, st.floats(0, 1))
+def test_min_p_keeps_the_likeliest(logits, p):
+    kept = np.isfinite(_jitted("min_p")(logits, p))
+    assert np.take_along_axis(kept, logits.argmax(axis=1)[:, None], axis=1).all()
+    if p == 0:
+        assert kept.all()
+
+
+@functools.cache
+def _jitted(name):
+    return jax.jit(getattr(functions, name))
+
+
+def keys_of(*seeds, rows=None):
+    rows = range(len(seeds)) if rows is None else rows
+    return row_keys(jnp.asarray(seeds, jnp.uint32), jnp.asarray(list(rows), jnp.uint32))
+
+
+def drawn(logits, asked, keys, index=0):
+    logits = jnp.asarray(logits)
+    seen = jnp.zeros(logits.shape, bool)
+    made = jitted_choose(
+        logits, seen, keys, jnp.int32(index), steps=asked.steps, values=asked.values()
+    )
+    return np.asarray(made)
+
+
+def test_greedy_takes_the_lowest_of_equal_ids():
+    assert drawn([[0.0, 3.0, 3.0, 1.0]], Sampling(), keys_of(0)) == [1]
+
+
+def test_repetition_penalty_changes_a_greedy_choice():
+    asked = Sampling(repetition_penalty=2.0)
+    seen = jnp.asarray([[False, True, False]])
+    logits = jnp.asarray([[1.5, 2.0, 1.2]])
+    made = choose(logits, seen, keys_of(0), jnp.int32(0), asked.steps, asked.values())
+    np.testing.assert_array_equal(made, [0])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_p=0.0),
+        Sampling(temperature=1.0, min_p=1.0),
+        Sampling(temperature=1e-5),
+    ],
+    ids=str,
+)
+def test_one_token_left_is_the_greedy_one(asked):
+    logits = np.random.default_rng(0).normal(size=(4, V)).astype(np.float32)
+    np.testing.assert_array_equal(drawn(logits, asked, keys_of(1, 2, 3, 4)), logits.argmax(axis=1))
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
+    asked = Sampling(temperature=1.0, top_k=3)
+    many = 4000
+    tokens = drawn(jnp.tile(logits, (many, 1)), asked, keys_of(*[5] * many))
+    share = np.bincount(tokens, minlength=4) / many
+    np.testing.assert_allclose(share, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.03)
+
+
+def test_a_row_depends_on_its_key_and_number_only():
+    asked = Sampling(temperature=1.0)
+    logits = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    together = drawn(logits, asked, keys_of(7, 7, 7))
+    alone = [drawn(logits[row : row + 1], asked, keys_of(7, rows=[row])).item() for row in range(3)]
+    np.testing.assert_array_equal(together, alone)
+    flat = np.zeros((1, 512), np.float32)
+    draws = {
+        drawn(flat, asked, keys_of(seed, rows=[row]), index).item()
+        for seed in (0, 1, 2)
+        for row in (0, 1, 2)
+        for index in (0, 1, 2)
+    }
+    assert len(draws) > 20  # 27 independent draws of 512 tokens
+
+
+@pytest.mark.parametrize("asked", [Sampling(), Sampling(temperature=1.0, top_p=0.9, top_k=3)])
+def test_a_row_without_a_highest_logit_has_no_token(asked):
+    logits = np.zeros((4, V), np.float32)
+    logits[0, 3] = np.nan
+    logits[1] = -np.inf
+    logits[2, 5] = np.inf
+    logits[3, 7] = 100
+    np.testing.assert_array_equal(drawn(logits, asked, keys_of(0, 0, 0, 0)), [NO_TOKEN, -1, 5, 7])
+
+
+def test_bfloat16_logits_are_processed_in_float32():
+    logits = jnp.asarray([[1.0, 1.0078125]], jnp.bfloat16)
+    asked = Sampling(temperature=0.3)
+    made = process(logits, None, asked.steps, asked.values())
+    assert made.dtype == jnp.float32
+    np.testing.assert_allclose(made, [[1 / 0.3, 1.0078125 / 0.3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        ("temperature", -1, "1e-05 to 100000 or 0 (greedy)"),
+        ("temperature", float("nan"), "or 0 (greedy)"),
+        ("temperature", "hot", "or 0 (greedy)"),
+        ("temperature", 1e-50, "or 0 (greedy)"),
+        ("top_k", -1, "a whole number, 0 (off) or more"),
+        ("top_k", 2.0, "a whole number"),
+        ("top_k", True, "a whole number"),
+        ("top_p", 1.5, "0 to 1 (off)"),
+        ("top_p", None, "0 to 1 (off)"),
+        ("min_p", -0.1, "0 to 1; 0 is off"),
+        ("repetition_penalty", 0, "0.01 to 100; 1 is off"),
+    ],
+)
+def test_errors_name_field_value_and_range(field, value, accepted):
+    with pytest.raises(ValueError) as raised:
+        Sampling(**{field: value})
+    for fragment in (field, repr(value), accepted):
+        assert fragment in str(raised.value)

@@ -1,0 +1,179 @@
+"""Tokenizers and chat templates: equal to transformers', sandboxed, with errors that say where."""
+
+import datetime
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from moe_jax.tokenization import ByteTokenizer, ChatTemplateError, load_tokenizer
+
+CHECKPOINT = pathlib.Path(__file__).with_name("checkpoint")
+GOLDENS = json.loads(CHECKPOINT.with_name("chat_goldens.json").read_text(encoding="utf-8"))
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(CHECKPOINT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("golden", GOLDENS["chats"], ids=lambda golden: golden["name"])
+def test_chats_as_transformers_renders_them(tokenizer, golden):
+    assert tokenizer.render_chat(**golden["arguments"]) == golden["text"]
+    assert tokenizer.encode_chat(**golden["arguments"]) == golden["ids"]
+
+
+@pytest.mark.parametrize("golden", GOLDENS["texts"], ids=lambda golden: repr(golden["text"]))
+def test_texts_as_transformers_has_them(tokenizer, golden):
+    ids = golden["ids"]
+    assert tokenizer.encode(golden["text"]) == ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == golden["decoded"]
+    assert tokenizer.decode(ids) == golden["decoded_without_special"]
+
+
+def test_special_ids(tokenizer):
+    assert tokenizer.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert tokenizer.eos_id == tokenizer.encode("<|im_end|>")[0]
+    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
+
+
+def test_files_may_ask_for_truncation_and_padding_in_vain(folder, tokenizer):
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["truncation"] = {
+        "max_length": 2,
+        "stride": 0,
+        "strategy": "LongestFirst",
+        "direction": "Right",
+    }
+    data["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert load_tokenizer(folder).encode("The token's") == tokenizer.encode("The token's")
+
+
+def with_template(folder, source):
+    (folder / "chat_template.jinja").write_text(source)
+    return load_tokenizer(folder)
+
+
+def test_templates_of_the_config(folder):
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**config, "chat_template": "one {{ eos_token }}"}))
+    assert load_tokenizer(folder).render_chat(USER) == "one <|im_end|>"
+    several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    path.write_text(json.dumps({**config, "chat_template": several}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.render_chat(USER) == "a"
+    assert tokenizer.render_chat(USER, tools=[{}]) == "b"
+    assert tokenizer.render_chat(USER, template="tool_use") == "b"
+    # the file wins, as newer checkpoints have it
+    assert with_template(folder, "file").render_chat(USER) == "file"
+
+
+def test_no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ChatTemplateError, match=r"has no chat template 'default'; it has none"):
+        load_tokenizer(folder).render_chat(USER)
+
+
+def test_strftime_now(folder):
+    made = with_template(folder, "{{ strftime_now('%Y') }}").render_chat(USER)
+    assert abs(int(made) - datetime.datetime.now().year) <= 1
+
+
+ESCAPES = {
+    "class": "{{ ''.__class__.__mro__ }}",
+    "globals": "{{ raise_exception.__globals__ }}",
+    "attribute filter": "{{ (''|attr('__class__')).__mro__ }}",
+    "format string": "{{ '{0.__class__.__init__}'.format(messages) }}",
+    "generator frame": "{{ (messages | map('upper')).gi_frame.f_globals }}",
+    "changing an argument": "{{ messages.append(1) }}",
+    "method of a dict": "{{ messages[0].update(role='x') }}",
+    "namespace": "{% set ns = namespace() %}{% set ns.__html__ = raise_exception %}{{ ns }}",
+    "namespace argument": "{{ namespace(__call__=raise_exception) }}",
+    "endless range": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "import": "{% import 'os' as os %}{{ os }}",
+}
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_template_that_reaches_out_of_the_sandbox_is_refused(folder, name):
+    tokenizer = with_template(folder, ESCAPES[name])
+    with pytest.raises(ChatTemplateError, match=r"chat template 'default' of"):
+        tokenizer.render_chat(USER)
+
+
+def test_what_a_template_does_to_its_arguments_stays_inside(folder):
+    messages = [{"role": "user", "content": "hi", "more": ["x"]}]
+    with_template(folder, "{{ messages[0].more }}").render_chat(messages)
+    assert messages == [{"role": "user", "content": "hi", "more": ["x"]}]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("a\n{% if %}", ", line 2: Expected"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ nothing.more }}", "'nothing' is undefined"),
+    ],
+)
+def test_errors_of_a_template_name_it(folder, source, message):
+    with pytest.raises(ChatTemplateError, match=message) as raised:
+        with_template(folder, source).render_chat(USER)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([], ValueError, r"messages is \[\]; expected at least one"),
+        ("hi", ValueError, "messages is 'hi'; expected at least one"),
+        (["hi"], ValueError, r"messages\[0\] is 'hi'; expected a mapping with role"),
+        ([{"content": "hi"}], ValueError, r"messages\[0\] is .*role"),
+        ([{"role": "user", "content": object()}], TypeError, "must be plain JSON"),
+    ],
+)
+def test_messages_that_are_none(tokenizer, messages, error, message):
+    with pytest.raises(error, match=message):
+        tokenizer.render_chat(messages)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist; expected"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        load_tokenizer(tmp_path)
+    shutil.copy(CHECKPOINT / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+
+
+def test_bytes():
+    tokenizer = ByteTokenizer(512)
+    assert tokenizer.encode("aß") == [0x61, 0xC3, 0x9F]
+    assert tokenizer.decode([0x61, 0xC3, 0x9F]) == "aß"
+    assert tokenizer.decode([0x61, 0xC3, 300, -1]) == "a���"
+    with pytest.raises(ValueError, match="vocab_size is 255; expected at least 256"):
+        ByteTokenizer(255)
