@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from moe_jax.experts.grouped import ROWS_BY_EXPERT
 from pallas_kernels.decode_experts import ExpertWeights
 
 Layer = Callable[[jax.Array, ExpertWeights, jax.Array, jax.Array], jax.Array]
@@ -29,14 +30,6 @@ def xla_gather(x, weights, expert_ids, expert_weights, *, out_dtype=jnp.bfloat16
     down = weights.down[expert_ids]  # [T, K, H, I]
     outputs = jnp.einsum("tki,tkhi->tkh", hidden, down, preferred_element_type=jnp.float32)
     return jnp.sum(expert_weights[..., None] * outputs, axis=1).astype(out_dtype)
-
-
-# ragged_dot on the weights as they are stored, [E, out, in]: contracts the last dimension of both.
-ROWS_BY_EXPERT = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 def grouped_matmul_layer(ragged_dot, x, weights, expert_ids, expert_weights, *, out_dtype):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from experiments.compare.baselines import ROWS_BY_EXPERT, grouped_matmul_layer
+from experiments.compare.baselines import grouped_matmul_layer
 from experiments.compare.routings import Routing
 from experiments.compare.timing import restarts_at
+from moe_jax.experts.grouped import ROWS_BY_EXPERT
 from pallas_kernels.decode_experts import ExpertWeights
 
 
