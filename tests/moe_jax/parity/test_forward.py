@@ -1,0 +1,30 @@
+"""One pass without a cache: logits, hidden states, router logits and losses of every case."""
+
+import pytest
+
+from tests.moe_jax.goldens.cases import CASES
+from tests.moe_jax.parity.golden import assert_logits_differ, assert_matches, golden, model_of
+
+FORWARD = [name for name, case in CASES.items() if not case.new_tokens and not case.fp8]
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward(name):
+    assert_matches(model_of(name), golden(name))
+
+
+def test_positions_are_used():
+    name = "position_ids_jumps"
+    assert_logits_differ(model_of(name), golden(name), position_ids=None)
+
+
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("name", ["base", "padding_both", "hidden_act"])
+def test_other_backends(name, backend):
+    assert_matches(model_of(name), golden(name), experts_backend=backend)
+
+
+@pytest.mark.parametrize("name", ["base", "padding_both"])
+def test_moe_chunks(name):
+    # 22 tokens, at most 5 at once
+    assert_matches(model_of(name, moe_chunk_max_len=5), golden(name))
