@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup compare generate test lint clean
+.PHONY: help setup compare generate test parity lint clean
 
 # What a target is given beyond its defaults: make test ARGS="tests/test_frame.py -k pins"
 ARGS ?=
@@ -21,6 +21,9 @@ PYTHON := .venv/bin/python
 RUN_ENV := .venv/.ready-run$(CUDA:%=-%)
 DEV_ENV := .venv/.ready-dev$(CUDA:%=-%)
 
+# The oracle of `make parity`. Python 3.11 and pip: on 3.12 torch brings gigabytes of CUDA libraries.
+ORACLE := .tools/parity
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
@@ -34,6 +37,16 @@ generate: $(RUN_ENV) ## generate text; ARGS are flags of experiments.generate, e
 
 test: $(DEV_ENV) ## run the tests; ARGS go to pytest (-m "" for the slow ones too)
 	JAX_PLATFORMS='$(JAX_PLATFORMS)' $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
+
+parity: $(DEV_ENV) $(ORACLE)/.ready ## check the model on fresh goldens from transformers; SEED=N draws those of N
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && seed=$${SEED:-$$(date +%s)} && \
+		echo "goldens of SEED=$$seed" && \
+		$(ORACLE)/bin/python tests/moe_jax/goldens/make.py --out="$$out/goldens" --seed="$$seed" && \
+		MOE_GOLDENS="$$out/goldens" MOE_SAVED="$$out/saved" JAX_PLATFORMS=cpu \
+			PARITY_PYTHON="$(CURDIR)/$(ORACLE)/bin/python" \
+			$(PYTHON) -m pytest -n 2 tests/moe_jax/parity tests/moe_jax/checkpoints/test_transformers.py && \
+		$(ORACLE)/bin/python tests/moe_jax/goldens/check_saved.py \
+			--goldens="$$out/goldens" --saved="$$out/saved"
 
 lint: $(DEV_ENV) ## check style, formatting, import arrows, pins
 	$(PYTHON) -m ruff check
@@ -63,3 +76,10 @@ $(shell test ! -e .venv || $(PYTHON) -c '' 2>/dev/null || rm -rf .venv)
 .venv/pyvenv.cfg: .python-version
 	@uv=$$(.ci/find_uv) && python=$$(.ci/find_python "$$uv") && \
 		"$$uv" venv --clear --no-project --python "$$python" .venv
+
+$(ORACLE)/.ready: Makefile
+	@uv=$$(.ci/find_uv) && python=$$(.ci/find_python "$$uv" 3.11) && \
+		rm -rf $(ORACLE) && "$$python" -m venv $(ORACLE) && \
+		$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check \
+			torch==2.13.0 transformers==5.23.0
+	@touch $@

@@ -29,6 +29,9 @@ def gather_experts(
     """
     inside = (ids >= 0) & (ids < weights.gate_up.shape[0])  # [T, K]
     safe = jnp.where(inside, ids, 0)
+    # Selected before the products too: NaN in a padded row must not reach the weights' gradients.
+    x = jnp.where(jnp.any(inside, axis=1, keepdims=True), x, 0)
+    expert_weights = jnp.where(inside, expert_weights, 0)
     projected = einsum("th,tkjih->tkji", x, weights.gate_up[safe])
     hidden = ACTIVATIONS[activation](projected[:, :, 0]) * projected[:, :, 1]  # [T, K, I]
     outputs = einsum("tki,tkhi->tkh", hidden.astype(x.dtype), weights.down[safe])

@@ -50,6 +50,8 @@ def reference_experts(
         x_t, ids, w = token  # [H], [K], [K]
         valid = (ids >= 0) & (ids < E)
         safe = jnp.where(valid, ids, 0)
+        # Selected before the products too, so that NaN in padding reaches no gradient.
+        x_t, w = jnp.where(jnp.any(valid), x_t, 0), jnp.where(valid, w, 0)
         gate_up = all_gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
         down = all_down[safe].astype(jnp.float32)  # [K, H, I]
         projected = jnp.einsum("h,kjih->kji", x_t.astype(jnp.float32), gate_up, precision=highest)
