@@ -1,4 +1,8 @@
 import jax
+import pytest
+
+# Before any folder's tests import it: the model's use it too.
+pytest.register_assert_rewrite("tests.pallas_kernels.machine")
 
 # Kernels in interpret mode call back into Python, and those callbacks run JAX operations: with
 # asynchronous dispatch they and the main thread's next operation wait for each other now and then.

@@ -1,5 +1,6 @@
 """The script end to end: both ways and back, what it prints, and what it refuses."""
 
+import functools
 import json
 import pathlib
 import re
@@ -10,10 +11,17 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import convert_checkpoint
 from moe_jax.checkpoints import load_orbax
 from moe_jax.parameters import to_arrays
 from tests.moe_jax.checkpoints import hub
+
+# A registry of the script's own: the scripts share names of flags, which one registry refuses.
+FLAGS = flags.FlagValues()
+with pytest.MonkeyPatch.context() as patch:
+    for kind in ("string", "bool", "float"):
+        define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=FLAGS)
+        patch.setattr(flags, f"DEFINE_{kind}", define)
+    from experiments import convert_checkpoint
 
 
 @pytest.fixture
@@ -28,8 +36,11 @@ def source(tmp_path):
 def run(monkeypatch, *arguments) -> None:
     argv = ["convert_checkpoint", *arguments]
     monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        convert_checkpoint.main(flags.FLAGS(argv))
+    before = flagsaver.save_flag_values(FLAGS)
+    try:
+        convert_checkpoint.main(FLAGS(argv))
+    finally:
+        flagsaver.restore_flag_values(before, FLAGS)
 
 
 def test_there_and_back(tmp_path, monkeypatch, capsys, source):

@@ -4,7 +4,6 @@ import zlib
 import pytest
 
 pytest.register_assert_rewrite(
-    "tests.pallas_kernels.machine",
     "tests.pallas_kernels.decode_experts.cases",
     "tests.pallas_kernels.decode_experts.layout_suite",
 )
