@@ -7,6 +7,7 @@ from flax import nnx
 from moe_jax.cache import stored_positions, write
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.layers import Linear, RMSNorm
+from moe_jax.platform_ops import XLA, PlatformOps
 from moe_jax.products import einsum
 from moe_jax.rope import apply_rope
 
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config, D, dtype=dtype)
         self.D, self.window = D, config.window
 
-    def __call__(self, x, rope, slots, valid, stored=None):
+    def __call__(self, x, rope, slots, valid, stored=None, ops: PlatformOps = XLA):
         """Attends from x [B, S, H] to itself and to what is stored.
 
         Args:
@@ -71,6 +72,7 @@ class Attention(nnx.Module):
           slots: [B, S] int32, each token's place in its row.
           valid: [B, S] bool, False for padding.
           stored: None, or (keys, values, lengths) of this layer before these tokens.
+          ops: the platform's form of what writes the cache.
 
         Returns:
           [B, S, H], and (keys, values) of this layer after these tokens, or None.
@@ -87,7 +89,9 @@ class Attention(nnx.Module):
             keys, values, positions = k, v, new_positions
         else:
             old_keys, old_values, lengths = stored
-            updated = write(old_keys, k, slots, valid), write(old_values, v, slots, valid)
+            updated = tuple(
+                write(old, new, slots, valid, ops) for old, new in ((old_keys, k), (old_values, v))
+            )
             C = old_keys.shape[2]
             if self.window is not None and S > 1:
                 # The new tokens may overwrite what the first of them still sees: attend to both.

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Qwen3MoeConfig
+from moe_jax.platform_ops import XLA, PlatformOps
 
 
 @jax.tree_util.register_dataclass
@@ -48,14 +49,15 @@ def init_cache(config: Qwen3MoeConfig, B: int, capacity: int, dtype=jnp.bfloat16
     return KVCache(keys=layers(), values=layers(), lengths=jnp.zeros(B, jnp.int32))
 
 
-def slots_of(valid: jax.Array, lengths: jax.Array) -> jax.Array:
+def slots_of(valid: jax.Array, lengths: jax.Array, ops: PlatformOps = XLA) -> jax.Array:
     """[B, S] int32: the place of each new token in its row; padding gets the place before it.
 
     Args:
       valid: [B, S] bool.
       lengths: [B] int32, tokens already in each row.
+      ops: the platform's form of the functions that need one.
     """
-    return lengths[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    return lengths[:, None] + ops.running_count(valid) - 1
 
 
 def stored_positions(lengths: jax.Array, C: int) -> jax.Array:
@@ -64,16 +66,21 @@ def stored_positions(lengths: jax.Array, C: int) -> jax.Array:
     return last - (last - jnp.arange(C, dtype=jnp.int32)) % C
 
 
-def write(stored: jax.Array, new: jax.Array, slots: jax.Array, valid: jax.Array) -> jax.Array:
+def write(
+    stored: jax.Array,
+    new: jax.Array,
+    slots: jax.Array,
+    valid: jax.Array,
+    ops: PlatformOps = XLA,
+) -> jax.Array:
     """Puts new [B, kv, S, D] into stored [B, kv, C, D]; padding is not written.
 
     Of more than C new tokens the last C stay, as if they had come one after the other.
     """
-    B, _, C, _ = stored.shape
+    C = stored.shape[2]
     kept = valid & (slots > slots[:, -1:] - C)
     index = jnp.where(kept, slots % C, C)  # C is outside, and dropped
-    rows = jnp.arange(B)[:, None]
-    return stored.at[rows, :, index].set(new.swapaxes(1, 2).astype(stored.dtype), mode="drop")
+    return ops.put(stored, new.astype(stored.dtype), index)
 
 
 def overflowed(cache: KVCache, config: Qwen3MoeConfig) -> jax.Array:

@@ -28,6 +28,13 @@ class Qwen3MoeConfig:
       router_dtype: ours; "float32" computes the router's logits in float32 in every phase, "model"
         in the model's dtype, as Hugging Face does.
       moe_chunk_max_len: ours; MoE layers take at most so many tokens at once, None for all.
+      moe_latent_size: ours; L, the experts' width where it is not hidden_size: each token is
+        projected down to L before the experts and up again after their weighted sum. None is off.
+      moe_shared_expert_intermediate_size: ours; the width of an MLP beside the experts that every
+        token goes through. None is off.
+      enable_superkernel: ours; whether decode steps mark regions for a compiler to fuse, as
+        moe_jax.superkernel says.
+      superkernel_scope: ours; which regions: "moe", "attention" or "model".
       extra: every other key of config.json, kept for writing back.
 
     Raises:
@@ -62,6 +69,10 @@ class Qwen3MoeConfig:
     router_z_loss_coef: float = 0.0
     router_dtype: str = "float32"
     moe_chunk_max_len: int | None = None
+    moe_latent_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    enable_superkernel: bool = False
+    superkernel_scope: str = "moe"
     extra: Mapping = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
@@ -148,7 +159,16 @@ _HF_FIELDS = tuple(
     for field in dataclasses.fields(Qwen3MoeConfig)
     if field.name not in ("rope", "extra")
 )
-_ONLY_IF_SET = ("quantization_config", "router_z_loss_coef", "router_dtype", "moe_chunk_max_len")
+_ONLY_IF_SET = (
+    "quantization_config",
+    "router_z_loss_coef",
+    "router_dtype",
+    "moe_chunk_max_len",
+    "moe_latent_size",
+    "moe_shared_expert_intermediate_size",
+    "enable_superkernel",
+    "superkernel_scope",
+)
 # Files write null for these where the field is absent.
 _NULL_MEANS_DEFAULT = ("head_dim", "mlp_only_layers", "quantization_config")
 

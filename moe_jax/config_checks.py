@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.rope import KINDS, REQUIRED, RopeConfig
+from moe_jax.superkernel import SCOPES
 
 
 class ConfigError(ValueError):
@@ -52,6 +53,10 @@ _FIELDS = {
     "router_z_loss_coef": _NOT_NEGATIVE,
     "router_dtype": ("'float32' or 'model'", lambda value: value in ("float32", "model")),
     "moe_chunk_max_len": _POSITIVE_OR_NONE,
+    "moe_latent_size": _POSITIVE_OR_NONE,
+    "moe_shared_expert_intermediate_size": _POSITIVE_OR_NONE,
+    "enable_superkernel": _BOOL,
+    "superkernel_scope": (f"one of {list(SCOPES)}", lambda value: value in tuple(SCOPES)),
     "extra": ("a mapping", lambda value: isinstance(value, Mapping)),
 }
 

@@ -38,7 +38,7 @@ def embed(ids: jax.Array, table: jax.Array) -> jax.Array:
     An id outside [0, V) gives NaN, as no error can be raised inside a compiled function.
     """
     inside = (ids >= 0) & (ids < table.shape[0])
-    return jnp.where(inside[..., None], table.at[ids].get(mode="clip"), jnp.nan)
+    return jnp.where(inside[..., None], jnp.take(table, ids, axis=0, mode="clip"), jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -88,10 +88,10 @@ class Embedding(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The dense layer's: down(activation(gate x) * up x)."""
+    """down(activation(gate x) * up x), as wide as it is told: a dense layer, or shared experts."""
 
-    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
-        H, N = config.hidden_size, config.intermediate_size
+    def __init__(self, config: Qwen3MoeConfig, N: int, *, rngs: nnx.Rngs, dtype):
+        H = config.hidden_size
         self.gate_proj = Linear(config, H, N, rngs=rngs, dtype=dtype)
         self.up_proj = Linear(config, H, N, rngs=rngs, dtype=dtype)
         self.down_proj = Linear(config, N, H, rngs=rngs, dtype=dtype)

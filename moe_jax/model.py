@@ -1,7 +1,7 @@
 """Qwen3-MoE as a causal language model, top to bottom; the parts are functions in other files.
 
-Read `Qwen3Moe.__call__` first: embeddings, then for each layer attention and an MLP or MoE block,
-both on normed inputs and added to the residual, then the final norm and the head.
+Read `Qwen3Moe.__call__` first: embeddings, then the layers of decoder.py, each attention and an MLP
+or MoE block, both on normed inputs and added to the residual, then the final norm and the head.
 """
 
 import dataclasses
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import losses
-from moe_jax.attention import Attention
 from moe_jax.cache import KVCache, overflowed, slots_of
 from moe_jax.config import Qwen3MoeConfig
+from moe_jax.decoder import DecoderLayer, How, Where, run_layers
 from moe_jax.input_checks import check_inputs
-from moe_jax.layers import MLP, Embedding, Linear, RMSNorm, linear
-from moe_jax.moe import SparseMoe
+from moe_jax.layers import Embedding, Linear, RMSNorm, linear
+from moe_jax.platform_ops import platform_ops
+from moe_jax.platforms import resolve_platform
 from moe_jax.rope import rope_tables
 from moe_jax.routing import Routing
 from moe_jax.traces import RoutingTrace
@@ -53,31 +54,6 @@ class CausalLMOutput:
     cache: KVCache | None = None
 
 
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP has experts or is dense."""
-
-    def __init__(self, config: Qwen3MoeConfig, layer: int, *, rngs: nnx.Rngs, dtype):
-        H = config.hidden_size
-        self.input_layernorm = RMSNorm(config, H, dtype=dtype)
-        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(config, H, dtype=dtype)
-        self.is_moe = config.is_moe_layer(layer)
-        self.mlp = (SparseMoe if self.is_moe else MLP)(config, rngs=rngs, dtype=dtype)
-
-    def __call__(self, x, rope, slots, valid, stored=None, **moe_options):
-        """Returns x [B, S, H], the layer's (keys, values) or None, and its Routing or None."""
-        with jax.named_scope("attention"):
-            attended, updated = self.self_attn(self.input_layernorm(x), rope, slots, valid, stored)
-        x = x + attended
-        normed = self.post_attention_layernorm(x)
-        if not self.is_moe:
-            with jax.named_scope("mlp"):
-                return x + self.mlp(normed), updated, None
-        with jax.named_scope("moe"):
-            y, routing = self.mlp(normed, valid, **moe_options)
-        return x + y, updated, routing
-
-
 class Qwen3Moe(nnx.Module):
     """The model. Parameters have the names of moe_jax.parameters."""
 
@@ -108,6 +84,7 @@ class Qwen3Moe(nnx.Module):
         output_routings: bool = False,
         output_hidden_states: bool = False,
         experts_backend: str = "auto",
+        platform: str | None = None,
         replay: RoutingTrace | None = None,
     ) -> CausalLMOutput:
         """Runs the model on new tokens.
@@ -127,8 +104,9 @@ class Qwen3Moe(nnx.Module):
           output_router_logits: None takes the config's.
           output_routings: whether to return each MoE layer's Routing.
           output_hidden_states: whether to return every layer's output.
-          experts_backend: as in moe_jax.experts.experts; a call with a cache and S = 1 is a decode
-            step.
+          experts_backend: as in moe_jax.experts.experts. With labels a call is of the phase
+            "training"; with a cache and S = 1 it is a "decode" step.
+          platform: what to write the computation for, as in moe_jax.platforms.resolve_platform.
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
         Raises:
@@ -151,9 +129,14 @@ class Qwen3Moe(nnx.Module):
             x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         # 1. Where each token stands in its row, and the angles that this gives.
+        how = How(
+            platform=resolve_platform(platform),
+            phase=_phase(labels, cache, S),
+            backend=experts_backend,
+        )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
-        slots = slots_of(valid, lengths)  # [B, S]
+        slots = slots_of(valid, lengths, platform_ops(how.platform))  # [B, S]
         if position_ids is None:
             position_ids = jnp.maximum(slots, 0)
         rope = rope_tables(
@@ -161,31 +144,21 @@ class Qwen3Moe(nnx.Module):
         )
 
         # 2. The layers.
-        hidden_states, routings, keys, values = [x], [], [], []
-        for index, layer in enumerate(self.layers):
-            with jax.named_scope(f"layer_{index}"):
-                x, updated, routing = layer(
-                    x,
-                    rope,
-                    slots,
-                    valid,
-                    None if cache is None else (cache.keys[index], cache.values[index], lengths),
-                    **self._moe_options(layer, len(routings), experts_backend, cache, S, replay),
-                )
-            if cache is not None:
-                keys.append(updated[0])
-                values.append(updated[1])
-            if routing is not None:
-                routings.append(routing)
-            hidden_states.append(x)
-        x = self.norm(x)
-        hidden_states[-1] = x
+        outputs, stored, routings = run_layers(
+            self.layers,
+            config,
+            x,
+            Where(rope=rope, slots=slots, valid=valid, lengths=lengths),
+            None if cache is None else tuple(zip(cache.keys, cache.values, strict=True)),
+            replay,
+            how,
+        )
+        hidden_states = [x, *outputs[:-1], self.norm(outputs[-1])]
+        x = hidden_states[-1]
         if cache is not None:
-            cache = KVCache(
-                keys=tuple(keys),
-                values=tuple(values),
-                lengths=lengths + jnp.sum(valid, axis=1, dtype=jnp.int32),
-            )
+            keys, values = zip(*stored, strict=True)
+            lengths = lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
+            cache = KVCache(keys=keys, values=values, lengths=lengths)
 
         # 3. The head.
         with jax.named_scope("lm_head"):
@@ -211,14 +184,11 @@ class Qwen3Moe(nnx.Module):
             cache=cache,
         )
 
-    def _moe_options(self, layer, moe_index, backend, cache, S, replay):
-        if not layer.is_moe:
-            return {}
-        return {
-            "backend": backend,
-            "decode": cache is not None and S == 1,
-            "replay": None if replay is None else replay.layer(moe_index),
-        }
+
+def _phase(labels, cache: KVCache | None, S: int) -> str:
+    if labels is not None:
+        return "training"
+    return "decode" if cache is not None and S == 1 else "prefill"
 
 
 def _keep(x: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:

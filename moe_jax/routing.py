@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.platform_ops import XLA, PlatformOps
 from moe_jax.products import einsum
 
 
@@ -54,6 +55,7 @@ def route(
     norm_topk_prob: bool,
     valid: jax.Array | None = None,
     weights_dtype=jnp.float32,
+    ops: PlatformOps = XLA,
 ) -> Routing:
     """Chooses K experts for each token.
 
@@ -63,6 +65,7 @@ def route(
       norm_topk_prob: whether the K weights are divided by their sum.
       valid: [T] bool; False is padding, which is routed nowhere. None: all valid.
       weights_dtype: what the weights are rounded to (Hugging Face: the logits' dtype).
+      ops: the platform's form of top_k.
 
     Raises:
       ValueError: K is not in [1, E].
@@ -71,7 +74,7 @@ def route(
     if not 1 <= K <= E:
         raise ValueError(f"K is {K}; expected 1 to E = {E} experts a token")
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)  # [T, E]
-    weights, ids = jax.lax.top_k(probabilities, K)
+    weights, ids = ops.top_k(probabilities, K)
     return _finish(logits, probabilities, ids, weights, norm_topk_prob, valid, weights_dtype)
 
 
@@ -99,8 +102,9 @@ def replay_route(
     inside = (ids >= 0) & (ids < E)
     ids = jnp.where(inside, ids, -1)
     if weights is None:
-        chosen = jnp.take_along_axis(probabilities, jnp.where(inside, ids, 0), axis=-1)
-        weights = jnp.where(inside, chosen, 0)
+        # Compared and added up, with one term that is not 0: a gather would have two axes.
+        chosen = ids[..., None] == jnp.arange(E, dtype=ids.dtype)  # [T, K, E]
+        weights = jnp.sum(jnp.where(chosen, probabilities[:, None], 0), axis=-1)
     else:
         norm_topk_prob = False
     return _finish(logits, probabilities, ids, weights, norm_topk_prob, valid, weights_dtype)

@@ -30,7 +30,7 @@ def grouped_experts(
 ) -> jax.Array:
     """Sorts, multiplies twice, restores the order, adds a token's K outputs. Has gradients.
 
-    Arguments and result as in gather_experts.
+    Arguments and result as in portable_experts.
     """
     E, _, I, H = weights.gate_up.shape
     T, K = ids.shape

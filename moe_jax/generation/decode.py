@@ -15,6 +15,7 @@ from moe_jax.cache import KVCache
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.generation.sampling import NO_TOKEN, Steps, choose
 from moe_jax.parameters import from_arrays
+from moe_jax.platform_ops import platform_ops
 from moe_jax.traces import RoutingTrace, trace_of
 
 
@@ -25,12 +26,14 @@ class Plan(NamedTuple):
       config: the model's.
       steps: which of the sampling functions apply.
       backend: the experts' backend.
+      platform: as resolve_platform returns it.
       capture: whether to return which experts were chosen.
     """
 
     config: Qwen3MoeConfig
     steps: Steps
     backend: str
+    platform: str
     capture: bool
 
 
@@ -115,10 +118,13 @@ def _advance(plan: Plan, fixed: Fixed, kept: Kept, ids, valid, active, index) ->
         output_router_logits=False,
         output_routings=plan.capture,
         experts_backend=plan.backend,
+        platform=plan.platform,
     )
     with jax.named_scope("choose"):
         logits = output.logits[:, -1]  # [B, V]
-        tokens = choose(logits, seen, fixed.keys, index, plan.steps, fixed.values)
+        tokens = choose(
+            logits, seen, fixed.keys, index, plan.steps, fixed.values, platform_ops(plan.platform)
+        )
         stops = jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
     trace = trace_of(output.routings) if plan.capture else None
     active = active & (tokens != NO_TOKEN) & ~stops

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.platform_ops import XLA, PlatformOps
+
 # What `choose` returns for a row without a highest logit: NaN among them, or nothing but -inf.
 NO_TOKEN = -1
 
@@ -155,6 +157,7 @@ def choose(
     index: jax.Array,
     steps: Steps,
     values: dict[str, Any],
+    ops: PlatformOps = XLA,
 ) -> jax.Array:
     """Chooses a token for each row.
 
@@ -167,6 +170,7 @@ def choose(
       keys: [B] random keys, from `row_keys`.
       index: int32, how many tokens each row has generated so far.
       steps, values: of the Sampling.
+      ops: the platform's form of argmax, for greedy choices; draws sort, on any platform.
 
     Returns:
       [B] int32; NO_TOKEN for a row that has a NaN or no finite maximum.
@@ -177,7 +181,7 @@ def choose(
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
         tokens = jax.vmap(jax.random.categorical)(keys, logits)
     else:
-        tokens = jnp.argmax(logits, axis=-1)
+        tokens = ops.argmax(logits)
     return jnp.where(has_choice, tokens, NO_TOKEN).astype(jnp.int32)
 
 

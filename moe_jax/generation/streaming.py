@@ -16,6 +16,7 @@ from moe_jax.generation.sampling import NO_TOKEN, Sampling, row_keys
 from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
+from moe_jax.platforms import resolve_platform
 from moe_jax.traces import RoutingTrace
 
 GREEDY = Sampling()
@@ -57,6 +58,7 @@ def stream(
     capacity: int | None = None,
     prefill_backend: str = "auto",
     decode_backend: str = "auto",
+    platform: str | None = None,
     on_routing: Callable[[RoutingTrace], None] | None = None,
 ) -> Iterator[Event]:
     """Generates for every prompt; arguments are checked here, the work is done as one iterates.
@@ -79,6 +81,7 @@ def stream(
       capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
         value serves calls of several lengths with one compiled step.
       prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts.
+      platform: what to write the steps for, as in moe_jax.platforms.resolve_platform.
       on_routing: called after each decode step with its RoutingTrace of NumPy arrays,
         [MoE layers, B, K]; rows that had ended have ids -1 and weights 0.
 
@@ -120,6 +123,7 @@ def stream(
         texts=texts,
         prefill_backend=prefill_backend,
         decode_backend=decode_backend,
+        platform=resolve_platform(platform),
         on_routing=on_routing,
     )
     return _events(job)
@@ -141,10 +145,13 @@ class _Job:
     texts: list[RowText]
     prefill_backend: str
     decode_backend: str
+    platform: str
     on_routing: Callable[[RoutingTrace], None] | None
 
     def plan(self, backend: str, capture: bool) -> compiled.Plan:
-        return compiled.Plan(self.model.config, self.sampling.steps, backend, capture)
+        return compiled.Plan(
+            self.model.config, self.sampling.steps, backend, self.platform, capture
+        )
 
 
 def _events(job: _Job) -> Iterator[Event]:

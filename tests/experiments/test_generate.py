@@ -146,10 +146,10 @@ def test_flag_errors_name_the_flag(flags, message):
 
 
 def test_decode_backend_is_the_experts_backend_unless_given():
-    asked = parse(experts_backend="gather")
-    assert (asked.prefill_backend, asked.decode_backend) == ("gather", "gather")
-    asked = parse(experts_backend="grouped", decode_backend="gather")
-    assert (asked.prefill_backend, asked.decode_backend) == ("grouped", "gather")
+    asked = parse(experts_backend="portable")
+    assert (asked.prefill_backend, asked.decode_backend) == ("portable", "portable")
+    asked = parse(experts_backend="grouped", decode_backend="portable")
+    assert (asked.prefill_backend, asked.decode_backend) == ("grouped", "portable")
 
 
 def test_sampling_flags_go_over_the_checkpoints():

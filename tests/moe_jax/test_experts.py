@@ -1,4 +1,4 @@
-"""Every backend against the float32 reference, and what a backend cannot do."""
+"""Every backend against the float32 reference, what a backend cannot do, and which one is taken."""
 
 import functools
 
@@ -8,11 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import BACKENDS, ExpertWeights, choose_backend, experts
+from moe_jax.experts import (
+    BACKENDS,
+    Asked,
+    ExpertWeights,
+    choose_backend,
+    experts,
+    record_choices,
+    resolve_backend,
+)
 from pallas_kernels.decode_experts import reference_experts
 
 T, K, E, H, I = 6, 2, 5, 64, 128
-HERE = jax.default_backend()
+HERE = "cpu" if jax.default_backend() == "cpu" else "cuda"
 # bf16: the output's rounding, and the intermediate's in the XLA backends (README: 1.7e-3, 2.4e-3).
 BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}
 
@@ -34,9 +42,13 @@ def relative_error(y, reference):
     return np.linalg.norm(y - reference) / np.linalg.norm(reference)
 
 
-def able(activation="silu", dtype="bfloat16"):
-    step = {"activation": activation, "dtype": dtype, "sizes": (H, I), "platform": HERE}
-    return [name for name, backend in BACKENDS.items() if backend.lacks(**step) is None]
+def ask(**changes):
+    asked = {"platform": HERE, "phase": "decode", "T": T, "K": K, "E": E, "width": H, "I": I}
+    return Asked(**asked | changes)
+
+
+def able(dtype="bfloat16"):
+    return [name for name, backend in BACKENDS.items() if backend.lacks(ask(dtype=dtype)) is None]
 
 
 def cases():
@@ -44,7 +56,7 @@ def cases():
 
 
 def test_the_kernels_are_among_the_backends():
-    assert {"reference", "gather", "grouped"} < set(able())
+    assert {"reference", "portable", "grouped"} < set(able())
     assert "pallas" in able() or "pallas_interpret" in able()
 
 
@@ -60,7 +72,7 @@ def test_backend_is_close_to_float32(backend, dtype):
     assert not np.asarray(y[2], np.float32).any()
 
 
-@pytest.mark.parametrize("backend", ["gather", "grouped"])
+@pytest.mark.parametrize("backend", ["portable", "grouped"])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_other_activations(backend, activation):
     arguments = make(jnp.float32)
@@ -70,7 +82,7 @@ def test_other_activations(backend, activation):
     assert relative_error(y, experts(*arguments, backend="reference")) > 1e-2
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather", "grouped"])
+@pytest.mark.parametrize("backend", ["reference", "portable", "grouped"])
 def test_gradients_are_the_references(backend):
     x, weights, ids, w = make(jnp.float32)
     ids = ids.at[2].set(-1)
@@ -87,7 +99,7 @@ def test_gradients_are_the_references(backend):
     chex.assert_trees_all_close(poisoned, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["gather", "grouped"])
+@pytest.mark.parametrize("backend", ["portable", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 4, 6, 7])
 def test_chunks_change_nothing(backend, chunk):
     arguments = make(jnp.float32)
@@ -103,7 +115,9 @@ def test_an_inf_in_an_expert_that_nobody_uses_changes_nothing():
     infinite = ExpertWeights(
         gate_up=weights.gate_up.at[4].set(jnp.inf), down=weights.down.at[4].set(jnp.inf)
     )
-    for backend in ("reference", "gather"):  # grouped needs finite weights, as it says
+    # grouped, and portable where it multiplies all experts, need finite weights, as they say
+    x, ids, w = x[:2], ids[:2], w[:2]  # T * K = 4 < E = 5: gathered
+    for backend in ("reference", "portable"):
         chex.assert_trees_all_equal(
             experts(x, infinite, ids, w, backend=backend),
             experts(x, weights, ids, w, backend=backend),
@@ -123,14 +137,38 @@ def test_what_a_backend_cannot_do_is_an_error_that_names_who_can(change, lacks):
     backend = "pallas_interpret" if HERE == "cpu" else "pallas"
     with pytest.raises(NotImplementedError, match=f"does not do {lacks}") as raised:
         experts(*arguments, **{"backend": backend, **change})
-    assert "reference, gather, grouped" in str(raised.value)
+    assert "reference, portable, grouped" in str(raised.value)
 
 
-def test_sizes_that_the_kernels_lack():
-    kernels = BACKENDS["pallas"]
-    step = {"activation": "silu", "dtype": "bfloat16", "platform": "cuda"}
-    assert kernels.lacks(**step, sizes=(64, 128)) is None
-    assert "multiples of 64" in kernels.lacks(**step, sizes=(64, 96))
+def test_the_portable_backend_gathers_or_multiplies_all():
+    for T, form in ((2, "gather"), (3, "dense")):  # T * K = 4 < E = 5 <= 6
+        text = jax.jit(lambda *a: experts(*a, backend="portable")).lower(*make(jnp.float32, T=T))
+        assert ("stablehlo.gather" in text.as_text()) == (form == "gather")
+
+
+@pytest.mark.parametrize(
+    ("change", "lack"),
+    [
+        ({}, None),
+        ({"I": 96}, "H, I = (64, 96) (it takes multiples of 64)"),
+        ({"width": 96, "latent": True}, "L, I = (96, 128) (it takes multiples of 64)"),
+        ({"phase": "training"}, "gradients"),
+        ({"quantised": True}, "quantised weights"),
+        ({"platform": "ascend"}, "platform 'ascend' (it runs on cuda)"),
+    ],
+)
+def test_what_the_kernels_lack(change, lack):
+    assert BACKENDS["pallas"].lacks(ask(**{"platform": "cuda"} | change)) == lack
+
+
+def test_quantised_weights_are_refused_by_all():
+    x, weights, ids, w = make(jnp.float32)
+    scaled = ExpertWeights(
+        gate_up=weights.gate_up, down=weights.down, gate_up_scale=w, down_scale=w
+    )
+    for backend in ("auto", *BACKENDS):
+        with pytest.raises(NotImplementedError, match=r"quantised weights|platform|dtype float32"):
+            experts(x, scaled, ids, w, backend=backend)
 
 
 def test_wrong_arguments():
@@ -138,22 +176,59 @@ def test_wrong_arguments():
         experts(*make(jnp.float32), backend="triton")
     with pytest.raises(ValueError, match="chunk is 0"):
         experts(*make(jnp.float32), chunk=0)
+    with pytest.raises(ValueError, match="phase is 'generation'; expected one of"):
+        experts(*make(jnp.float32), phase="generation")
 
 
 @pytest.mark.parametrize(
-    ("platform", "decode", "T", "lack", "expected"),
+    ("change", "expected"),
     [
-        ("cuda", True, 1, None, "pallas"),
-        ("cuda", True, 64, None, "pallas"),
-        ("cuda", True, 65, None, "grouped"),
-        ("cuda", True, 1, "dtype float32", "gather"),
-        ("cuda", False, 512, None, "grouped"),
-        ("cpu", True, 1, "platform 'cpu'", "gather"),
-        ("cpu", True, 16, "platform 'cpu'", "grouped"),
-        ("cpu", False, 1, "platform 'cpu'", "grouped"),
+        ({"platform": "cuda"}, "pallas"),
+        ({"platform": "cuda", "T": 64}, "pallas"),
+        ({"platform": "cuda", "T": 65}, "portable"),
+        ({"platform": "cuda", "dtype": "float32"}, "portable"),
+        ({"platform": "cuda", "activation": "gelu"}, "portable"),
+        ({"platform": "cuda", "phase": "prefill", "T": 512}, "grouped"),
+        ({"platform": "cuda", "phase": "training", "T": 512}, "grouped"),
+        ({"platform": "cpu"}, "portable"),
+        ({"platform": "cpu", "phase": "training"}, "portable"),
+        ({"platform": "ascend"}, "portable"),
+        ({"platform": "ascend", "phase": "prefill", "latent": True}, "portable"),
+        ({"platform": "tpu"}, "portable"),
     ],
 )
-def test_what_auto_chooses(platform, decode, T, lack, expected):
-    choice = choose_backend(platform=platform, decode=decode, T=T, K=8, E=128, kernels_lack=lack)
+def test_what_auto_chooses(change, expected):
+    choice = choose_backend(ask(**change), BACKENDS)
     assert choice.backend == expected
     assert choice.why
+
+
+def test_auto_says_what_the_better_backend_lacked():
+    choice = choose_backend(ask(platform="cuda", dtype="float32"), BACKENDS)
+    assert choice.why.startswith("pallas lacks dtype float32 (it takes bfloat16); ")
+
+
+def test_the_environment_chooses_unless_an_argument_does():
+    environment = {"MOE_JAX_EXPERTS_BACKEND": "grouped"}
+    asked = ask(platform="cpu")
+    assert resolve_backend(asked, environment=environment) == (
+        "grouped",
+        "MOE_JAX_EXPERTS_BACKEND says so",
+    )
+    assert resolve_backend(asked, "reference", environment=environment).backend == "reference"
+    assert resolve_backend(asked, environment={}).backend == "portable"
+    with pytest.raises(ValueError, match="MOE_JAX_EXPERTS_BACKEND is 'triton'; expected 'auto' or"):
+        resolve_backend(asked, environment={"MOE_JAX_EXPERTS_BACKEND": "triton"})
+    with pytest.raises(NotImplementedError, match="'pallas' does not do platform 'cpu'"):
+        resolve_backend(asked, environment={"MOE_JAX_EXPERTS_BACKEND": "pallas"})
+
+
+def test_what_was_chosen_is_on_record():
+    with record_choices() as record:
+        experts(*make(jnp.float32), platform="NPU", phase="decode")
+        experts(*make(jnp.float32), backend="reference")
+    experts(*make(jnp.float32))
+    assert [(a.platform, a.phase, choice.backend) for a, choice in record] == [
+        ("ascend", "decode", "portable"),
+        (HERE, "prefill", "reference"),
+    ]

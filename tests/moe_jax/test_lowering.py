@@ -5,19 +5,17 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.cache import init_cache
-from moe_jax.experts import api
 from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
 from tests.pallas_kernels.machine import lower_for_cuda
 
 
 @pytest.mark.parametrize(("B", "layout"), [(1, "output_major"), (16, "expert_major")])
-def test_a_decode_step_takes_the_kernels_on_cuda(monkeypatch, B, layout):
-    monkeypatch.setattr(api, "platform", lambda: "cuda")
+def test_a_decode_step_takes_the_kernels_on_cuda(B, layout):
     config = PRESETS["tiny"]
 
     def step(arrays, ids, cache):
-        return from_arrays(config, arrays)(ids, cache=cache).logits
+        return from_arrays(config, arrays)(ids, cache=cache, platform="cuda").logits
 
     cache = jax.eval_shape(lambda: init_cache(config, B, 32))
     ids = jax.ShapeDtypeStruct((B, 1), jnp.int32)

@@ -51,7 +51,7 @@ ERRORS = {
     "backend": (
         {"decode_backend": "cuda"},
         ValueError,
-        r"decode_backend is 'cuda'; expected auto or one of \['gather'",
+        r"decode_backend is 'cuda'; expected auto or one of \['grouped'",
     ),
 }
 

@@ -16,7 +16,7 @@ def weight(name: str, shape: tuple, seed: int) -> np.ndarray:
     The same name, shape and seed give the same tensor, whatever the case. Nothing is at the scale
     that a fresh model has: norms are not 1, biases not 0, routers are decided.
     """
-    rng = _generator(seed, name, *shape)
+    rng = generator(seed, name, *shape)
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         values = rng.uniform(0.7, 1.8, shape)  # attention is decided too
     elif name.endswith("norm.weight"):
@@ -33,7 +33,7 @@ def weight(name: str, shape: tuple, seed: int) -> np.ndarray:
 
 def inputs(case: Case, seed: int, attempt: int) -> dict[str, np.ndarray]:
     """What the forward pass is given: input_ids or inputs_embeds, and what else the case has."""
-    rng = _generator(seed, case.name, attempt)
+    rng = generator(seed, case.name, attempt)
     config, B, S = case.config_json, 2, case.length
     ids = rng.integers(1, config["vocab_size"], (B, S)).astype(np.int32)
     mask = attention_mask(case.padding, B, S)
@@ -81,5 +81,6 @@ def _labels(rng: np.random.Generator, ids: np.ndarray, mask: np.ndarray) -> np.n
     return labels.astype(np.int32)
 
 
-def _generator(seed: int, *what) -> np.random.Generator:
+def generator(seed: int, *what) -> np.random.Generator:
+    """Random numbers that are this thing's own, whatever else is drawn."""
     return np.random.default_rng([seed, zlib.crc32(repr(what).encode())])

@@ -4,23 +4,29 @@
 
 DIR then holds manifest.json (seed, versions, and each case's config.json and weights),
 weights/NAME.safetensors (hub keys, one file for each distinct set of shapes) and
-cases/NAME.safetensors (inputs and expected tensors). It runs in an environment of its own, Python
-3.11 with numpy, torch, transformers and safetensors; the same seed gives the same files.
+cases/NAME.safetensors (inputs and expected tensors); DIR/latent holds the cases of latent and
+shared experts, manifest.json and NAME.safetensors, weights included. It runs in an environment of
+its own, Python 3.11 with numpy, torch, transformers and safetensors; the same seed gives the same
+files.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import pathlib
 import platform
 
 import draw
 import fp8
+import latent
 import numpy as np
 import oracle
 import safetensors
 import torch
 import transformers
 from cases import CASES, Case, replace_keys
+from latent_cases import LATENT_CASES
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -37,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--only", default="", help="cases whose names contain this")
     flags = parser.parse_args()
-    for folder in ("weights", "cases"):
+    for folder in ("weights", "cases", "latent"):
         (flags.out / folder).mkdir(parents=True, exist_ok=True)
 
     records, weights = {}, {}
@@ -58,10 +64,40 @@ def main() -> None:
         records[case.name] = {"weights": weights[key], "config": case.config_json}
         print(f"{case.name}: {len(tensors)} tensors", flush=True)
 
-    # one case a line
+    write_manifest(flags.out, flags.seed, records)
+    make_latent(flags.out / "latent", flags.seed, flags.only)
+
+
+def make_latent(out: pathlib.Path, seed: int, only: str) -> None:
+    """Writes the files of every case of latent and shared experts."""
+    records = {}
+    for case in LATENT_CASES.values():
+        if only not in case.name:
+            continue
+        try:
+            tensors = until_it_will_do(functools.partial(latent.expected, case, seed))
+        except Exception as error:
+            error.add_note(f"in case {case.name}")
+            raise
+        save_file(tensors, out / f"{case.name}.safetensors")
+        records[case.name] = {"config": case.config}
+        print(f"latent {case.name}: {len(tensors)} tensors", flush=True)
+    write_manifest(out, seed, records)
+
+
+def write_manifest(out: pathlib.Path, seed: int, records: dict) -> None:
+    """One case a line."""
     cases = ",\n".join(f"{json.dumps(name)}: {json.dumps(records[name])}" for name in records)
-    head = f'"seed": {flags.seed},\n"versions": {json.dumps(versions())}'
-    (flags.out / "manifest.json").write_text(f'{{{head},\n"cases": {{\n{cases}\n}}}}\n')
+    head = f'"seed": {seed},\n"versions": {json.dumps(versions())}'
+    (out / "manifest.json").write_text(f'{{{head},\n"cases": {{\n{cases}\n}}}}\n')
+
+
+def until_it_will_do(attempted):
+    """What attempted(attempt) returns, for the first attempt that need not be drawn again."""
+    for attempt in range(ATTEMPTS):
+        with contextlib.suppress(oracle.DrawAgain):
+            return attempted(attempt)
+    raise ValueError(f"{ATTEMPTS} draws in a row would not do")
 
 
 def versions() -> dict[str, str]:
@@ -94,20 +130,19 @@ def checkpoint(case: Case, seed: int) -> tuple[dict, dict]:
 def expected(case: Case, weights: dict, seed: int) -> dict[str, torch.Tensor]:
     """The case's inputs and outputs, as inputs.NAME and outputs.NAME, drawn until they will do."""
     model = oracle.model_of(case.config_json, weights)
-    for attempt in range(ATTEMPTS):
+
+    def attempted(attempt: int) -> dict[str, torch.Tensor]:
         inputs = draw.inputs(case, seed, attempt)
-        try:
-            outputs = run(model, case, inputs)
-            check(case, weights, inputs, outputs)
-        except oracle.DrawAgain:
-            continue
+        outputs = run(model, case, inputs)
+        check(case, weights, inputs, outputs)
         found = {f"inputs.{name}": torch.from_numpy(value) for name, value in inputs.items()}
         found |= {f"outputs.{name}": value.detach() for name, value in outputs.items()}
         return {
             name: (value if value.is_floating_point() else value.int()).clone().contiguous()
             for name, value in found.items()
         }
-    raise ValueError(f"{ATTEMPTS} draws in a row would not do")
+
+    return until_it_will_do(attempted)
 
 
 def run(model, case: Case, inputs: dict) -> dict[str, torch.Tensor]:

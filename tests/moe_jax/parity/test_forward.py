@@ -18,7 +18,7 @@ def test_positions_are_used():
     assert_logits_differ(model_of(name), golden(name), position_ids=None)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
+@pytest.mark.parametrize("backend", ["reference", "portable"])
 @pytest.mark.parametrize("name", ["base", "padding_both", "hidden_act"])
 def test_other_backends(name, backend):
     assert_matches(model_of(name), golden(name), experts_backend=backend)

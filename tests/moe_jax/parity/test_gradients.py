@@ -33,7 +33,7 @@ HARDEST = "gradients_padding_left_norm_topk_prob_false"
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [(name, "grouped") for name in NAMES] + [(HARDEST, "gather"), (HARDEST, "reference")],
+    [(name, "grouped") for name in NAMES] + [(HARDEST, "portable"), (HARDEST, "reference")],
 )
 def test_gradients(name, backend):
     found = golden(name)

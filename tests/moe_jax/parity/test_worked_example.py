@@ -13,6 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from moe_jax import attention
 from moe_jax.cache import init_cache
 from moe_jax.config import Qwen3MoeConfig
+from moe_jax.decoder import How, Where
 from moe_jax.model import Qwen3Moe
 from moe_jax.routing import Routing, route
 from moe_jax.routing_stats import expert_load
@@ -206,9 +207,12 @@ def test_a_decoder_layer_returns_hidden_states_and_no_router_logits(model, out):
     slots = jax.ShapeDtypeStruct((B, S), jnp.int32)
     valid = jax.ShapeDtypeStruct((B, S), jnp.bool_)
     rope = (jax.ShapeDtypeStruct((1, S, D), jnp.bfloat16),) * 2
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+    where = Where(rope=rope, slots=slots, valid=valid, lengths=lengths)
+    how = How(platform="cpu", phase="prefill", backend="auto")
     for index, layer in enumerate(model.layers):
         x, _, routing = jax.eval_shape(
-            lambda layer, *args: layer(*args), layer, HIDDEN, rope, slots, valid
+            lambda layer, x, where: layer(x, where, None, None, how), layer, HIDDEN, where
         )
         assert x.shape == (2, 128, 4096)
         assert isinstance(routing, Routing if index == MOE_LAYER else type(None))

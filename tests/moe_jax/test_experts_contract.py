@@ -1,0 +1,197 @@
+"""Every backend, with and without latent projections and shared experts, in every phase.
+
+Either the result is the float32 definition's within the bound that the backend states, or the error
+says which backend cannot and which one can. The definition here is plain NumPy in float64.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.experts import (
+    BACKENDS,
+    PHASES,
+    Asked,
+    Backend,
+    ExpertWeights,
+    SharedExperts,
+    api,
+    experts,
+)
+from moe_jax.platforms import resolve_platform
+
+T, K, E, H, I, N = 5, 2, 6, 128, 64, 96
+# L = H too: there a projection that is left out, or taken for the other, raises no error.
+WIDTHS = {"off": None, "narrow": 64, "square": H}
+
+
+def draw(width, shared, dtype, seed):
+    L = width or H
+    keys = iter(jax.random.split(jax.random.key(seed), 12))
+
+    def normal(*shape):
+        return (jax.random.normal(next(keys), shape) / shape[-1] ** 0.5).astype(dtype)
+
+    x = (jax.random.normal(next(keys), (T, H))).astype(dtype)
+    weights = ExpertWeights(gate_up=normal(E, 2, I, L), down=normal(E, L, I))
+    ids = jnp.argsort(jax.random.uniform(next(keys), (T, E)), axis=1)[:, :K].astype(jnp.int32)
+    ids = ids.at[1, 0].set(-1)
+    w = jax.nn.softmax(jax.random.normal(next(keys), (T, K)))
+    extras = {"fc1_latent_proj": None, "fc2_latent_proj": None, "shared_experts": None}
+    if width is not None:
+        extras |= {"fc1_latent_proj": normal(L, H), "fc2_latent_proj": normal(H, L)}
+    if shared:
+        extras["shared_experts"] = SharedExperts(normal(N, H), normal(N, H), normal(H, N))
+    return (x, weights, ids, w), extras
+
+
+def in_float64(arguments, extras):
+    (x, weights, ids, w), e = jax.tree.map(lambda a: np.asarray(a, np.float64), (arguments, extras))
+
+    def mlp(x, gate, up, down):
+        a = gate @ x
+        return down @ (a / (1 + np.exp(-a)) * (up @ x))
+
+    rows = []
+    for t in range(T):
+        z = x[t] if e["fc1_latent_proj"] is None else e["fc1_latent_proj"] @ x[t]
+        y = sum(
+            w[t, k] * mlp(z, *weights.gate_up[int(i)], weights.down[int(i)])
+            for k, i in enumerate(ids[t])
+            if i >= 0
+        )
+        out = y if e["fc2_latent_proj"] is None else e["fc2_latent_proj"] @ y
+        if e["shared_experts"] is not None:
+            out = out + mlp(x[t], *e["shared_experts"])
+        rows.append(out)
+    return np.stack(rows)
+
+
+def relative_error(y, reference):
+    return np.linalg.norm(np.asarray(y, np.float64) - reference) / np.linalg.norm(reference)
+
+
+def check(backend, arguments, extras, phase):
+    """The contract: returns "equal" or "refused"; anything else is an AssertionError."""
+    dtype = jnp.dtype(arguments[0].dtype).name
+    try:
+        y = experts(*arguments, **extras, backend=backend, phase=phase)
+    except NotImplementedError as error:
+        message, able = str(error), BACKENDS.keys() - {backend}
+        assert repr(backend) in message, message
+        assert any(f"{name}," in message or f"{name} can" in message for name in able), message
+        return "refused"
+    assert relative_error(y, in_float64(arguments, extras)) < BACKENDS[backend].rel_error[dtype]
+    return "equal"
+
+
+def expected(backend, phase, dtype):
+    asked = Asked(platform=resolve_platform(), phase=phase, T=T, K=K, E=E, width=H, I=I)
+    lack = BACKENDS[backend].lacks(dataclasses.replace(asked, dtype=dtype))
+    return "equal" if lack is None else "refused"
+
+
+@pytest.mark.parametrize(
+    ("backend", "latent", "shared", "phase", "dtype"),
+    list(itertools.product(BACKENDS, WIDTHS, (False, True), PHASES, ("float32", "bfloat16"))),
+)
+def test_equal_or_refused(backend, latent, shared, phase, dtype):
+    arguments, extras = draw(
+        WIDTHS[latent], shared, dtype, seed=list(WIDTHS).index(latent) + 3 * shared
+    )
+    assert check(backend, arguments, extras, phase) == expected(backend, phase, dtype)
+
+
+def _without(*names):
+    """A run that takes what it is asked to and does not use it."""
+
+    def run(*arguments, **options):
+        return BACKENDS["reference"].run(*arguments, **options | dict.fromkeys(names))
+
+    return run
+
+
+def _swapped(*arguments, fc1_latent_proj, fc2_latent_proj, **options):
+    return BACKENDS["reference"].run(
+        *arguments, fc1_latent_proj=fc2_latent_proj, fc2_latent_proj=fc1_latent_proj, **options
+    )
+
+
+def _only_fc1(x, weights, ids, w, *, fc1_latent_proj, fc2_latent_proj, **options):
+    eye = jnp.eye(H, dtype=x.dtype)
+    return BACKENDS["reference"].run(
+        x, weights, ids, w, fc1_latent_proj=fc1_latent_proj, fc2_latent_proj=eye, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        _without("fc1_latent_proj", "fc2_latent_proj"),
+        _without("shared_experts"),
+        _swapped,
+        _only_fc1,
+    ],
+    ids=["ignores latent", "ignores shared", "swaps the projections", "drops fc2"],
+)
+def test_a_backend_that_computes_something_else_is_caught(monkeypatch, run):
+    wrong = Backend(run=run, what="wrong", rel_error={"float32": 1e-5, "bfloat16": 6e-3})
+    monkeypatch.setitem(api.BACKENDS, "wrong", wrong)
+    for dtype in ("float32", "bfloat16"):
+        arguments, extras = draw(H, True, dtype, seed=5)
+        with pytest.raises(AssertionError):
+            check("wrong", arguments, extras, "decode")
+
+
+def test_extras_are_keywords_only():
+    arguments, extras = draw(H, False, "float32", seed=6)
+    with pytest.raises(TypeError):
+        experts(*arguments, "silu", extras["fc1_latent_proj"], extras["fc2_latent_proj"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fc2_latent_proj": None}, "only fc1_latent_proj is given; expected both"),
+        ({"fc1_latent_proj": None}, "only fc2_latent_proj is given; expected both"),
+        (
+            {"fc1_latent_proj": None, "fc2_latent_proj": None},
+            "x has H = 128 and the experts take 64",
+        ),
+        (
+            {"fc1_latent_proj": jnp.ones((H, 64))},
+            r"fc1_latent_proj has shape \(128, 64\); expected \[L, H\] = \(64, 128\)",
+        ),
+        (
+            {"shared_experts": SharedExperts(*[jnp.ones((N, H))] * 3)},
+            r"shared_experts.down_proj has shape \(96, 128\); expected \[H, N\] = \(128, 96\)",
+        ),
+    ],
+)
+def test_extras_that_do_not_fit(change, message):
+    arguments, extras = draw(64, True, "float32", seed=7)
+    with pytest.raises(ValueError, match=message):
+        experts(*arguments, **extras | change)
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", "grouped"])
+def test_padding_is_zero_whatever_it_holds(backend):
+    (x, weights, ids, w), extras = draw(64, True, "float32", seed=8)
+    x, ids = x.at[2].set(jnp.nan), ids.at[2].set(E)
+    y = experts(x, weights, ids, w, **extras, backend=backend)
+    assert not np.asarray(y[2]).any()
+    assert np.isfinite(np.asarray(y)).all()
+
+
+def test_chunks_on_ascend_are_unrolled_and_change_nothing():
+    arguments, extras = draw(64, True, "float32", seed=9)
+
+    def run(chunk):
+        return lambda *a: experts(*a, **extras, platform="ascend", chunk=chunk)
+
+    assert "while" not in jax.jit(run(2)).lower(*arguments).as_text()
+    np.testing.assert_allclose(run(2)(*arguments), run(None)(*arguments), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,135 @@
+"""Superkernel scopes: what they mark on each platform, and that they change no bit."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from moe_jax.cache import init_cache
+from moe_jax.config_checks import ConfigError
+from moe_jax.model import Qwen3Moe
+from moe_jax.parameters import from_arrays, to_arrays
+from moe_jax.presets import PRESETS
+from moe_jax.superkernel import SCOPES, superkernel_scope
+
+B, S, CAPACITY = 2, 5, 16
+TINY = PRESETS["tiny"]
+
+
+def config_of(scope):
+    return dataclasses.replace(
+        TINY, enable_superkernel=scope is not None, superkernel_scope=scope or "moe"
+    )
+
+
+def arrays_of(dtype):
+    return to_arrays(Qwen3Moe(TINY, rngs=nnx.Rngs(3), dtype=dtype))
+
+
+def call(scope, platform):
+    """(arrays, ids, cache) -> what a model with this scope returns on this platform."""
+
+    def run(arrays, ids, cache):
+        model = from_arrays(config_of(scope), arrays)
+        output = model(ids, cache=cache, platform=platform, output_routings=True)
+        return output.logits, output.cache, output.routings
+
+    return jax.jit(run)
+
+
+# XLA may leave out a rounding to bfloat16 where it sees both sides of it: on a CPU it does so, or
+# not, by where a composite was. This asks it to round whenever the program says so.
+EVERY_ROUNDING = {"xla_allow_excess_precision": False}
+
+
+def inputs(dtype, S=1):
+    prompt = jax.random.randint(jax.random.key(4), (B, S), 0, TINY.vocab_size)
+    return arrays_of(dtype), prompt, init_cache(TINY, B, CAPACITY, dtype)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("platform", "dtype"),
+    [("cpu", jnp.bfloat16), ("ascend", jnp.bfloat16), ("ascend", jnp.float32)],
+)
+def test_bits_are_the_same_on_and_off(scope, platform, dtype):
+    arrays, prompt, cache = inputs(dtype, S)
+    _, cache, _ = call(None, platform)(arrays, prompt, cache)
+    on, off = cache, cache
+    ids = prompt[:, -1:]
+    options = EVERY_ROUNDING if dtype == jnp.bfloat16 else None
+    marked, plain = (
+        call(s, platform).lower(arrays, ids, cache).compile(options) for s in (scope, None)
+    )
+    for _ in range(3):
+        with_scope, without = marked(arrays, ids, on), plain(arrays, ids, off)
+        chex.assert_trees_all_equal(with_scope, without)
+        (logits, on, _), (_, off, _) = with_scope, without
+        ids = jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_on_ascend_a_decode_step_has_composites(scope):
+    text = call(scope, "ascend").lower(*inputs(jnp.float32)).as_text()
+    composites = 1 if scope == "model" else TINY.num_hidden_layers
+    assert text.count(f'stablehlo.composite "superkernel.{SCOPES[scope]}"') == composites
+    assert text.count("stablehlo.composite") == composites
+    assert "composite_attributes = {stream_fusion = false}" in text
+    assert "version = 1" in text
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_elsewhere_it_is_a_named_scope(scope, platform):
+    lowered = call(scope, platform).trace(*inputs(jnp.float32)).lower(lowering_platforms=("cpu",))
+    assert "stablehlo.composite" not in lowered.as_text()
+    assert f"superkernel.{SCOPES[scope]}" in lowered.as_text(debug_info=True)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("platform", ["cpu", "ascend"])
+def test_in_prefill_it_does_nothing(scope, platform):
+    arguments = inputs(jnp.float32, S)
+    marked, plain = (call(s, platform).lower(*arguments) for s in (scope, None))
+    assert f"superkernel.{SCOPES[scope]}" not in marked.as_text(debug_info=True)
+    assert marked.as_text() == plain.as_text()
+
+
+def double(x):
+    return 2 * x
+
+
+def test_options_are_attributes():
+    scope = superkernel_scope(True, "attention", stream_fusion=True, platform="npu")
+    assert "stream_fusion = true" in jax.jit(scope(double)).lower(jnp.ones(3)).as_text()
+
+
+def test_not_enabled_returns_the_function_itself():
+    assert superkernel_scope(False, "attention", platform="ascend")(double) is double
+
+
+@pytest.mark.parametrize("platform", ["cpu", "ascend"])
+def test_nesting_is_an_error_that_names_both(platform):
+    inner = superkernel_scope(True, "attention", platform=platform)(double)
+    outer = superkernel_scope(True, "decode_layers", platform=platform)(lambda x: inner(x) + 1)
+    with pytest.raises(RuntimeError, match="'attention' is inside 'decode_layers'"):
+        outer(jnp.ones(3))
+    # and is forgotten: each by itself works afterwards
+    chex.assert_trees_all_equal(inner(jnp.ones(3)), 2 * jnp.ones(3))
+
+
+def test_a_region_is_a_function_of_all_its_arrays():
+    captured = jnp.arange(3.0)
+    scope = superkernel_scope(True, "attention", platform="ascend")
+    with pytest.raises(Exception, match=r"(?i)captur|clos|const"):
+        jax.jit(lambda c, x: scope(lambda x: x + c)(x))(captured, captured)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="label is 'moe'; expected one of"):
+        superkernel_scope(True, "moe")
+    with pytest.raises(ConfigError, match="superkernel_scope is 'experts'; expected one of"):
+        dataclasses.replace(TINY, superkernel_scope="experts")
