@@ -1,0 +1,115 @@
+"""The script that prints the dispatch and tries it."""
+
+import functools
+import sys
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments.dispatch.agreement import Difference
+from moe_jax.experts import BACKENDS
+
+# A registry of the script's own: the scripts share names of flags, which one registry refuses.
+FLAGS = flags.FlagValues()
+with pytest.MonkeyPatch.context() as patch:
+    for kind in ("string", "list", "integer"):
+        define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=FLAGS)
+        patch.setattr(flags, f"DEFINE_{kind}", define)
+    from experiments import backends
+
+HERE = "cpu" if jax.default_backend() == "cpu" else "cuda"
+
+
+def run(monkeypatch, *arguments):
+    argv = ["backends", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    before = flagsaver.save_flag_values(FLAGS)
+    try:
+        backends.main(FLAGS(argv))
+    finally:
+        flagsaver.restore_flag_values(before, FLAGS)
+
+
+def rows(printed):
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+
+
+def test_it_prints_what_each_backend_declares_and_what_would_run(monkeypatch, capsys):
+    run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,65")
+    printed = rows(capsys.readouterr().out)
+    assert set(BACKENDS) <= {row[0] for row in printed if row}
+    chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
+    assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
+    assert chosen["cuda", "decode", "65"] == ["portable", "dense"]
+    assert chosen["cuda", "prefill", "65"] == ["grouped", "-"]
+    assert chosen["ascend", "decode", "1"] == ["portable", "gather"]
+
+
+def test_it_says_what_the_kernels_lack(monkeypatch, capsys):
+    run(monkeypatch, "--platforms=cuda", "--tokens=1", "--latent_size=1000")
+    why = " ".join(row[5] for row in rows(capsys.readouterr().out) if len(row) == 6)
+    assert "pallas lacks L, I = (1000, 768) (it takes multiples of 64)" in why
+
+
+def test_run_shows_what_ran_and_that_the_tokens_agree(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            monkeypatch,
+            "--run=portable,reference",
+            "--preset=tiny",
+            "--dtype=float32",
+            "--rows=2",
+            "--new_tokens=3",
+        )
+    assert not stopped.value.code
+    out = capsys.readouterr().out
+    ran = {(row[1], row[5]) for row in rows(out) if len(row) == 8}
+    assert ran == {(p, b) for p in ("prefill", "decode") for b in ("portable", "reference")}
+    assert "6 of 6 tokens compared, 0 rows differ" in out
+    assert "the tokens agree" in out
+
+
+def test_a_backend_that_is_wrong_is_found(monkeypatch, capsys):
+    right = BACKENDS["portable"]
+
+    def wrong(x, weights, ids, expert_weights, **options):
+        return 100 * right.run(x, weights, ids, expert_weights[:, ::-1], **options)
+
+    monkeypatch.setitem(BACKENDS, "wrong", backends.dataclasses.replace(right, run=wrong))
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            monkeypatch,
+            "--run=portable,wrong",
+            "--preset=tiny",
+            "--rows=3",
+            "--new_tokens=4",
+        )
+    out = capsys.readouterr().out
+    # Its logits are far off, and that must not pass for rounding.
+    assert "NOT A TIE" in out
+    assert stopped.value.code == 1
+
+
+def test_a_tie_is_a_gap_that_rounding_explains():
+    at = {"row": 0, "index": 0, "tokens": (1, 2)}
+    assert Difference(**at, gap=0.01, error=0.006).is_tie
+    assert not Difference(**at, gap=0.02, error=0.006).is_tie
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset=llama"], "--preset is 'llama'; expected one of tiny"),
+        (["--tokens=0"], "--tokens has '0'; expected whole numbers above 0"),
+        (["--run=portable"], "--run is portable; expected two of reference"),
+        (["--dtype=int8"], "--dtype is 'int8'"),
+        (["--activation=tanh"], "hidden_act is 'tanh'"),
+        (["left over"], "takes flags only; left over: left over"),
+    ],
+)
+def test_wrong_flags(monkeypatch, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert message in str(stopped.value)
