@@ -64,7 +64,7 @@ empty :=
 extras = $(if $(strip $(1)),[$(subst $(empty) $(empty),$(comma),$(strip $(1)))])
 
 $(RUN_ENV): EXTRAS = $(CUDA)
-$(DEV_ENV): EXTRAS = dev notebooks $(CUDA)
+$(DEV_ENV): EXTRAS = dev notebooks ascend $(CUDA)
 
 $(RUN_ENV) $(DEV_ENV): pyproject.toml .venv/pyvenv.cfg
 	@uv=$$(.ci/find_uv) && "$$uv" pip install --python $(PYTHON) --editable '.$(call extras,$(EXTRAS))'

@@ -1,12 +1,14 @@
-"""Which backend computes the experts, where and why? Prints the dispatch; --run tries it.
+"""Which backend computes the experts, where and why? Prints the dispatch; --run and --time try it.
 
     python -m experiments.backends
     python -m experiments.backends --platforms=ascend,cuda --tokens=1,64,65 --latent_size=1024
     python -m experiments.backends --run=portable,pallas --layers=4
+    python -m experiments.backends --time=portable,grouped,pallas --tokens=64,512,4096
 
 With --run a random model of the preset generates greedily with both backends from the same weights;
 printed are what ran and whether the tokens agree, with float32 as the judge of those that do not.
-It exits 1 if they differ by more than bfloat16's rounding.
+It exits 1 if they differ by more than bfloat16's rounding. With --time each backend computes one
+layer's experts for that many tokens.
 """
 
 import dataclasses
@@ -24,7 +26,8 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.dispatch import agreement, tables
+from experiments.compare.environment import checked_out_commit
+from experiments.dispatch import agreement, tables, timing
 from experiments.generation.settings import DTYPES
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.experts import BACKENDS, Asked
@@ -40,10 +43,12 @@ _ACTIVATION = flags.DEFINE_string("activation", "", f"{', '.join(ACTIVATIONS)}; 
 _LATENT_SIZE = flags.DEFINE_integer("latent_size", None, "L, for latent projections.")
 _SHARED_SIZE = flags.DEFINE_integer("shared_size", None, "Width of shared experts.")
 _RUN = flags.DEFINE_list("run", [], f"Two backends to compare: {', '.join(BACKENDS)}.")
+_TIME = flags.DEFINE_list("time", [], "Backends whose prefill is timed, in place of the tables.")
+_GRADIENTS = flags.DEFINE_bool("gradients", False, "With --time: of the gradients.")
 _LAYERS = flags.DEFINE_integer("layers", 4, "With --run: how many of the preset's layers.")
 _ROWS = flags.DEFINE_integer("rows", 4, "With --run: rows of the batch.")
 _NEW_TOKENS = flags.DEFINE_integer("new_tokens", 32, "With --run: tokens of each row.")
-_SEED = flags.DEFINE_integer("seed", 0, "With --run: of weights and prompts.")
+_SEED = flags.DEFINE_integer("seed", 0, "With --run and --time: of weights and inputs.")
 
 
 def main(argv: list[str]) -> None:
@@ -56,6 +61,9 @@ def main(argv: list[str]) -> None:
         config = _config()
         if _RUN.value:
             sys.exit(_run(config, console))
+        if _TIME.value:
+            _time(config, console)
+            return
         _print_tables(config, console)
     except (ValueError, NotImplementedError) as error:
         sys.exit(f"backends: {error}")
@@ -97,6 +105,28 @@ def _print_tables(config, console: Console) -> None:
     console.print(tables.chosen(asked, config.hidden_size, platforms, tokens, device))
 
 
+def _time(config, console: Console) -> None:
+    if unknown := [name for name in _TIME.value if name not in BACKENDS]:
+        raise ValueError(f"--time has {unknown}; expected of {', '.join(BACKENDS)}")
+    tokens = [_whole("tokens", value) for value in _TOKENS.value]
+    measured = timing.measure(
+        config,
+        jnp.dtype(_DTYPE.value),
+        _TIME.value,
+        tokens,
+        _SEED.value,
+        gradients=_GRADIENTS.value,
+    )
+    console.print(tables.timed(measured))
+    what = "gradients" if _GRADIENTS.value else "prefill"
+    console.print(f"{_PRESET.value}, {what}, {_DTYPE.value}, {_environment()}")
+
+
+def _environment() -> str:
+    commit = checked_out_commit() or "unknown"
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, commit {commit[:12]}"
+
+
 def _run(config, console: Console) -> int:
     names = tuple(_RUN.value)
     if len(names) != 2 or len(set(names)) != 2 or not set(names) <= BACKENDS.keys():
@@ -117,7 +147,7 @@ def _run(config, console: Console) -> int:
     console.print(tables.ran(found.record, device))
     total = _ROWS.value * _NEW_TOKENS.value
     console.print(
-        f"{_PRESET.value}, {config.num_hidden_layers} layers, {_DTYPE.value}, {device}: "
+        f"{_PRESET.value}, {config.num_hidden_layers} layers, {_DTYPE.value}, {_environment()}:\n"
         f"{found.compared} of {total} tokens compared, {len(found.differences)} rows differ"
     )
     for d in found.differences:

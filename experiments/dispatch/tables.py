@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import rich.table
 
+from experiments.dispatch.timing import Timed
 from moe_jax.experts import BACKENDS, PHASES, RULES, Asked, BackendChoice, choose_backend
 from moe_jax.experts.portable import form_of
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout
@@ -110,6 +111,24 @@ def ran(record: Iterable[tuple[Asked, BackendChoice]], device: str) -> rich.tabl
             _layout(choice, asked, device),
             choice.why,
         )
+    return table
+
+
+def timed(measurements: Iterable[Timed]) -> rich.table.Table:
+    """What experiments.dispatch.timing measured."""
+    table = _table(
+        "Time of one layer's experts",
+        ["T", "backend"],
+        ["ms", "temporaries, MB", "difference from the first", "lacks"],
+    )
+    for m in measurements:
+        figures = (m.milliseconds, m.temporaries_mb, m.error)
+        shown = ["-"] * 3
+        if m.milliseconds is not None:
+            shown = [
+                f.format(v) for f, v in zip(("{:.3f}", "{:.0f}", "{:.1e}"), figures, strict=True)
+            ]
+        table.add_row(str(m.T), m.backend, *shown, m.lacks)
     return table
 
 

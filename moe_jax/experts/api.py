@@ -13,10 +13,11 @@ from moe_jax.activations import ACTIVATIONS
 from moe_jax.experts.backend import PHASES, Asked, Backend
 from moe_jax.experts.extras import SharedExperts, check_extras, with_extras
 from moe_jax.experts.grouped import grouped_experts
+from moe_jax.experts.kernels import kernel_experts
 from moe_jax.experts.portable import portable_experts
 from moe_jax.experts.table import BackendChoice, choose_backend
 from moe_jax.platforms import resolve_platform
-from pallas_kernels.decode_experts import ExpertWeights, decode_experts, reference_experts
+from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 
 BACKEND_VARIABLE = "MOE_JAX_EXPERTS_BACKEND"
 
@@ -26,18 +27,12 @@ def _reference(x, weights, ids, expert_weights, activation):
     return run(x, weights, ids, expert_weights)
 
 
-def _pallas(x, weights, ids, expert_weights, activation, *, interpret=False):
-    del activation  # declared below
-    return decode_experts(x, weights, ids, expert_weights, interpret=interpret)
-
-
 # Of two products' roundings to bf16, of the output's, and of those around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": 64,
-    "gradients": False,
 }
 
 BACKENDS: dict[str, Backend] = {
@@ -58,22 +53,22 @@ BACKENDS: dict[str, Backend] = {
         platforms=("cpu", "cuda"),
     ),
     "pallas": Backend(
-        run=with_extras(_pallas),
+        run=with_extras(kernel_experts),
         what="the decode kernels of pallas_kernels, compiled; choose_layout picks the layout",
         platforms=("cuda",),
         **_KERNELS,
     ),
     "pallas_interpret": Backend(
-        run=with_extras(functools.partial(_pallas, interpret=True)),
+        run=with_extras(functools.partial(kernel_experts, interpret=True)),
         what="the same kernels in Pallas's interpret mode: slow, for checking on a CPU",
         platforms=("cpu",),
         **_KERNELS,
     ),
 }
 
-# XLA expands a grouped matmul on CUDA to all experts: 2.95 GB of temporaries at 512 tokens of
-# Qwen3-30B-A3B.
-_LARGEST_CHUNK = {("grouped", "cuda"): 512}
+# Temporaries on CUDA, in Qwen3-30B-A3B: XLA expands a grouped matmul to all experts and takes 3 GB
+# for 512 tokens; the portable backend's product of all experts takes 1 GB for 1024.
+_LARGEST_CHUNK = {("grouped", "cuda"): 512, ("portable", "cuda"): 1024}
 
 _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
 
@@ -210,7 +205,10 @@ def record_choices() -> Iterator[list[tuple[Asked, BackendChoice]]]:
 
 
 def _in_chunks(run, chunk: int, x, ids, expert_weights) -> jax.Array:
-    """One chunk of tokens after the other; the last is filled up with padding."""
+    """One chunk of tokens after the other; the last is filled up with padding.
+
+    A gradient computes each chunk anew, so that one chunk's intermediates are kept and not all.
+    """
     T = x.shape[0]
     fill = -T % chunk
 
@@ -219,5 +217,5 @@ def _in_chunks(run, chunk: int, x, ids, expert_weights) -> jax.Array:
         return array.reshape(-1, chunk, array.shape[1])
 
     chunks = split(x, 0), split(ids, -1), split(expert_weights, 0)
-    outputs = jax.lax.map(lambda arrays: run(*arrays), chunks)
+    outputs = jax.lax.map(jax.checkpoint(lambda arrays: run(*arrays)), chunks)
     return outputs.reshape(-1, x.shape[1])[:T]

@@ -14,7 +14,7 @@ from moe_jax.experts import BACKENDS
 # A registry of the script's own: the scripts share names of flags, which one registry refuses.
 FLAGS = flags.FlagValues()
 with pytest.MonkeyPatch.context() as patch:
-    for kind in ("string", "list", "integer"):
+    for kind in ("string", "list", "integer", "bool"):
         define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=FLAGS)
         patch.setattr(flags, f"DEFINE_{kind}", define)
     from experiments import backends
@@ -37,13 +37,13 @@ def rows(printed):
 
 
 def test_it_prints_what_each_backend_declares_and_what_would_run(monkeypatch, capsys):
-    run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,65")
+    run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,513")
     printed = rows(capsys.readouterr().out)
     assert set(BACKENDS) <= {row[0] for row in printed if row}
     chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
     assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
-    assert chosen["cuda", "decode", "65"] == ["portable", "dense"]
-    assert chosen["cuda", "prefill", "65"] == ["grouped", "-"]
+    assert chosen["cuda", "decode", "513"] == ["portable", "dense"]
+    assert chosen["cuda", "training", "513"] == ["grouped", "-"]
     assert chosen["ascend", "decode", "1"] == ["portable", "gather"]
 
 
@@ -92,6 +92,23 @@ def test_a_backend_that_is_wrong_is_found(monkeypatch, capsys):
     assert stopped.value.code == 1
 
 
+@pytest.mark.parametrize("gradients", ["--gradients", "--nogradients"])
+def test_time_shows_every_backend_or_what_it_lacks(monkeypatch, capsys, gradients):
+    run(
+        monkeypatch,
+        "--time=portable,grouped,pallas",
+        "--preset=tiny",
+        "--tokens=3,5",
+        "--dtype=float32",
+        gradients,
+    )
+    found = {tuple(row[:2]): row[2:] for row in rows(capsys.readouterr().out) if len(row) == 6}
+    for T in ("3", "5"):
+        assert float(found[T, "portable"][0]) > 0
+        assert float(found[T, "grouped"][2]) < 1e-5
+        assert found[T, "pallas"][0] == "-"
+
+
 def test_a_tie_is_a_gap_that_rounding_explains():
     at = {"row": 0, "index": 0, "tokens": (1, 2)}
     assert Difference(**at, gap=0.01, error=0.006).is_tie
@@ -104,6 +121,7 @@ def test_a_tie_is_a_gap_that_rounding_explains():
         (["--preset=llama"], "--preset is 'llama'; expected one of tiny"),
         (["--tokens=0"], "--tokens has '0'; expected whole numbers above 0"),
         (["--run=portable"], "--run is portable; expected two of reference"),
+        (["--time=triton"], "--time has ['triton']; expected of reference"),
         (["--dtype=int8"], "--dtype is 'int8'"),
         (["--activation=tanh"], "hidden_act is 'tanh'"),
         (["left over"], "takes flags only; left over: left over"),

@@ -194,4 +194,4 @@ def test_chunks_on_ascend_are_unrolled_and_change_nothing():
         return lambda *a: experts(*a, **extras, platform="ascend", chunk=chunk)
 
     assert "while" not in jax.jit(run(2)).lower(*arguments).as_text()
-    np.testing.assert_allclose(run(2)(*arguments), run(None)(*arguments), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(run(2)(*arguments), run(None)(*arguments), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from moe_jax.presets import PRESETS
 from moe_jax.superkernel import SCOPES, superkernel_scope
 
 B, S, CAPACITY = 2, 5, 16
+HERE = "cpu" if jax.default_backend() == "cpu" else "cuda"
 TINY = PRESETS["tiny"]
 
 
@@ -53,7 +54,7 @@ def inputs(dtype, S=1):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     ("platform", "dtype"),
-    [("cpu", jnp.bfloat16), ("ascend", jnp.bfloat16), ("ascend", jnp.float32)],
+    [(HERE, jnp.bfloat16), ("ascend", jnp.bfloat16), ("ascend", jnp.float32)],
 )
 def test_bits_are_the_same_on_and_off(scope, platform, dtype):
     arrays, prompt, cache = inputs(dtype, S)
