@@ -38,17 +38,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("cuda",),
         ("prefill", "decode"),
-        512,
+        2048,
         "pallas",
         "the decode kernels read each expert as few times as they can; faster than plain XLA up to "
-        "T = 512, as measured on an H100",
-    ),
-    Rule(
-        ("cuda",),
-        ("training",),
-        None,
-        "grouped",
-        "has gradients, and multiplies each expert with its own tokens",
+        "T = 2048, as measured on an H100",
     ),
     Rule(
         (),

@@ -37,13 +37,13 @@ def rows(printed):
 
 
 def test_it_prints_what_each_backend_declares_and_what_would_run(monkeypatch, capsys):
-    run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,513")
+    run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,2049")
     printed = rows(capsys.readouterr().out)
     assert set(BACKENDS) <= {row[0] for row in printed if row}
     chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
     assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
-    assert chosen["cuda", "decode", "513"] == ["portable", "dense"]
-    assert chosen["cuda", "training", "513"] == ["grouped", "-"]
+    assert chosen["cuda", "prefill", "2049"] == ["portable", "dense"]
+    assert chosen["cuda", "training", "1"] == ["portable", "gather"]
     assert chosen["ascend", "decode", "1"] == ["portable", "gather"]
 
 
