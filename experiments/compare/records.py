@@ -42,6 +42,8 @@ class Measurement:
       rel_error: ||y - ref|| / ||ref|| of the output in `dtype`, ref in float32.
       rel_error_before_rounding: the same of a float32 output.
       max_error: max |y - ref|.
+      same_bits_repeated: whether runs on one input agree in every bit.
+      same_bits_alone: whether a token has the same bits in the batch, turned round, and alone.
       config: a layout's Config; for others what was seen of them. "error" or "skipped" in it says
         why figures are missing.
     """
@@ -64,6 +66,8 @@ class Measurement:
     rel_error: float | None = None
     rel_error_before_rounding: float | None = None
     max_error: float | None = None
+    same_bits_repeated: bool | None = None
+    same_bits_alone: bool | None = None
     backend: str | None = None
     config: dict[str, Any] | None = None
 
@@ -84,6 +88,10 @@ class Measurement:
     def error(self) -> str | None:
         """What went wrong, if anything did."""
         return (self.config or {}).get("error")
+
+
+# Fields that files from before do not have.
+_ADDED = {"same_bits_repeated", "same_bits_alone"}
 
 
 def write(path: pathlib.Path, environment: Environment, measurements: list[Measurement]) -> None:
@@ -116,7 +124,7 @@ def read(path: pathlib.Path) -> tuple[Environment, list[Measurement]]:
             raise ValueError(f"{where}: kind is {kind!r}; expected environment on line 1 only")
         schema = Environment if kind == "environment" else Measurement
         expected = {field.name for field in dataclasses.fields(schema)}
-        if difference := expected ^ fields.keys():
+        if difference := (expected ^ fields.keys()) - (_ADDED & expected):
             raise ValueError(f"{where}: missing or unknown fields {sorted(difference)}")
         records.append(schema(**fields))
     if not records:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from experiments.compare.byte_model import floor_us
 from experiments.compare.records import Environment, Measurement
+from experiments.compare.same_bits import REPEATS
 
 _NOTHING = "-"
 
@@ -36,6 +37,10 @@ def _error(value: float) -> str:
     return f"{value:.2e}"
 
 
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
 # Name on the command line -> title, field, how a figure is written.
 _METRICS: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "chain_us": ("chain, us", "chain_us", _microseconds),
@@ -51,6 +56,8 @@ _METRICS: dict[str, tuple[str, str, Callable[[float], str]]] = {
         _error,
     ),
     "max_error": ("max error", "max_error", _error),
+    "same_bits_repeated": (f"same bits in {REPEATS} repeats", "same_bits_repeated", _yes_no),
+    "same_bits_alone": ("a token's bits the same in any batch", "same_bits_alone", _yes_no),
 }
 _SPEEDUP = "speedup"
 METRICS = (*_METRICS, _SPEEDUP)

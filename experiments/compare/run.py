@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.compare import accuracy, byte_model, device_time, hlo, layers, timing
+from experiments.compare import accuracy, byte_model, device_time, hlo, layers, same_bits, timing
 from experiments.compare.candidates import Candidate
 from experiments.compare.records import Measurement
 from experiments.compare.routings import Routing, make_routings
@@ -175,6 +175,7 @@ def _run_one(plan: Plan, candidate: Candidate, inputs: _Inputs, m: Measurement) 
             m.note(skipped=why)
             return
     _measure_errors(plan, candidate, inputs, m)
+    _compare_bits(plan, candidate, inputs, m)
     if chain is not None:
         measured = timing.measure(chain, plan.settings.repeats)
         m.set_chain(measured.us, measured.spread_us, plan.ceiling_tbps)
@@ -212,6 +213,15 @@ def _measure_errors(plan: Plan, candidate: Candidate, inputs: _Inputs, m: Measur
             )
         except AssertionError as error:
             m.note(error=str(error))  # and its time is taken all the same
+
+
+def _compare_bits(plan: Plan, candidate: Candidate, inputs: _Inputs, m: Measurement) -> None:
+    if not (candidate.is_jax and candidate.timed):  # interpret mode's bits are not the device's
+        return
+    layer = jax.jit(candidate.layer)
+    arguments = plan.layers[0], inputs.accuracy_xs[0], inputs.accuracy_routings[0]
+    m.same_bits_repeated = same_bits.repeated(layer, *arguments)
+    m.same_bits_alone = same_bits.alone(layer, *arguments)
 
 
 def _does_not_fit(chain: timing.JaxChain) -> str | None:

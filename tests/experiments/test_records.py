@@ -24,7 +24,7 @@ ENVIRONMENT = records.Environment(
 MEASUREMENT_FIELDS = (
     "kind name preset tokens routing dtype chain_us chain_us_spread device_us unique_experts "
     "unique_bytes requested_bytes unique_tbps requested_tbps ceiling_share rel_error "
-    "rel_error_before_rounding max_error backend config"
+    "rel_error_before_rounding max_error same_bits_repeated same_bits_alone backend config"
 )
 ENVIRONMENT_FIELDS = (
     "kind device device_kind jax jaxlib driver python commit command date seed repeats "
@@ -169,3 +169,19 @@ def test_markdown_and_picture(tmp_path):
 )
 def test_device_slug(kind, slug):
     assert environment.device_slug(kind) == slug
+
+
+def test_a_candidate_whose_bits_differ_stands_out():
+    measurements = _run()
+    measurements[0].same_bits_alone, measurements[1].same_bits_alone = True, False
+    lines = report.to_markdown(ENVIRONMENT, measurements, ["same_bits_alone"]).splitlines()
+    assert "| **a token's bits the same in any batch** |  |  |" in lines
+    assert "| output_major | yes | - |" in lines
+    assert "| expert_major | NO | - |" in lines
+
+
+def test_files_from_before_the_bits_were_compared_are_read(tmp_path):
+    path = tmp_path / "old.jsonl"
+    records.write(path, ENVIRONMENT, _run()[:1])
+    path.write_text(path.read_text().replace('"same_bits_alone": null, ', ""))
+    assert records.read(path)[1][0].same_bits_alone is None
