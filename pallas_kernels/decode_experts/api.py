@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts import expert_major, output_major
+from pallas_kernels.decode_experts import expert_major, output_major, streamed
 from pallas_kernels.decode_experts.checks import check_grouping, check_inputs
 from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
@@ -18,6 +18,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 LAYOUTS: dict[str, ModuleType] = {
     "output_major": output_major,
     "expert_major": expert_major,
+    "streamed": streamed,
 }
 
 # The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,

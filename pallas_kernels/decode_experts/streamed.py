@@ -1,0 +1,267 @@
+"""The streamed layout: each unique expert read once, in one launch, at any number of tokens.
+
+    tiles      8 columns of one expert each: all tokens, or those routed there   (streamed_columns)
+    gate/up    unit (tile, 64 neurons)      hidden[tile] = w * silu(gate_e x) * up_e x
+    ---------- barrier of the whole grid, the ring filling up with down weights meanwhile ----------
+    down       item (R neurons, range of I) partial[range] = sum over tiles of down_e hidden[tile]
+    sum        out = sum over the ranges, in order                               (XLA)
+
+One program on each core runs both phases. All its weights, of either phase, come through one ring
+of slots in shared memory, so that the memory is busy from the first step to the last:
+
+    program 0:  fill | unit 0 | unit 132 | ...  | store, barrier | item 131 | write
+    ring:         gu gu gu gu gu gu gu gu d d d   (d does not wait)   d d d d d
+
+The down phase is output-major: sums over all experts stay on the core, and only as many partial
+sums as there are ranges of I go through memory. What decides the order of a token's additions are
+those fixed ranges and the ascending ids of its experts, nothing about the other tokens.
+
+The products run on the tensor cores as in expert_major: weight rows are M, the columns are N,
+hidden is kept as hi + lo.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
+from pallas_kernels.decode_experts.streamed_columns import ROWS, EveryToken, N, RoutedTokens
+from pallas_kernels.decode_experts.streamed_phases import (
+    OPERAND,
+    Refs,
+    Work,
+    run_both,
+    run_down_alone,
+    run_gate_up_alone,
+)
+from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+
+# Beyond this many tokens the batch is cut, and each part streams its experts by itself: the down
+# phase's sums of more tokens would leave no room for the ring.
+MOST_TOKENS = 128
+_INTERPRETED_PROGRAMS = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How streamed cuts the work. Columns set the order of sums and may not depend on T.
+
+    Attributes:
+      columns: columns of weights in a ring slot, and the range of I that an item of the down phase
+        contracts; 64 or 128, divides H and I.
+      down_rows: R, output neurons of an item of the down phase; 64 or 128, divides H.
+      slots: slots in the ring, of 2 * 64 * columns weights each; fewer are used where the sums of
+        many tokens need the room.
+    """
+
+    columns: int = 128
+    down_rows: int = 128
+    slots: int = 6
+
+
+def default_config(shapes: ExpertShapes, T: int) -> Config:
+    """The heuristic: slots of 32 KB, as many as fit."""
+    del T
+    return Config(
+        columns=largest_divisor(np.gcd(shapes.H, shapes.I), (64, 128)),
+        down_rows=largest_divisor(shapes.H, (64, 128)),
+    )
+
+
+def check_config(config: Config, shapes: ExpertShapes) -> None:
+    """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
+    c, H, I = config, shapes.H, shapes.I
+    check_tile("columns", c.columns, (64, 128), "H", H)
+    check_tile("columns", c.columns, (64, 128), "I", I)
+    check_tile("down_rows", c.down_rows, (64, 128), "H", H)
+    check_slots("slots", c.slots, _slot_bytes(c), least=2)
+
+
+def _slot_bytes(config: Config) -> int:
+    return 2 * config.columns * (2 * ROWS + 2 * N)
+
+
+def _slots(config: Config, columns, halves: int) -> int:
+    """How many of config.slots fit beside the rest of the shared memory."""
+    rest = [*columns.scratch_types(), *columns.accumulator_types(halves)]
+    used = sum(4 * np.prod(ref.shape) + 1024 for ref in rest) + 2 * 2 * N * ROWS
+    return min(config.slots, int((mosaic.SHARED_MEMORY_BYTES - used) // _slot_bytes(config)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
+def run(
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    *,
+    config: Config,
+    out_dtype,
+    interpret,
+    grouping=None,
+) -> jax.Array:
+    """Runs the kernel and adds its partial sums, on checked inputs; shapes as in decode_experts.
+
+    A Grouping is not used: tiles hold a token once, however often it names an expert.
+    """
+    del grouping
+    T = x.shape[0]
+    outputs = []
+    for start in range(0, T, MOST_TOKENS):
+        part = slice(start, min(start + MOST_TOKENS, T))
+        partials = partial_sums(
+            x[part], weights, expert_ids[part], expert_weights[part], config, interpret
+        )
+        outputs.append(add_partial_sums(partials))
+    return jnp.concatenate(outputs).astype(out_dtype)
+
+
+def add_partial_sums(partials: jax.Array) -> jax.Array:
+    """[splits, T, H] to [T, H], in order; XLA fuses it into what comes next."""
+    return functools.reduce(lax.add, list(partials))
+
+
+def partial_sums(
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    config: Config,
+    interpret=False,
+) -> jax.Array:
+    """The layer's output in as many parts as there are ranges of I: [I // columns, T, H] float32.
+
+    For at most MOST_TOKENS tokens; a caller that adds them itself saves a kernel.
+    """
+
+    @jax.custom_batching.sequential_vmap  # a grid that fills the GPU cannot be batched
+    def call(x, gate_up, down, expert_ids, expert_weights):
+        return _partial_sums(x, gate_up, down, expert_ids, expert_weights, config, interpret)
+
+    return call(x, weights.gate_up, weights.down, expert_ids, expert_weights)
+
+
+def _partial_sums(x, gate_up, down, expert_ids, expert_weights, config: Config, interpret):
+    (E, _, I, H), (T, K) = gate_up.shape, expert_ids.shape
+    columns = (EveryToken if T <= N else RoutedTokens)(T=T, K=K, E=E)
+    halves = config.down_rows // ROWS
+    work = Work(
+        H=H,
+        I=I,
+        columns=config.columns,
+        halves=halves,
+        slots=_slots(config, columns, halves),
+        num_programs=_INTERPRETED_PROGRAMS if interpret else mosaic.core_count(),
+    )
+    rows, routing = columns.arrays(x, expert_ids, expert_weights, interpret)
+    gate_up = gate_up.reshape(E * 2, I, H)
+    down = down.reshape(E * H // ROWS, ROWS, I)
+    run = _in_two_launches if interpret else _in_one_launch
+    partials = run(work, columns, rows, routing, gate_up, down, interpret)
+    return partials[:, :T]
+
+
+def _hidden_type(work: Work, columns):
+    return jax.ShapeDtypeStruct((columns.most_tiles * 2 * N, work.I), jnp.bfloat16)
+
+
+def _partials_type(work: Work, columns):
+    return jax.ShapeDtypeStruct((work.splits, columns.rows, work.H), jnp.float32)
+
+
+def _scratch_types(work: Work, columns) -> dict:
+    """By the names of Refs, without the barriers."""
+    return {
+        "tables": columns.scratch_types(),
+        "sums": columns.accumulator_types(work.halves),
+        "weights_smem": plgpu.SMEM(
+            (work.slots, 2, ROWS, work.columns), jnp.bfloat16, transforms=OPERAND
+        ),
+        "columns_smem": plgpu.SMEM(
+            (work.slots, 2 * N, work.columns), jnp.bfloat16, transforms=OPERAND
+        ),
+        "hidden_smem": plgpu.SMEM((2 * N, ROWS), jnp.bfloat16, transforms=OPERAND),
+        "gate_up_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
+        "down_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
+    }
+
+
+def _in_one_launch(work: Work, columns, rows, routing, gate_up, down, interpret) -> jax.Array:
+    """The partial sums [splits, rows, H]."""
+    del interpret
+
+    def kernel(
+        rows_gmem, routing_gmem, gate_up_gmem, down_gmem, counter_gmem,
+        hidden_gmem, partials_gmem, **scratch,
+    ):  # fmt: skip
+        refs = Refs(
+            rows=rows_gmem,
+            routing=routing_gmem,
+            gate_up=gate_up_gmem,
+            down=down_gmem,
+            hidden=hidden_gmem,
+            partials=partials_gmem,
+            **scratch,
+        )
+        barrier = functools.partial(mosaic.grid_barrier, counter_gmem, work.num_programs)
+        run_both(work, columns, refs, barrier)
+
+    _, partials = plgpu.kernel(
+        kernel,
+        out_type=(_hidden_type(work, columns), _partials_type(work, columns)),
+        grid=(work.num_programs,),
+        grid_names=("program",),
+        scratch_types=_scratch_types(work, columns),
+        kernel_name="streamed",
+    )(rows, routing, gate_up, down, mosaic.grid_barrier_counter())
+    return partials
+
+
+def _in_two_launches(work: Work, columns, rows, routing, gate_up, down, interpret) -> jax.Array:
+    """The same for interpret mode, which has no barrier of the whole grid."""
+    scratch_types = _scratch_types(work, columns)
+    keywords = dict(
+        grid=(work.num_programs,),
+        grid_names=("program",),
+        scratch_types=scratch_types,
+        interpret=mosaic.interpret_params(interpret),
+    )
+
+    def gate_up_kernel(rows_gmem, routing_gmem, gate_up_gmem, hidden_gmem, **scratch):
+        refs = Refs(
+            rows=rows_gmem,
+            routing=routing_gmem,
+            gate_up=gate_up_gmem,
+            hidden=hidden_gmem,
+            **scratch,
+        )
+        run_gate_up_alone(work, columns, refs)
+
+    def down_kernel(routing_gmem, hidden_gmem, down_gmem, partials_gmem, **scratch):
+        refs = Refs(
+            routing=routing_gmem,
+            hidden=hidden_gmem,
+            down=down_gmem,
+            partials=partials_gmem,
+            **scratch,
+        )
+        run_down_alone(work, columns, refs)
+
+    hidden = plgpu.kernel(
+        gate_up_kernel,
+        out_type=_hidden_type(work, columns),
+        kernel_name="streamed_gate_up",
+        **keywords,
+    )(rows, routing, gate_up)
+    return plgpu.kernel(
+        down_kernel,
+        out_type=_partials_type(work, columns),
+        kernel_name="streamed_down",
+        **keywords,
+    )(routing, hidden, down)

@@ -1,0 +1,288 @@
+"""Which tokens are the columns of an expert's products, for the streamed layout.
+
+A tile is N = 8 columns of one expert; tiles are ordered by expert. Two ways to fill them:
+
+    EveryToken     T <= 8: one tile for each unique expert, whose columns are all tokens, whether
+                   routed there or not. No rows are moved, and each program of the kernel finds the
+                   unique experts by itself from the ids.
+    RoutedTokens   T > 8: the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
+
+Both add a token's experts in ascending order of their ids, starting from zero, so that a token gets
+the same bits either way.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_experts.grouping import group, tile_capacity
+
+N = 8  # columns of a tile: the fewest that the tensor cores take
+ROWS = 64  # rows of weights that one wgmma takes
+_LANES = 128
+_ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
+_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _one_a_lane(length: int):
+    return plgpu.Layout.WG_STRIDED((length,), 1)
+
+
+def _column_index() -> jax.Array:
+    """[ROWS, N]: each element's column."""
+    return plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 1, layout=plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryToken:
+    """All T <= 8 tokens are the columns of each unique expert."""
+
+    T: int
+    K: int
+    E: int
+
+    @property
+    def most_tiles(self) -> int:
+        return min(self.T * self.K, self.E)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the partial sums."""
+        return N
+
+    def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
+        """What the kernel reads: the rows that are multiplied, and what says whose they are."""
+        if interpret:  # on a GPU the copy engine fills rows past the end with zeros
+            x = jnp.pad(x, ((0, N - self.T), (0, 0)))
+        return x, (expert_ids, expert_weights)
+
+    def scratch_types(self) -> list[Any]:
+        length = _round_up(self.most_tiles, _LANES)
+        return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length,), jnp.int32)]
+
+    def accumulator_types(self, halves: int) -> list[Any]:
+        del halves
+        return []
+
+    def find_tiles(self, arrays, scratch) -> jax.Array:
+        """Fills the table of unique experts; returns their number."""
+        ids_gmem, _ = arrays
+        experts_smem, _ = scratch
+        # One bit for each expert, in scalars.
+        words = [jnp.int32(0)] * -(-self.E // 32)
+        for t, k in self._assignments():
+            expert = ids_gmem[t, k]
+            bit = jnp.where((expert >= 0) & (expert < self.E), jnp.int32(1) << (expert & 31), 0)
+            for index, word in enumerate(words):
+                words[index] = word | jnp.where(expert >> 5 == index, bit, 0)
+        # Lane u finds the u-th bit that is set.
+        lanes = plgpu.broadcasted_iota(
+            jnp.int32, experts_smem.shape, 0, layout=_one_a_lane(experts_smem.shape[0])
+        )
+        experts_smem[...], count = _nth_set_bits(words, lanes)
+        plgpu.commit_smem()
+        return count
+
+    def find_tokens(self, arrays, scratch) -> None:
+        """Fills the table of each unique expert's tokens: bit t is set if t is routed there."""
+        ids_gmem, _ = arrays
+        experts_smem, tokens_smem = scratch
+        experts = plgpu.load(experts_smem, layout=_one_a_lane(experts_smem.shape[0]))
+        tokens = jnp.zeros_like(experts)
+        for t, k in self._assignments():
+            tokens |= jnp.where(experts == ids_gmem[t, k], jnp.int32(1 << t), jnp.int32(0))
+        tokens_smem[...] = tokens
+        plgpu.commit_smem()
+
+    def expert(self, scratch, tile) -> jax.Array:
+        return scratch[0][tile]
+
+    def first_row(self, tile) -> jax.Array:
+        return 0 * tile  # not a plain 0, for which Pallas would check x's bounds (see arrays)
+
+    def routing_weights(self, arrays, scratch, tile) -> jax.Array:
+        """[ROWS, N] float32: each column's routing weight; a repeated expert's ones are added."""
+        ids_gmem, weights_gmem = arrays
+        expert = self.expert(scratch, tile)
+        column = _column_index()
+        out = jnp.zeros_like(column, jnp.float32)
+        for t in range(self.T):
+            total = jnp.float32(0)
+            for k in range(self.K):
+                total += jnp.where(ids_gmem[t, k] == expert, weights_gmem[t, k], jnp.float32(0))
+            out = jnp.where(column == t, total, out)
+        return out
+
+    def zero(self, sums, halves: int):
+        del sums
+        return tuple(_zeros() for _ in range(halves))
+
+    def add(self, sums, carry, arrays, scratch, tile, products):
+        """Adds products, one [ROWS, N] for each half of the rows, for the tokens routed here."""
+        del sums, arrays
+        routed = (scratch[1][tile] >> _column_index()) & 1
+        # Select, never multiply by zero: an inf in the weights is no business of the others.
+        return tuple(
+            jnp.where(routed == 1, total + product, total)
+            for total, product in zip(carry, products, strict=True)
+        )
+
+    def write(self, sums, carry, partial_gmem) -> None:
+        """Writes the sums into partial_gmem [rows, halves * ROWS]."""
+        del sums
+        for half, total in enumerate(carry):
+            rows = partial_gmem.at[:, pl.ds(half * ROWS, ROWS)]
+            rows.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+
+    def _assignments(self):
+        return [(t, k) for t in range(self.T) for k in range(self.K)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutedTokens:
+    """Each expert's columns are the tokens routed there, in tiles of 8."""
+
+    T: int
+    K: int
+    E: int
+
+    @property
+    def most_tiles(self) -> int:
+        return tile_capacity(self.T, self.K, self.E, N)
+
+    @property
+    def rows(self) -> int:
+        return _round_up(self.T, 8)
+
+    def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
+        del interpret
+        ids, weights = _merge_repeated(expert_ids, expert_weights)
+        grouping = group(ids, weights, self.E, token_tile=N)
+        rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]; an unowned row's column is not read
+        length = _round_up(self.most_tiles, _LANES)
+        experts = jnp.pad(grouping.expert_of[::N], (0, length - self.most_tiles))
+        tokens = jnp.pad(grouping.token_of, (0, (length - self.most_tiles) * N))
+        count = jnp.sum(grouping.expert_of[::N] >= 0, dtype=jnp.int32, keepdims=True)
+        return rows, (count, experts, tokens, grouping.weight_of)
+
+    def scratch_types(self) -> list[Any]:
+        length = _round_up(self.most_tiles, _LANES)
+        return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length * N,), jnp.int32)]
+
+    def accumulator_types(self, halves: int) -> list[Any]:
+        return [plgpu.SMEM((halves, self.rows, ROWS), jnp.float32)]
+
+    def find_tiles(self, arrays, scratch) -> jax.Array:
+        count_gmem, experts_gmem, _, _ = arrays
+        layout = _one_a_lane(experts_gmem.shape[0])
+        scratch[0][...] = plgpu.load(experts_gmem, layout=layout)
+        plgpu.commit_smem()
+        return count_gmem[0]
+
+    def find_tokens(self, arrays, scratch) -> None:
+        _, _, tokens_gmem, _ = arrays
+        layout = _one_a_lane(tokens_gmem.shape[0])
+        scratch[1][...] = plgpu.load(tokens_gmem, layout=layout)
+        plgpu.commit_smem()
+
+    def expert(self, scratch, tile) -> jax.Array:
+        return scratch[0][tile]
+
+    def first_row(self, tile) -> jax.Array:
+        return tile * N
+
+    def routing_weights(self, arrays, scratch, tile) -> jax.Array:
+        del scratch
+        weights_gmem = arrays[3].at[pl.ds(tile * N, N)]
+        weights = plgpu.load(weights_gmem, layout=_ALONG_TOKENS, optimized=False)
+        return lax.broadcast_in_dim(weights, (ROWS, N), (1,))
+
+    def zero(self, sums, halves: int):
+        (sums_smem,) = sums
+        for half in range(halves):
+            layout = plgpu.Layout.WG_STRIDED((self.rows, ROWS), 4)
+            sums_smem[half] = plgpu.layout_cast(jnp.zeros((self.rows, ROWS), jnp.float32), layout)
+        plgpu.commit_smem()
+        return ()
+
+    def add(self, sums, carry, arrays, scratch, tile, products):
+        del arrays
+        (sums_smem,) = sums
+        column = _column_index()
+        for c in range(N):
+            token = scratch[1][tile * N + c]
+
+            @pl.when(token >= 0)
+            def _(c=c, token=token):
+                for half, product in enumerate(products):
+                    one = jnp.sum(jnp.where(column == c, product, jnp.float32(0)), axis=1)
+                    row = sums_smem.at[half, token]
+                    row[...] = plgpu.load(row, layout=_ALONG_ROWS, optimized=False) + one
+
+        return carry
+
+    def write(self, sums, carry, partial_gmem) -> None:
+        del carry
+        (sums_smem,) = sums
+        plgpu.commit_smem()
+        for half in range(sums_smem.shape[0]):
+            columns = pl.ds(half * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(sums_smem.at[half], partial_gmem.at[:, columns])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _merge_repeated(expert_ids, expert_weights) -> tuple[jax.Array, jax.Array]:
+    """Gives a token that names an expert twice one assignment with the sum of the weights."""
+    T, K = expert_ids.shape
+    same = expert_ids[:, :, None] == expert_ids[:, None, :]  # [T, K, K]
+    total = jnp.zeros((T, K), jnp.float32)
+    for k in range(K):
+        total += jnp.where(same[:, :, k], expert_weights[:, k, None], 0)
+    k = jnp.arange(K)
+    repeats = jnp.any(same & (k[None, :] < k[:, None])[None], axis=2)
+    return jnp.where(repeats, -1, expert_ids), total
+
+
+def _zeros() -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((ROWS, N), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _count_set_bits(word):
+    """How many bits of an int32 are set, of a scalar or of each element."""
+    # What an arithmetic shift brings in at the top, the masks take away.
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return (word * 0x01010101) >> 24
+
+
+def _nth_set_bits(words, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The position of the n-th set bit, n counted from 0, for each element of n; and their number.
+
+    Elements of n that are not below that number get some position.
+    """
+    word, position = jnp.zeros_like(n), jnp.zeros_like(n)
+    below = jnp.int32(0)
+    rank = n
+    for index, this_word in enumerate(words):
+        here = n >= below
+        word = jnp.where(here, this_word, word)
+        rank = jnp.where(here, n - below, rank)
+        position = jnp.where(here, jnp.int32(32 * index), position)
+        below += _count_set_bits(this_word)
+    for width in (16, 8, 4, 2, 1):
+        count = _count_set_bits(word & ((1 << width) - 1))
+        upper = rank >= count
+        rank = jnp.where(upper, rank - count, rank)
+        word = jnp.where(upper, word >> width, word)
+        position = jnp.where(upper, position + width, position)
+    return position, below
