@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
-from pallas_kernels.decode_experts.streamed_columns import ROWS, EveryToken, N, RoutedTokens
+from pallas_kernels.decode_experts.streamed_columns import ROWS, EveryToken, RoutedTokens
 from pallas_kernels.decode_experts.streamed_phases import (
     OPERAND,
     Refs,
@@ -46,6 +46,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 # phase's sums of more tokens would leave no room for the ring.
 MOST_TOKENS = 128
 _INTERPRETED_PROGRAMS = 2
+EVERY_TOKEN_UP_TO = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,15 @@ class Config:
       columns: columns of weights in a ring slot, and the range of I that an item of the down phase
         contracts; 64 or 128, divides H and I.
       down_rows: R, output neurons of an item of the down phase; 64 or 128, divides H.
-      slots: slots in the ring, of 2 * 64 * columns weights each; fewer are used where the sums of
-        many tokens need the room.
+      slots: slots in the ring, of 2 * 64 * columns weights each; fewer are used where many tokens
+        need the room.
+      programs_a_core: 1 or 2 programs that share a core, and each of them half its memory.
     """
 
     columns: int = 128
     down_rows: int = 128
     slots: int = 6
+    programs_a_core: int = 1
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
@@ -80,18 +83,21 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
     check_tile("columns", c.columns, (64, 128), "H", H)
     check_tile("columns", c.columns, (64, 128), "I", I)
     check_tile("down_rows", c.down_rows, (64, 128), "H", H)
-    check_slots("slots", c.slots, _slot_bytes(c), least=2)
+    if c.programs_a_core not in (1, 2):
+        raise ValueError(f"config.programs_a_core is {c.programs_a_core!r}; expected 1 or 2")
+    check_slots("slots", c.slots, _slot_bytes(c, 8), least=2)
 
 
-def _slot_bytes(config: Config) -> int:
+def _slot_bytes(config: Config, N: int) -> int:
     return 2 * config.columns * (2 * ROWS + 2 * N)
 
 
 def _slots(config: Config, columns, halves: int) -> int:
     """How many of config.slots fit beside the rest of the shared memory."""
     rest = [*columns.scratch_types(), *columns.accumulator_types(halves)]
-    used = sum(4 * np.prod(ref.shape) + 1024 for ref in rest) + 2 * 2 * N * ROWS
-    return min(config.slots, int((mosaic.SHARED_MEMORY_BYTES - used) // _slot_bytes(config)))
+    used = sum(4 * int(np.prod(ref.shape)) + 1024 for ref in rest) + 2 * 2 * columns.N * ROWS
+    room = mosaic.SHARED_MEMORY_BYTES // config.programs_a_core - used
+    return min(config.slots, room // _slot_bytes(config, columns.N))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -149,15 +155,18 @@ def partial_sums(
 
 def _partial_sums(x, gate_up, down, expert_ids, expert_weights, config: Config, interpret):
     (E, _, I, H), (T, K) = gate_up.shape, expert_ids.shape
-    columns = (EveryToken if T <= N else RoutedTokens)(T=T, K=K, E=E)
+    columns = (EveryToken if T <= EVERY_TOKEN_UP_TO else RoutedTokens)(T=T, K=K, E=E)
     halves = config.down_rows // ROWS
     work = Work(
         H=H,
         I=I,
+        N=columns.N,
         columns=config.columns,
         halves=halves,
         slots=_slots(config, columns, halves),
-        num_programs=_INTERPRETED_PROGRAMS if interpret else mosaic.core_count(),
+        num_programs=(
+            _INTERPRETED_PROGRAMS if interpret else mosaic.core_count() * config.programs_a_core
+        ),
     )
     rows, routing = columns.arrays(x, expert_ids, expert_weights, interpret)
     gate_up = gate_up.reshape(E * 2, I, H)
@@ -168,7 +177,7 @@ def _partial_sums(x, gate_up, down, expert_ids, expert_weights, config: Config, 
 
 
 def _hidden_type(work: Work, columns):
-    return jax.ShapeDtypeStruct((columns.most_tiles * 2 * N, work.I), jnp.bfloat16)
+    return jax.ShapeDtypeStruct((columns.most_tiles * 2 * work.N, work.I), jnp.bfloat16)
 
 
 def _partials_type(work: Work, columns):
@@ -184,9 +193,9 @@ def _scratch_types(work: Work, columns) -> dict:
             (work.slots, 2, ROWS, work.columns), jnp.bfloat16, transforms=OPERAND
         ),
         "columns_smem": plgpu.SMEM(
-            (work.slots, 2 * N, work.columns), jnp.bfloat16, transforms=OPERAND
+            (work.slots, 2 * work.N, work.columns), jnp.bfloat16, transforms=OPERAND
         ),
-        "hidden_smem": plgpu.SMEM((2 * N, ROWS), jnp.bfloat16, transforms=OPERAND),
+        "hidden_smem": plgpu.SMEM((2 * work.N, ROWS), jnp.bfloat16, transforms=OPERAND),
         "gate_up_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
         "down_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
     }
@@ -225,15 +234,12 @@ def _in_one_launch(work: Work, columns, rows, routing, gate_up, down, interpret)
 
 def _in_two_launches(work: Work, columns, rows, routing, gate_up, down, interpret) -> jax.Array:
     """The same for interpret mode, which has no barrier of the whole grid."""
-    scratch_types = _scratch_types(work, columns)
-    keywords = dict(
-        grid=(work.num_programs,),
-        grid_names=("program",),
-        scratch_types=scratch_types,
-        interpret=mosaic.interpret_params(interpret),
-    )
+    hidden = _gate_up_alone(work, columns, rows, routing, gate_up, interpret)
+    return _down_alone(work, columns, routing, hidden, down, interpret)
 
-    def gate_up_kernel(rows_gmem, routing_gmem, gate_up_gmem, hidden_gmem, **scratch):
+
+def _gate_up_alone(work: Work, columns, rows, routing, gate_up, interpret) -> jax.Array:
+    def kernel(rows_gmem, routing_gmem, gate_up_gmem, hidden_gmem, **scratch):
         refs = Refs(
             rows=rows_gmem,
             routing=routing_gmem,
@@ -243,7 +249,19 @@ def _in_two_launches(work: Work, columns, rows, routing, gate_up, down, interpre
         )
         run_gate_up_alone(work, columns, refs)
 
-    def down_kernel(routing_gmem, hidden_gmem, down_gmem, partials_gmem, **scratch):
+    return plgpu.kernel(
+        kernel,
+        out_type=_hidden_type(work, columns),
+        grid=(work.num_programs,),
+        grid_names=("program",),
+        scratch_types=_scratch_types(work, columns),
+        kernel_name="streamed_gate_up",
+        interpret=mosaic.interpret_params(interpret),
+    )(rows, routing, gate_up)
+
+
+def _down_alone(work: Work, columns, routing, hidden, down, interpret) -> jax.Array:
+    def kernel(routing_gmem, hidden_gmem, down_gmem, partials_gmem, **scratch):
         refs = Refs(
             routing=routing_gmem,
             hidden=hidden_gmem,
@@ -253,15 +271,12 @@ def _in_two_launches(work: Work, columns, rows, routing, gate_up, down, interpre
         )
         run_down_alone(work, columns, refs)
 
-    hidden = plgpu.kernel(
-        gate_up_kernel,
-        out_type=_hidden_type(work, columns),
-        kernel_name="streamed_gate_up",
-        **keywords,
-    )(rows, routing, gate_up)
     return plgpu.kernel(
-        down_kernel,
+        kernel,
         out_type=_partials_type(work, columns),
+        grid=(work.num_programs,),
+        grid_names=("program",),
+        scratch_types=_scratch_types(work, columns),
         kernel_name="streamed_down",
-        **keywords,
+        interpret=mosaic.interpret_params(interpret),
     )(routing, hidden, down)

@@ -1,11 +1,11 @@
 """Which tokens are the columns of an expert's products, for the streamed layout.
 
-A tile is N = 8 columns of one expert; tiles are ordered by expert. Two ways to fill them:
+A tile is N columns of one expert; tiles are ordered by expert. Two ways to fill them:
 
-    EveryToken     T <= 8: one tile for each unique expert, whose columns are all tokens, whether
+    EveryToken     T <= 32: one tile for each unique expert, whose columns are all tokens, whether
                    routed there or not. No rows are moved, and each program of the kernel finds the
                    unique experts by itself from the ids.
-    RoutedTokens   T > 8: the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
+    RoutedTokens   T > 32: the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
 
 Both add a token's experts in ascending order of their ids, starting from zero, so that a token gets
 the same bits either way.
@@ -22,11 +22,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.grouping import group, tile_capacity
 
-N = 8  # columns of a tile: the fewest that the tensor cores take
 ROWS = 64  # rows of weights that one wgmma takes
 _LANES = 128
 _ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
-_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -37,18 +35,27 @@ def _one_a_lane(length: int):
     return plgpu.Layout.WG_STRIDED((length,), 1)
 
 
-def _column_index() -> jax.Array:
+def _lanes(length: int) -> jax.Array:
+    """[length]: each element's index."""
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=_one_a_lane(length))
+
+
+def _column_index(N: int) -> jax.Array:
     """[ROWS, N]: each element's column."""
     return plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 1, layout=plgpu.Layout.WGMMA)
 
 
 @dataclasses.dataclass(frozen=True)
 class EveryToken:
-    """All T <= 8 tokens are the columns of each unique expert."""
+    """All T <= 32 tokens are the columns of each unique expert."""
 
     T: int
     K: int
     E: int
+
+    @property
+    def N(self) -> int:
+        return next(columns for columns in (8, 16, 32) if self.T <= columns)
 
     @property
     def most_tiles(self) -> int:
@@ -57,12 +64,12 @@ class EveryToken:
     @property
     def rows(self) -> int:
         """Rows of the partial sums."""
-        return N
+        return self.N
 
     def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
         """What the kernel reads: the rows that are multiplied, and what says whose they are."""
         if interpret:  # on a GPU the copy engine fills rows past the end with zeros
-            x = jnp.pad(x, ((0, N - self.T), (0, 0)))
+            x = jnp.pad(x, ((0, self.N - self.T), (0, 0)))
         return x, (expert_ids, expert_weights)
 
     def scratch_types(self) -> list[Any]:
@@ -77,30 +84,49 @@ class EveryToken:
         """Fills the table of unique experts; returns their number."""
         ids_gmem, _ = arrays
         experts_smem, _ = scratch
-        # One bit for each expert, in scalars.
-        words = [jnp.int32(0)] * -(-self.E // 32)
-        for t, k in self._assignments():
-            expert = ids_gmem[t, k]
-            bit = jnp.where((expert >= 0) & (expert < self.E), jnp.int32(1) << (expert & 31), 0)
-            for index, word in enumerate(words):
-                words[index] = word | jnp.where(expert >> 5 == index, bit, 0)
-        # Lane u finds the u-th bit that is set.
-        lanes = plgpu.broadcasted_iota(
-            jnp.int32, experts_smem.shape, 0, layout=_one_a_lane(experts_smem.shape[0])
-        )
+        find = self._words_by_scalars if self.T * self.K <= 32 else self._words_by_lanes
+        words = find(ids_gmem)
+        lanes = _lanes(experts_smem.shape[0])
         experts_smem[...], count = _nth_set_bits(words, lanes)
         plgpu.commit_smem()
         return count
+
+    def _words_by_scalars(self, ids_gmem) -> list[jax.Array]:
+        """Bit e % 32 of word e // 32 is set if anybody is routed to expert e."""
+        words = [jnp.int32(0)] * -(-self.E // 32)
+        for t in range(self.T):
+            for k in range(self.K):
+                expert = ids_gmem[t, k]
+                bit = jnp.where((expert >= 0) & (expert < self.E), jnp.int32(1) << (expert & 31), 0)
+                for index, word in enumerate(words):
+                    words[index] = word | jnp.where(expert >> 5 == index, bit, 0)
+        return words
+
+    def _words_by_lanes(self, ids_gmem) -> list[jax.Array]:
+        """The same; each lane looks for its own expert, so that an id costs two instructions."""
+        lanes = _lanes(_round_up(self.E, _LANES))
+
+        def body(t, bits):
+            for k in range(self.K):
+                bits = jnp.where(lanes == ids_gmem[t, k], 1 << (lanes & 31), bits)
+            return bits
+
+        bits = lax.fori_loop(0, self.T, body, jnp.zeros_like(lanes))
+        bits = jnp.where(lanes < self.E, bits, 0)
+        return [jnp.sum(jnp.where(lanes >> 5 == w, bits, 0)) for w in range(-(-self.E // 32))]
 
     def find_tokens(self, arrays, scratch) -> None:
         """Fills the table of each unique expert's tokens: bit t is set if t is routed there."""
         ids_gmem, _ = arrays
         experts_smem, tokens_smem = scratch
         experts = plgpu.load(experts_smem, layout=_one_a_lane(experts_smem.shape[0]))
-        tokens = jnp.zeros_like(experts)
-        for t, k in self._assignments():
-            tokens |= jnp.where(experts == ids_gmem[t, k], jnp.int32(1 << t), jnp.int32(0))
-        tokens_smem[...] = tokens
+
+        def body(t, tokens):
+            for k in range(self.K):
+                tokens |= jnp.where(experts == ids_gmem[t, k], jnp.int32(1) << t, jnp.int32(0))
+            return tokens
+
+        tokens_smem[...] = lax.fori_loop(0, self.T, body, jnp.zeros_like(experts))
         plgpu.commit_smem()
 
     def expert(self, scratch, tile) -> jax.Array:
@@ -113,23 +139,24 @@ class EveryToken:
         """[ROWS, N] float32: each column's routing weight; a repeated expert's ones are added."""
         ids_gmem, weights_gmem = arrays
         expert = self.expert(scratch, tile)
-        column = _column_index()
-        out = jnp.zeros_like(column, jnp.float32)
-        for t in range(self.T):
+        column = _column_index(self.N)
+
+        def body(t, out):
             total = jnp.float32(0)
             for k in range(self.K):
                 total += jnp.where(ids_gmem[t, k] == expert, weights_gmem[t, k], jnp.float32(0))
-            out = jnp.where(column == t, total, out)
-        return out
+            return jnp.where(column == t, total, out)
+
+        return lax.fori_loop(0, self.T, body, jnp.zeros_like(column, jnp.float32))
 
     def zero(self, sums, halves: int):
         del sums
-        return tuple(_zeros() for _ in range(halves))
+        return tuple(_zeros(self.N) for _ in range(halves))
 
     def add(self, sums, carry, arrays, scratch, tile, products):
         """Adds products, one [ROWS, N] for each half of the rows, for the tokens routed here."""
         del sums, arrays
-        routed = (scratch[1][tile] >> _column_index()) & 1
+        routed = (scratch[1][tile] >> _column_index(self.N)) & 1
         # Select, never multiply by zero: an inf in the weights is no business of the others.
         return tuple(
             jnp.where(routed == 1, total + product, total)
@@ -143,9 +170,6 @@ class EveryToken:
             rows = partial_gmem.at[:, pl.ds(half * ROWS, ROWS)]
             rows.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
 
-    def _assignments(self):
-        return [(t, k) for t in range(self.T) for k in range(self.K)]
-
 
 @dataclasses.dataclass(frozen=True)
 class RoutedTokens:
@@ -155,9 +179,11 @@ class RoutedTokens:
     K: int
     E: int
 
+    N = 8
+
     @property
     def most_tiles(self) -> int:
-        return tile_capacity(self.T, self.K, self.E, N)
+        return tile_capacity(self.T, self.K, self.E, self.N)
 
     @property
     def rows(self) -> int:
@@ -166,20 +192,24 @@ class RoutedTokens:
     def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
         del interpret
         ids, weights = _merge_repeated(expert_ids, expert_weights)
-        grouping = group(ids, weights, self.E, token_tile=N)
+        grouping = group(ids, weights, self.E, token_tile=self.N)
         rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]; an unowned row's column is not read
         length = _round_up(self.most_tiles, _LANES)
-        experts = jnp.pad(grouping.expert_of[::N], (0, length - self.most_tiles))
-        tokens = jnp.pad(grouping.token_of, (0, (length - self.most_tiles) * N))
-        count = jnp.sum(grouping.expert_of[::N] >= 0, dtype=jnp.int32, keepdims=True)
+        experts = jnp.pad(grouping.expert_of[::self.N], (0, length - self.most_tiles))
+        tokens = jnp.pad(grouping.token_of, (0, (length - self.most_tiles) * self.N))
+        count = jnp.sum(grouping.expert_of[::self.N] >= 0, dtype=jnp.int32, keepdims=True)
         return rows, (count, experts, tokens, grouping.weight_of)
 
     def scratch_types(self) -> list[Any]:
         length = _round_up(self.most_tiles, _LANES)
-        return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length * N,), jnp.int32)]
+        return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length * self.N,), jnp.int32)]
 
     def accumulator_types(self, halves: int) -> list[Any]:
-        return [plgpu.SMEM((halves, self.rows, ROWS), jnp.float32)]
+        # The sums, one row more for the columns that nobody owns, and a tile's products.
+        return [
+            plgpu.SMEM((self.rows + 1, halves * ROWS), jnp.float32),
+            plgpu.SMEM((self.N, halves * ROWS), jnp.float32),
+        ]
 
     def find_tiles(self, arrays, scratch) -> jax.Array:
         count_gmem, experts_gmem, _, _ = arrays
@@ -198,46 +228,54 @@ class RoutedTokens:
         return scratch[0][tile]
 
     def first_row(self, tile) -> jax.Array:
-        return tile * N
+        return tile * self.N
 
     def routing_weights(self, arrays, scratch, tile) -> jax.Array:
         del scratch
-        weights_gmem = arrays[3].at[pl.ds(tile * N, N)]
+        weights_gmem = arrays[3].at[pl.ds(tile * self.N, self.N)]
         weights = plgpu.load(weights_gmem, layout=_ALONG_TOKENS, optimized=False)
-        return lax.broadcast_in_dim(weights, (ROWS, N), (1,))
+        return lax.broadcast_in_dim(weights, (ROWS, self.N), (1,))
 
     def zero(self, sums, halves: int):
-        (sums_smem,) = sums
-        for half in range(halves):
-            layout = plgpu.Layout.WG_STRIDED((self.rows, ROWS), 4)
-            sums_smem[half] = plgpu.layout_cast(jnp.zeros((self.rows, ROWS), jnp.float32), layout)
-        plgpu.commit_smem()
-        return ()
+        sums_smem, _ = sums
+        row = plgpu.layout_cast(jnp.zeros((halves * ROWS,), jnp.float32), self._along_rows(halves))
+
+        def body(token, _):
+            sums_smem[token] = row
+            return ()
+
+        return lax.fori_loop(0, self.rows, body, ())
 
     def add(self, sums, carry, arrays, scratch, tile, products):
         del arrays
-        (sums_smem,) = sums
-        column = _column_index()
-        for c in range(N):
-            token = scratch[1][tile * N + c]
-
-            @pl.when(token >= 0)
-            def _(c=c, token=token):
-                for half, product in enumerate(products):
-                    one = jnp.sum(jnp.where(column == c, product, jnp.float32(0)), axis=1)
-                    row = sums_smem.at[half, token]
-                    row[...] = plgpu.load(row, layout=_ALONG_ROWS, optimized=False) + one
-
+        sums_smem, products_smem = sums
+        for half, product in enumerate(products):
+            columns = products_smem.at[:, pl.ds(half * ROWS, ROWS)]
+            product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
+            columns.transpose((1, 0))[...] = product
+        plgpu.commit_smem()
+        # A tile holds a token once, so that all loads may come before the first store.
+        layout = self._along_rows(len(products))
+        new = []
+        for c in range(self.N):
+            token = scratch[1][tile * self.N + c]
+            token = jnp.where(token >= 0, token, self.rows)
+            old = plgpu.load(sums_smem.at[token], layout=layout, optimized=False)
+            product = plgpu.load(products_smem.at[c], layout=layout, optimized=False)
+            new.append((token, old + product))
+        for token, row in new:
+            sums_smem[token] = row
         return carry
 
     def write(self, sums, carry, partial_gmem) -> None:
         del carry
-        (sums_smem,) = sums
         plgpu.commit_smem()
-        for half in range(sums_smem.shape[0]):
-            columns = pl.ds(half * ROWS, ROWS)
-            plgpu.copy_smem_to_gmem(sums_smem.at[half], partial_gmem.at[:, columns])
+        plgpu.copy_smem_to_gmem(sums[0].at[pl.ds(0, self.rows)], partial_gmem)
         plgpu.wait_smem_to_gmem(0)
+
+    def _along_rows(self, halves: int):
+        length = halves * ROWS
+        return _one_a_lane(length) if length % _LANES == 0 else plgpu.Layout.WGMMA.reduce(1)
 
 
 def _merge_repeated(expert_ids, expert_weights) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +290,7 @@ def _merge_repeated(expert_ids, expert_weights) -> tuple[jax.Array, jax.Array]:
     return jnp.where(repeats, -1, expert_ids), total
 
 
-def _zeros() -> jax.Array:
+def _zeros(N: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((ROWS, N), jnp.float32), plgpu.Layout.WGMMA)
 
 

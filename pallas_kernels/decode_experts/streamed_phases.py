@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.streamed_columns import ROWS, N
+from pallas_kernels.decode_experts.streamed_columns import ROWS
 from pallas_kernels.mosaic import drain_ring, fill_ring
 
 # How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
@@ -31,6 +31,7 @@ class Work:
     """How a layer's work is cut and dealt out: unit or item w goes to program w % num_programs.
 
     Attributes:
+      N: columns of a tile.
       columns: columns of weights in a ring slot.
       halves: an item of the down phase has halves * ROWS output neurons.
       slots: slots in the ring.
@@ -39,6 +40,7 @@ class Work:
 
     H: int
     I: int
+    N: int
     columns: int
     halves: int
     slots: int
@@ -112,11 +114,16 @@ class Refs:
     gate_up_arrived: Any = None
     down_arrived: Any = None
 
+import os
+ROTATE = bool(os.environ.get("ROTATE"))
+
 
 def copy_gate_up(work: Work, columns, refs: Refs, program, step, slot) -> None:
     """Starts the copies of step `step` of the program's gate/up units."""
     index, step_of_unit = _divmod(step, work.unit_steps)
     tile, block = work.unit(program, index)
+    if ROTATE:
+        step_of_unit = lax.rem(step_of_unit + block, jnp.int32(work.unit_steps))
     at = pl.ds(step_of_unit * work.columns, work.columns)
     expert = columns.expert(refs.tables, tile)
     arrived = refs.gate_up_arrived.at[slot]
@@ -126,8 +133,8 @@ def copy_gate_up(work: Work, columns, refs: Refs, program, step, slot) -> None:
         arrived,
     )
     plgpu.copy_gmem_to_smem(
-        refs.rows.at[pl.ds(columns.first_row(tile), N), at],
-        refs.columns_smem.at[slot, pl.ds(0, N)],
+        refs.rows.at[pl.ds(columns.first_row(tile), work.N), at],
+        refs.columns_smem.at[slot, pl.ds(0, work.N)],
         arrived,
     )
 
@@ -151,7 +158,7 @@ def copy_hidden(work: Work, refs: Refs, program, num_tiles, step, slot) -> None:
     _, split = work.item(program, index)
     at = pl.ds(split * work.columns, work.columns)
     plgpu.copy_gmem_to_smem(
-        refs.hidden.at[pl.ds(tile * (2 * N), 2 * N), at],
+        refs.hidden.at[pl.ds(tile * (2 * work.N), 2 * work.N), at],
         refs.columns_smem.at[slot],
         refs.down_arrived.at[slot],
     )
@@ -170,7 +177,7 @@ def gate_up_phase(work: Work, columns, refs: Refs, program, num_tiles, end, copy
         def multiply(gate_acc, up_acc):
             def consume(_, slot, carry):
                 plgpu.barrier_wait(refs.gate_up_arrived.at[slot])
-                tokens = refs.columns_smem.at[slot, pl.ds(0, N)].transpose((1, 0))  # [columns, N]
+                tokens = refs.columns_smem.at[slot, pl.ds(0, work.N)].transpose((1, 0))  # [columns, N]
                 plgpu.wgmma(gate_acc, refs.weights_smem.at[slot, 0], tokens)
                 plgpu.wgmma(up_acc, refs.weights_smem.at[slot, 1], tokens)
                 return carry
@@ -187,26 +194,26 @@ def gate_up_phase(work: Work, columns, refs: Refs, program, num_tiles, end, copy
             )
             return gate_acc[...], up_acc[...]
 
-        accumulator = plgpu.ACC((ROWS, N), jnp.float32)
+        accumulator = plgpu.ACC((ROWS, work.N), jnp.float32)
         gate, up = pl.run_scoped(multiply, accumulator, accumulator)
         weights = columns.routing_weights(refs.routing, refs.tables, tile)
         hidden = gate / (1 + jnp.exp(-gate)) * up * weights  # [ROWS, N]
-        _store_hidden(refs, tile, block, hidden)
+        _store_hidden(work, refs, tile, block, hidden)
         return ()
 
     lax.fori_loop(0, work.units_of(program, num_tiles), unit_body, ())
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store_hidden(refs: Refs, tile, block, hidden) -> None:
+def _store_hidden(work: Work, refs: Refs, tile, block, hidden) -> None:
     """Stores hidden [ROWS, N] as two bf16 numbers, 16 bits of mantissa between them."""
     hi = hidden.astype(jnp.bfloat16)
     lo = (hidden - hi.astype(jnp.float32)).astype(jnp.bfloat16)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last unit's may still be read
-    refs.hidden_smem.at[pl.ds(0, N)].transpose((1, 0))[...] = hi
-    refs.hidden_smem.at[pl.ds(N, N)].transpose((1, 0))[...] = lo
+    refs.hidden_smem.at[pl.ds(0, work.N)].transpose((1, 0))[...] = hi
+    refs.hidden_smem.at[pl.ds(work.N, work.N)].transpose((1, 0))[...] = lo
     plgpu.commit_smem()
-    at = pl.ds(tile * (2 * N), 2 * N), pl.ds(block * ROWS, ROWS)
+    at = pl.ds(tile * (2 * work.N), 2 * work.N), pl.ds(block * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(refs.hidden_smem, refs.hidden.at[at])
 
 
@@ -231,9 +238,9 @@ def down_phase(work: Work, columns, refs: Refs, program, num_tiles, first, end, 
                     plgpu.wgmma(accumulator, refs.weights_smem.at[slot, half], hidden)
                 return [accumulator[...] for accumulator in accumulators]
 
-            accumulator = plgpu.ACC((ROWS, 2 * N), jnp.float32)
+            accumulator = plgpu.ACC((ROWS, 2 * work.N), jnp.float32)
             sums = pl.run_scoped(multiply, *[accumulator for _ in halves])
-            products = [both[:, :N] + both[:, N:] for both in sums]  # [ROWS, N] each
+            products = [both[:, :work.N] + both[:, work.N:] for both in sums]  # [ROWS, N] each
             tile = step - first_of_item
             return columns.add(refs.sums, carry, refs.routing, refs.tables, tile, products)
 
