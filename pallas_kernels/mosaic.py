@@ -108,6 +108,7 @@ def drain_ring(
     consume: Callable[[Any, Any, Any], Any],
     init: Any,
     wgmmas_in_flight: int = 0,
+    at_once: int = 1,
 ) -> Any:
     """Consumes steps first to first + count - 1 of a filled ring, keeping it filled up to `end`.
 
@@ -123,6 +124,8 @@ def drain_ring(
       consume: consume(step, slot, carry) -> carry waits until the slot has arrived, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in tma_ring. At the end nothing is in flight any more.
+      at_once: if not 1, `consume` gets the first of so many steps and a list of their slots, and
+        none of them is refilled before it returns; divides `count`, and takes no wgmmas in flight.
 
     Returns:
       The last carry.
@@ -144,6 +147,15 @@ def drain_ring(
         refill_after(step - lag, step >= first + lag)
         return carry
 
+    def body_at_once(index, carry):
+        steps = [first + index * at_once + ahead for ahead in range(at_once)]
+        carry = consume(steps[0], [lax.rem(step, slots) for step in steps], carry)
+        for step in steps:
+            refill_after(step, True)
+        return carry
+
+    if at_once > 1:
+        return lax.fori_loop(0, lax.div(count, jnp.int32(at_once)), body_at_once, init)
     carry = lax.fori_loop(first, first + count, body, init)
     if lag:
         plgpu.wgmma_wait(0)

@@ -47,6 +47,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 MOST_TOKENS = 128
 _INTERPRETED_PROGRAMS = 2
 EVERY_TOKEN_UP_TO = 32
+_COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Config:
 
     Attributes:
       columns: columns of weights in a ring slot, and the range of I that an item of the down phase
-        contracts; 64 or 128, divides H and I.
+        contracts; 64, 128 or 256, divides H and I.
       down_rows: R, output neurons of an item of the down phase; 64 or 128, divides H.
       slots: slots in the ring, of 2 * 64 * columns weights each; fewer are used where many tokens
         need the room.
@@ -80,8 +81,8 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
 def check_config(config: Config, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_tile("columns", c.columns, (64, 128), "H", H)
-    check_tile("columns", c.columns, (64, 128), "I", I)
+    check_tile("columns", c.columns, _COLUMNS, "H", H)
+    check_tile("columns", c.columns, _COLUMNS, "I", I)
     check_tile("down_rows", c.down_rows, (64, 128), "H", H)
     if c.programs_a_core not in (1, 2):
         raise ValueError(f"config.programs_a_core is {c.programs_a_core!r}; expected 1 or 2")

@@ -55,7 +55,12 @@ class EveryToken:
 
     @property
     def N(self) -> int:
-        return next(columns for columns in (8, 16, 32) if self.T <= columns)
+        return next(columns for columns in (8, 16, 32) if columns >= self.T)
+
+    @property
+    def at_once(self) -> int:
+        """Down products in flight together, where a batch has few tiles; takes registers."""
+        return 4 if self.N == 8 else 1
 
     @property
     def most_tiles(self) -> int:
@@ -68,7 +73,9 @@ class EveryToken:
 
     def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
         """What the kernel reads: the rows that are multiplied, and what says whose they are."""
-        if interpret:  # on a GPU the copy engine fills rows past the end with zeros
+        # The copy engine fills rows past the end with zeros, but Mosaic lets it do so in the only
+        # tile of 8 rows at most, and interpret mode does not.
+        if interpret or (self.T > 8 and self.T % 8):
             x = jnp.pad(x, ((0, self.N - self.T), (0, 0)))
         return x, (expert_ids, expert_weights)
 
@@ -180,6 +187,7 @@ class RoutedTokens:
     E: int
 
     N = 8
+    at_once = 1
 
     @property
     def most_tiles(self) -> int:
@@ -191,18 +199,16 @@ class RoutedTokens:
 
     def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
         del interpret
-        ids, weights = _merge_repeated(expert_ids, expert_weights)
-        grouping = group(ids, weights, self.E, token_tile=self.N)
+        # Computed once, or XLA would do it again inside each of group's reductions.
+        merged = lax.optimization_barrier(_merge_repeated(expert_ids, expert_weights))
+        length = _round_up(self.most_tiles, _LANES // self.N)
+        grouping = group(*merged, self.E, token_tile=self.N, num_tiles=length)
         rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]; an unowned row's column is not read
-        length = _round_up(self.most_tiles, _LANES)
-        experts = jnp.pad(grouping.expert_of[::self.N], (0, length - self.most_tiles))
-        tokens = jnp.pad(grouping.token_of, (0, (length - self.most_tiles) * self.N))
-        count = jnp.sum(grouping.expert_of[::self.N] >= 0, dtype=jnp.int32, keepdims=True)
-        return rows, (count, experts, tokens, grouping.weight_of)
+        return rows, (grouping.expert_of, grouping.token_of, grouping.weight_of)
 
     def scratch_types(self) -> list[Any]:
-        length = _round_up(self.most_tiles, _LANES)
-        return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length * self.N,), jnp.int32)]
+        rows = _round_up(self.most_tiles * self.N, _LANES)
+        return [plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((rows,), jnp.int32)]
 
     def accumulator_types(self, halves: int) -> list[Any]:
         # The sums, one row more for the columns that nobody owns, and a tile's products.
@@ -212,27 +218,28 @@ class RoutedTokens:
         ]
 
     def find_tiles(self, arrays, scratch) -> jax.Array:
-        count_gmem, experts_gmem, _, _ = arrays
-        layout = _one_a_lane(experts_gmem.shape[0])
-        scratch[0][...] = plgpu.load(experts_gmem, layout=layout)
+        rows = scratch[0].shape[0]
+        expert_of = plgpu.load(arrays[0], layout=_one_a_lane(rows))
+        scratch[0][...] = expert_of
         plgpu.commit_smem()
-        return count_gmem[0]
+        first_of_tile = _lanes(rows) & (self.N - 1) == 0
+        return jnp.sum(jnp.where(first_of_tile & (expert_of >= 0), jnp.int32(1), jnp.int32(0)))
 
     def find_tokens(self, arrays, scratch) -> None:
-        _, _, tokens_gmem, _ = arrays
+        tokens_gmem = arrays[1]
         layout = _one_a_lane(tokens_gmem.shape[0])
         scratch[1][...] = plgpu.load(tokens_gmem, layout=layout)
         plgpu.commit_smem()
 
     def expert(self, scratch, tile) -> jax.Array:
-        return scratch[0][tile]
+        return scratch[0][tile * self.N]
 
     def first_row(self, tile) -> jax.Array:
         return tile * self.N
 
     def routing_weights(self, arrays, scratch, tile) -> jax.Array:
         del scratch
-        weights_gmem = arrays[3].at[pl.ds(tile * self.N, self.N)]
+        weights_gmem = arrays[2].at[pl.ds(tile * self.N, self.N)]
         weights = plgpu.load(weights_gmem, layout=_ALONG_TOKENS, optimized=False)
         return lax.broadcast_in_dim(weights, (ROWS, self.N), (1,))
 
@@ -281,13 +288,19 @@ class RoutedTokens:
 def _merge_repeated(expert_ids, expert_weights) -> tuple[jax.Array, jax.Array]:
     """Gives a token that names an expert twice one assignment with the sum of the weights."""
     T, K = expert_ids.shape
-    same = expert_ids[:, :, None] == expert_ids[:, None, :]  # [T, K, K]
-    total = jnp.zeros((T, K), jnp.float32)
+    # Elementwise on [T, 1] columns, and not reduced over [T, K, K]: a kernel less.
+    ids = [expert_ids[:, k, None] for k in range(K)]
+    weights = [expert_weights[:, k, None] for k in range(K)]
+    merged, totals = [], []
     for k in range(K):
-        total += jnp.where(same[:, :, k], expert_weights[:, k, None], 0)
-    k = jnp.arange(K)
-    repeats = jnp.any(same & (k[None, :] < k[:, None])[None], axis=2)
-    return jnp.where(repeats, -1, expert_ids), total
+        total, repeats = jnp.zeros((T, 1), jnp.float32), jnp.zeros((T, 1), bool)
+        for other in range(K):
+            same = ids[k] == ids[other]
+            total += jnp.where(same, weights[other], 0)
+            repeats |= same if other < k else False
+        merged.append(jnp.where(repeats, -1, ids[k]))
+        totals.append(total)
+    return jnp.concatenate(merged, axis=1), jnp.concatenate(totals, axis=1)
 
 
 def _zeros(N: int) -> jax.Array:

@@ -17,6 +17,9 @@ from pallas_kernels.mosaic import drain_ring, fill_ring
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
+FEW_TILES = 16
+
+
 def _div(a, b):
     return lax.div(jnp.int32(a), jnp.int32(b))
 
@@ -114,16 +117,11 @@ class Refs:
     gate_up_arrived: Any = None
     down_arrived: Any = None
 
-import os
-ROTATE = bool(os.environ.get("ROTATE"))
-
 
 def copy_gate_up(work: Work, columns, refs: Refs, program, step, slot) -> None:
     """Starts the copies of step `step` of the program's gate/up units."""
     index, step_of_unit = _divmod(step, work.unit_steps)
     tile, block = work.unit(program, index)
-    if ROTATE:
-        step_of_unit = lax.rem(step_of_unit + block, jnp.int32(work.unit_steps))
     at = pl.ds(step_of_unit * work.columns, work.columns)
     expert = columns.expert(refs.tables, tile)
     arrived = refs.gate_up_arrived.at[slot]
@@ -177,7 +175,9 @@ def gate_up_phase(work: Work, columns, refs: Refs, program, num_tiles, end, copy
         def multiply(gate_acc, up_acc):
             def consume(_, slot, carry):
                 plgpu.barrier_wait(refs.gate_up_arrived.at[slot])
-                tokens = refs.columns_smem.at[slot, pl.ds(0, work.N)].transpose((1, 0))  # [columns, N]
+                tokens = refs.columns_smem.at[slot, pl.ds(0, work.N)].transpose(
+                    (1, 0)
+                )  # [columns, N]
                 plgpu.wgmma(gate_acc, refs.weights_smem.at[slot, 0], tokens)
                 plgpu.wgmma(up_acc, refs.weights_smem.at[slot, 1], tokens)
                 return carry
@@ -224,41 +224,57 @@ def down_phase(work: Work, columns, refs: Refs, program, num_tiles, first, end, 
       first: the ring's number of this phase's first step.
       end, copy: as in drain_ring.
     """
-    halves = range(work.halves)
 
     def item_body(index, _):
         first_of_item = first + index * num_tiles
 
         def consume(step, slot, carry):
-            plgpu.barrier_wait(refs.down_arrived.at[slot])
-            hidden = refs.columns_smem.at[slot].transpose((1, 0))  # [columns, 2N]
+            slots = slot if isinstance(slot, list) else [slot]
+            products = _multiply_down(work, refs, slots)
+            for ahead, product in enumerate(products):
+                tile = step - first_of_item + ahead
+                carry = columns.add(refs.sums, carry, refs.routing, refs.tables, tile, product)
+            return carry
 
-            def multiply(*accumulators):
-                for half, accumulator in enumerate(accumulators):
-                    plgpu.wgmma(accumulator, refs.weights_smem.at[slot, half], hidden)
-                return [accumulator[...] for accumulator in accumulators]
-
-            accumulator = plgpu.ACC((ROWS, 2 * work.N), jnp.float32)
-            sums = pl.run_scoped(multiply, *[accumulator for _ in halves])
-            products = [both[:, :work.N] + both[:, work.N:] for both in sums]  # [ROWS, N] each
-            tile = step - first_of_item
-            return columns.add(refs.sums, carry, refs.routing, refs.tables, tile, products)
-
-        carry = drain_ring(
-            work.slots,
-            first_of_item,
-            num_tiles,
-            end,
-            copy=copy,
-            consume=consume,
-            init=columns.zero(refs.sums, work.halves),
-        )
+        drain = functools.partial(drain_ring, work.slots, end=end, copy=copy, consume=consume)
+        carry = columns.zero(refs.sums, work.halves)
+        # All products of an expert are awaited before the next one's are begun. With few experts
+        # that is most of what follows the barrier, so they are taken several at once; with many,
+        # it is hidden behind the copies, and slots are better refilled one by one.
+        at_once = min(columns.at_once, work.slots)
+        together = jnp.int32(0)
+        if at_once > 1:
+            together = jnp.where(num_tiles <= FEW_TILES, _div(num_tiles, at_once) * at_once, 0)
+            carry = drain(first=first_of_item, count=together, init=carry, at_once=at_once)
+        carry = drain(first=first_of_item + together, count=num_tiles - together, init=carry)
         block, split = work.item(program, index)
         wide = work.halves * ROWS
         columns.write(refs.sums, carry, refs.partials.at[split, :, pl.ds(block * wide, wide)])
         return ()
 
     lax.fori_loop(0, work.items_of(program), item_body, ())
+
+
+def _multiply_down(work: Work, refs: Refs, slots) -> list[list[jax.Array]]:
+    """Of each slot, [ROWS, N] for each half of its rows: weights times (hi + lo)."""
+    N = work.N
+    for slot in slots:
+        plgpu.barrier_wait(refs.down_arrived.at[slot])
+
+    def multiply(*accumulators):
+        for slot, of_slot in zip(slots, _rows_of(accumulators, work.halves), strict=True):
+            hidden = refs.columns_smem.at[slot].transpose((1, 0))  # [columns, 2N]
+            for half, accumulator in enumerate(of_slot):
+                plgpu.wgmma(accumulator, refs.weights_smem.at[slot, half], hidden)
+        return [accumulator[...] for accumulator in accumulators]
+
+    accumulator = plgpu.ACC((ROWS, 2 * N), jnp.float32)
+    sums = pl.run_scoped(multiply, *[accumulator] * (len(slots) * work.halves))
+    return _rows_of([both[:, :N] + both[:, N:] for both in sums], work.halves)
+
+
+def _rows_of(flat, length: int) -> list:
+    return [flat[start : start + length] for start in range(0, len(flat), length)]
 
 
 def run_gate_up_alone(work: Work, columns, refs: Refs) -> None:

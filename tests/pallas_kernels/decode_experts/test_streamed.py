@@ -74,9 +74,7 @@ def test_nth_set_bits():
     for _ in range(20):
         words = rng.integers(-(2**31), 2**31, 3).astype(np.int32)
         words[rng.integers(3)] = rng.choice([0, -1, -(2**31), 1])
-        bits = np.flatnonzero(
-            [(int(word) >> bit) & 1 for word in words for bit in range(32)]
-        )
+        bits = np.flatnonzero([(int(word) >> bit) & 1 for word in words for bit in range(32)])
         found, count = _nth_set_bits([jnp.int32(word) for word in words], jnp.arange(128))
         assert count == len(bits)
         chex.assert_trees_all_equal(found[: len(bits)], jnp.asarray(bits, jnp.int32))
