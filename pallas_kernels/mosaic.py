@@ -124,13 +124,13 @@ def drain_ring(
       consume: consume(step, slot, carry) -> carry waits until the slot has arrived, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in tma_ring. At the end nothing is in flight any more.
-      at_once: if not 1, `consume` gets the first of so many steps and a list of their slots, and
-        none of them is refilled before it returns; divides `count`, and takes no wgmmas in flight.
+      at_once: how many steps one call of `consume` takes; divides `count`. If not 1, consume gets
+        the first of them and a list of their slots, and they are refilled together.
 
     Returns:
       The last carry.
     """
-    lag = 1 if wgmmas_in_flight else 0
+    lag = at_once if wgmmas_in_flight else 0
     slots = jnp.int32(num_slots)
 
     def refill_after(step, condition):
@@ -140,27 +140,23 @@ def drain_ring(
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
             copy(step + num_slots, lax.rem(step, slots))
 
-    def body(step, carry):
-        carry = consume(step, lax.rem(step, slots), carry)
+    def body(index, carry):
+        steps = [first + index * at_once + ahead for ahead in range(at_once)]
+        slots_of_steps = [lax.rem(step, slots) for step in steps]
+        carry = consume(steps[0], slots_of_steps if at_once > 1 else slots_of_steps[0], carry)
         if wgmmas_in_flight:
             plgpu.wgmma_wait(wgmmas_in_flight)
-        refill_after(step - lag, step >= first + lag)
-        return carry
-
-    def body_at_once(index, carry):
-        steps = [first + index * at_once + ahead for ahead in range(at_once)]
-        carry = consume(steps[0], [lax.rem(step, slots) for step in steps], carry)
         for step in steps:
-            refill_after(step, True)
+            refill_after(step - lag, step - lag >= first)
         return carry
 
-    if at_once > 1:
-        return lax.fori_loop(0, lax.div(count, jnp.int32(at_once)), body_at_once, init)
-    carry = lax.fori_loop(first, first + count, body, init)
+    rounds = count if at_once == 1 else lax.div(jnp.int32(count), jnp.int32(at_once))
+    carry = lax.fori_loop(0, rounds, body, init)
     if lag:
         plgpu.wgmma_wait(0)
         if not isinstance(end, int):  # else this stretch is the last one
-            refill_after(first + count - 1, count > 0)
+            for behind in reversed(range(at_once)):
+                refill_after(first + count - 1 - behind, count > 0)
     return carry
 
 

@@ -3,7 +3,7 @@
     tiles      8 columns of one expert each: all tokens, or those routed there   (streamed_columns)
     gate/up    unit (tile, 64 neurons)      hidden[tile] = w * silu(gate_e x) * up_e x
     ---------- barrier of the whole grid, the ring filling up with down weights meanwhile ----------
-    down       item (R neurons, range of I) partial[range] = sum over tiles of down_e hidden[tile]
+    down       item (64 neurons, range of I) partial[range] = sum over tiles of down_e hidden[tile]
     sum        out = sum over the ranges, in order                               (XLA)
 
 One program on each core runs both phases. All its weights, of either phase, come through one ring
@@ -46,7 +46,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 # phase's sums of more tokens would leave no room for the ring.
 MOST_TOKENS = 128
 _INTERPRETED_PROGRAMS = 2
-EVERY_TOKEN_UP_TO = 32
+EVERY_TOKEN_UP_TO = 16
 _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
 
@@ -57,14 +57,12 @@ class Config:
     Attributes:
       columns: columns of weights in a ring slot, and the range of I that an item of the down phase
         contracts; 64, 128 or 256, divides H and I.
-      down_rows: R, output neurons of an item of the down phase; 64 or 128, divides H.
-      slots: slots in the ring, of 2 * 64 * columns weights each; fewer are used where many tokens
-        need the room.
+      slots: slots in the ring, of 64 * columns weights each; an even number. Fewer are used where
+        many tokens need the room.
       programs_a_core: 1 or 2 programs that share a core, and each of them half its memory.
     """
 
-    columns: int = 128
-    down_rows: int = 128
+    columns: int = 256
     slots: int = 6
     programs_a_core: int = 1
 
@@ -73,8 +71,7 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
     """The heuristic: slots of 32 KB, as many as fit."""
     del T
     return Config(
-        columns=largest_divisor(np.gcd(shapes.H, shapes.I), (64, 128)),
-        down_rows=largest_divisor(shapes.H, (64, 128)),
+        columns=largest_divisor(np.gcd(shapes.H, shapes.I), _COLUMNS),
     )
 
 
@@ -83,22 +80,26 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
     c, H, I = config, shapes.H, shapes.I
     check_tile("columns", c.columns, _COLUMNS, "H", H)
     check_tile("columns", c.columns, _COLUMNS, "I", I)
-    check_tile("down_rows", c.down_rows, (64, 128), "H", H)
     if c.programs_a_core not in (1, 2):
         raise ValueError(f"config.programs_a_core is {c.programs_a_core!r}; expected 1 or 2")
-    check_slots("slots", c.slots, _slot_bytes(c, 8), least=2)
+    check_slots("slots", c.slots, _slot_bytes(c, 8), least=4)
+    if c.slots % 2:
+        raise ValueError(f"config.slots is {c.slots!r}; expected an even number")
 
 
 def _slot_bytes(config: Config, N: int) -> int:
-    return 2 * config.columns * (2 * ROWS + 2 * N)
+    """A slot of weights and half a slot of their other operand."""
+    return 2 * config.columns * (ROWS + N)
 
 
-def _slots(config: Config, columns, halves: int) -> int:
-    """How many of config.slots fit beside the rest of the shared memory."""
-    rest = [*columns.scratch_types(), *columns.accumulator_types(halves)]
+def _slots(config: Config, columns) -> tuple[int, int]:
+    """How many slots, and column slots, fit beside the rest of the shared memory."""
+    rest = [*columns.scratch_types(), *columns.accumulator_types()]
     used = sum(4 * int(np.prod(ref.shape)) + 1024 for ref in rest) + 2 * 2 * columns.N * ROWS
     room = mosaic.SHARED_MEMORY_BYTES // config.programs_a_core - used
-    return min(config.slots, room // _slot_bytes(config, columns.N))
+    slots = min(config.slots, room // _slot_bytes(config, columns.N) // 2 * 2)
+    room -= slots * _slot_bytes(config, columns.N)
+    return slots, min(slots, slots // 2 + room // (2 * config.columns * 2 * columns.N))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -157,21 +158,21 @@ def partial_sums(
 def _partial_sums(x, gate_up, down, expert_ids, expert_weights, config: Config, interpret):
     (E, _, I, H), (T, K) = gate_up.shape, expert_ids.shape
     columns = (EveryToken if T <= EVERY_TOKEN_UP_TO else RoutedTokens)(T=T, K=K, E=E)
-    halves = config.down_rows // ROWS
+    slots, column_slots = _slots(config, columns)
     work = Work(
         H=H,
         I=I,
         N=columns.N,
         columns=config.columns,
-        halves=halves,
-        slots=_slots(config, columns, halves),
+        slots=slots,
+        column_slots=column_slots,
         num_programs=(
             _INTERPRETED_PROGRAMS if interpret else mosaic.core_count() * config.programs_a_core
         ),
     )
     rows, routing = columns.arrays(x, expert_ids, expert_weights, interpret)
-    gate_up = gate_up.reshape(E * 2, I, H)
-    down = down.reshape(E * H // ROWS, ROWS, I)
+    gate_up = gate_up.reshape(E * 2 * I, H)
+    down = down.reshape(E * H, I)
     run = _in_two_launches if interpret else _in_one_launch
     partials = run(work, columns, rows, routing, gate_up, down, interpret)
     return partials[:, :T]
@@ -189,16 +190,17 @@ def _scratch_types(work: Work, columns) -> dict:
     """By the names of Refs, without the barriers."""
     return {
         "tables": columns.scratch_types(),
-        "sums": columns.accumulator_types(work.halves),
+        "sums": columns.accumulator_types(),
         "weights_smem": plgpu.SMEM(
-            (work.slots, 2, ROWS, work.columns), jnp.bfloat16, transforms=OPERAND
+            (work.slots, ROWS, work.columns), jnp.bfloat16, transforms=OPERAND
         ),
         "columns_smem": plgpu.SMEM(
-            (work.slots, 2 * work.N, work.columns), jnp.bfloat16, transforms=OPERAND
+            (work.column_slots, 2 * work.N, work.columns), jnp.bfloat16, transforms=OPERAND
         ),
         "hidden_smem": plgpu.SMEM((2 * work.N, ROWS), jnp.bfloat16, transforms=OPERAND),
-        "gate_up_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
-        "down_arrived": plgpu.Barrier(num_arrivals=2, num_barriers=work.slots),
+        "gate_up_arrived": plgpu.Barrier(num_arrivals=3, num_barriers=work.slots // 2),
+        "down_arrived": plgpu.Barrier(num_barriers=work.slots),
+        "hidden_arrived": plgpu.Barrier(num_barriers=work.column_slots),
     }
 
 

@@ -25,6 +25,7 @@ from pallas_kernels.decode_experts.grouping import group, tile_capacity
 ROWS = 64  # rows of weights that one wgmma takes
 _LANES = 128
 _ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
+_ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -83,8 +84,7 @@ class EveryToken:
         length = _round_up(self.most_tiles, _LANES)
         return [plgpu.SMEM((length,), jnp.int32), plgpu.SMEM((length,), jnp.int32)]
 
-    def accumulator_types(self, halves: int) -> list[Any]:
-        del halves
+    def accumulator_types(self) -> list[Any]:
         return []
 
     def find_tiles(self, arrays, scratch) -> jax.Array:
@@ -156,26 +156,22 @@ class EveryToken:
 
         return lax.fori_loop(0, self.T, body, jnp.zeros_like(column, jnp.float32))
 
-    def zero(self, sums, halves: int):
+    def zero(self, sums):
         del sums
-        return tuple(_zeros(self.N) for _ in range(halves))
+        return _zeros(self.N)
 
-    def add(self, sums, carry, arrays, scratch, tile, products):
-        """Adds products, one [ROWS, N] for each half of the rows, for the tokens routed here."""
+    def add(self, sums, carry, arrays, scratch, tile, product):
+        """Adds a tile's product [ROWS, N] for the tokens that are routed there."""
         del sums, arrays
         routed = (scratch[1][tile] >> _column_index(self.N)) & 1
         # Select, never multiply by zero: an inf in the weights is no business of the others.
-        return tuple(
-            jnp.where(routed == 1, total + product, total)
-            for total, product in zip(carry, products, strict=True)
-        )
+        return jnp.where(routed == 1, carry + product, carry)
 
     def write(self, sums, carry, partial_gmem) -> None:
-        """Writes the sums into partial_gmem [rows, halves * ROWS]."""
+        """Writes the sums into partial_gmem [rows, ROWS]."""
         del sums
-        for half, total in enumerate(carry):
-            rows = partial_gmem.at[:, pl.ds(half * ROWS, ROWS)]
-            rows.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+        carry = plgpu.layout_cast(carry, plgpu.Layout.WGMMA_TRANSPOSED)
+        partial_gmem.transpose((1, 0))[...] = carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,11 +206,11 @@ class RoutedTokens:
         rows = _round_up(self.most_tiles * self.N, _LANES)
         return [plgpu.SMEM((rows,), jnp.int32), plgpu.SMEM((rows,), jnp.int32)]
 
-    def accumulator_types(self, halves: int) -> list[Any]:
+    def accumulator_types(self) -> list[Any]:
         # The sums, one row more for the columns that nobody owns, and a tile's products.
         return [
-            plgpu.SMEM((self.rows + 1, halves * ROWS), jnp.float32),
-            plgpu.SMEM((self.N, halves * ROWS), jnp.float32),
+            plgpu.SMEM((self.rows + 1, ROWS), jnp.float32),
+            plgpu.SMEM((self.N, ROWS), jnp.float32),
         ]
 
     def find_tiles(self, arrays, scratch) -> jax.Array:
@@ -243,9 +239,9 @@ class RoutedTokens:
         weights = plgpu.load(weights_gmem, layout=_ALONG_TOKENS, optimized=False)
         return lax.broadcast_in_dim(weights, (ROWS, self.N), (1,))
 
-    def zero(self, sums, halves: int):
+    def zero(self, sums):
         sums_smem, _ = sums
-        row = plgpu.layout_cast(jnp.zeros((halves * ROWS,), jnp.float32), self._along_rows(halves))
+        row = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ALONG_ROWS)
 
         def body(token, _):
             sums_smem[token] = row
@@ -253,23 +249,20 @@ class RoutedTokens:
 
         return lax.fori_loop(0, self.rows, body, ())
 
-    def add(self, sums, carry, arrays, scratch, tile, products):
+    def add(self, sums, carry, arrays, scratch, tile, product):
         del arrays
-        sums_smem, products_smem = sums
-        for half, product in enumerate(products):
-            columns = products_smem.at[:, pl.ds(half * ROWS, ROWS)]
-            product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
-            columns.transpose((1, 0))[...] = product
+        sums_smem, product_smem = sums
+        product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
+        product_smem.transpose((1, 0))[...] = product
         plgpu.commit_smem()
         # A tile holds a token once, so that all loads may come before the first store.
-        layout = self._along_rows(len(products))
         new = []
         for c in range(self.N):
             token = scratch[1][tile * self.N + c]
             token = jnp.where(token >= 0, token, self.rows)
-            old = plgpu.load(sums_smem.at[token], layout=layout, optimized=False)
-            product = plgpu.load(products_smem.at[c], layout=layout, optimized=False)
-            new.append((token, old + product))
+            old = plgpu.load(sums_smem.at[token], layout=_ALONG_ROWS, optimized=False)
+            one = plgpu.load(product_smem.at[c], layout=_ALONG_ROWS, optimized=False)
+            new.append((token, old + one))
         for token, row in new:
             sums_smem[token] = row
         return carry
@@ -279,10 +272,6 @@ class RoutedTokens:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sums[0].at[pl.ds(0, self.rows)], partial_gmem)
         plgpu.wait_smem_to_gmem(0)
-
-    def _along_rows(self, halves: int):
-        length = halves * ROWS
-        return _one_a_lane(length) if length % _LANES == 0 else plgpu.Layout.WGMMA.reduce(1)
 
 
 def _merge_repeated(expert_ids, expert_weights) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.streamed_columns import ROWS
+from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic import drain_ring, fill_ring
 
 # How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
@@ -35,9 +36,10 @@ class Work:
 
     Attributes:
       N: columns of a tile.
-      columns: columns of weights in a ring slot.
-      halves: an item of the down phase has halves * ROWS output neurons.
-      slots: slots in the ring.
+      columns: columns of weights in a ring slot, which has ROWS rows.
+      slots: slots in the ring, an even number.
+      column_slots: slots of the other operand, at least slots // 2. One serves two slots of gate
+        and up rows; hidden's copies run so much less ahead than those of down weights.
       num_programs: programs in the grid.
     """
 
@@ -45,13 +47,14 @@ class Work:
     I: int
     N: int
     columns: int
-    halves: int
     slots: int
+    column_slots: int
     num_programs: int
 
     @property
     def unit_steps(self) -> int:
-        return self.H // self.columns
+        """Ring steps of a gate/up unit: a slot of gate rows and one of up rows, by turns."""
+        return 2 * (self.H // self.columns)
 
     @property
     def blocks(self) -> int:
@@ -65,7 +68,7 @@ class Work:
 
     @property
     def items(self) -> int:
-        return self.H // (self.halves * ROWS) * self.splits
+        return self.H // ROWS * self.splits
 
     def units_of(self, program, num_tiles):
         units = num_tiles * self.blocks
@@ -91,16 +94,18 @@ class Refs:
     Attributes:
       rows: [P, H] bf16, the columns of the gate/up products.
       routing: the arrays that say whose columns they are.
-      gate_up: [2 * E, I, H] bf16.
-      down: [E * H / ROWS, ROWS, I] bf16.
+      gate_up: [E * 2 * I, H] bf16.
+      down: [E * H, I] bf16.
       hidden: [2 * N * tiles, I] bf16: of each tile N rows of hi and N rows of lo.
       partials: [splits, rows, H] float32.
       tables: shared memory that says which expert each tile has, and for which tokens.
       sums: shared memory for the down phase's sums, if they are kept there.
-      weights_smem: [slots, 2, ROWS, columns], the ring.
-      columns_smem: [slots, 2 * N, columns], its other operand.
+      weights_smem: [slots, ROWS, columns], the ring.
+      columns_smem: [column_slots, 2 * N, columns], the other operand.
       hidden_smem: [2 * N, ROWS], on the way from registers to `hidden`.
-      gate_up_arrived, down_arrived: a barrier for each slot.
+      gate_up_arrived: a barrier for each two slots.
+      down_arrived: a barrier for each slot.
+      hidden_arrived: a barrier for each column slot.
     """
 
     rows: Any = None
@@ -116,49 +121,58 @@ class Refs:
     hidden_smem: Any = None
     gate_up_arrived: Any = None
     down_arrived: Any = None
+    hidden_arrived: Any = None
 
 
 def copy_gate_up(work: Work, columns, refs: Refs, program, step, slot) -> None:
-    """Starts the copies of step `step` of the program's gate/up units."""
+    """Starts the copies of step `step` of the program's gate/up units.
+
+    Even steps bring gate rows and the columns that both halves are multiplied by.
+    """
     index, step_of_unit = _divmod(step, work.unit_steps)
     tile, block = work.unit(program, index)
-    at = pl.ds(step_of_unit * work.columns, work.columns)
-    expert = columns.expert(refs.tables, tile)
-    arrived = refs.gate_up_arrived.at[slot]
+    pair, is_up = _divmod(step_of_unit, 2)
+    at = pl.ds(pair * work.columns, work.columns)
+    gate_row, up_row = gate_and_up_rows(columns.expert(refs.tables, tile), block, ROWS, work.I)
+    arrived = refs.gate_up_arrived.at[_div(slot, 2)]
     plgpu.copy_gmem_to_smem(
-        refs.gate_up.at[pl.ds(2 * expert, 2), pl.ds(block * ROWS, ROWS), at],
+        refs.gate_up.at[pl.ds(jnp.where(is_up == 1, up_row, gate_row), ROWS), at],
         refs.weights_smem.at[slot],
         arrived,
     )
-    plgpu.copy_gmem_to_smem(
-        refs.rows.at[pl.ds(columns.first_row(tile), work.N), at],
-        refs.columns_smem.at[slot, pl.ds(0, work.N)],
-        arrived,
-    )
+
+    @pl.when(is_up == 0)
+    def _():
+        plgpu.copy_gmem_to_smem(
+            refs.rows.at[pl.ds(columns.first_row(tile), work.N), at],
+            refs.columns_smem.at[_div(slot, 2), pl.ds(0, work.N)],
+            arrived,
+        )
 
 
 def copy_down(work: Work, columns, refs: Refs, program, num_tiles, step, slot) -> None:
     """Starts the copy of the weights of step `step` of the program's down items."""
     index, tile = _divmod(step, num_tiles)
     block, split = work.item(program, index)
-    expert = columns.expert(refs.tables, tile)
-    first = expert * (work.H // ROWS) + block * work.halves
+    row = down_rows(columns.expert(refs.tables, tile), block, ROWS, work.H)
     plgpu.copy_gmem_to_smem(
-        refs.down.at[pl.ds(first, work.halves), :, pl.ds(split * work.columns, work.columns)],
-        refs.weights_smem.at[slot, pl.ds(0, work.halves)],
+        refs.down.at[pl.ds(row, ROWS), pl.ds(split * work.columns, work.columns)],
+        refs.weights_smem.at[slot],
         refs.down_arrived.at[slot],
     )
 
 
-def copy_hidden(work: Work, refs: Refs, program, num_tiles, step, slot) -> None:
+def copy_hidden(work: Work, refs: Refs, program, num_tiles, step) -> None:
     """Starts the copy of the other operand of that step, which the first phase has written."""
     index, tile = _divmod(step, num_tiles)
     _, split = work.item(program, index)
-    at = pl.ds(split * work.columns, work.columns)
+    slot = lax.rem(step, jnp.int32(work.column_slots))
     plgpu.copy_gmem_to_smem(
-        refs.hidden.at[pl.ds(tile * (2 * work.N), 2 * work.N), at],
+        refs.hidden.at[
+            pl.ds(tile * (2 * work.N), 2 * work.N), pl.ds(split * work.columns, work.columns)
+        ],
         refs.columns_smem.at[slot],
-        refs.down_arrived.at[slot],
+        refs.hidden_arrived.at[slot],
     )
 
 
@@ -173,13 +187,13 @@ def gate_up_phase(work: Work, columns, refs: Refs, program, num_tiles, end, copy
         tile, block = work.unit(program, index)
 
         def multiply(gate_acc, up_acc):
-            def consume(_, slot, carry):
-                plgpu.barrier_wait(refs.gate_up_arrived.at[slot])
-                tokens = refs.columns_smem.at[slot, pl.ds(0, work.N)].transpose(
-                    (1, 0)
-                )  # [columns, N]
-                plgpu.wgmma(gate_acc, refs.weights_smem.at[slot, 0], tokens)
-                plgpu.wgmma(up_acc, refs.weights_smem.at[slot, 1], tokens)
+            def consume(_, slots, carry):
+                gate_slot, up_slot = slots
+                plgpu.barrier_wait(refs.gate_up_arrived.at[_div(gate_slot, 2)])
+                tokens = refs.columns_smem.at[_div(gate_slot, 2), pl.ds(0, work.N)]
+                tokens = tokens.transpose((1, 0))  # [columns, N]
+                plgpu.wgmma(gate_acc, refs.weights_smem.at[gate_slot], tokens)
+                plgpu.wgmma(up_acc, refs.weights_smem.at[up_slot], tokens)
                 return carry
 
             drain_ring(
@@ -191,6 +205,7 @@ def gate_up_phase(work: Work, columns, refs: Refs, program, num_tiles, end, copy
                 consume=consume,
                 init=(),
                 wgmmas_in_flight=2,
+                at_once=2,
             )
             return gate_acc[...], up_acc[...]
 
@@ -217,64 +232,80 @@ def _store_hidden(work: Work, refs: Refs, tile, block, hidden) -> None:
     plgpu.copy_smem_to_gmem(refs.hidden_smem, refs.hidden.at[at])
 
 
-def down_phase(work: Work, columns, refs: Refs, program, num_tiles, first, end, copy) -> None:
+def down_phase(work: Work, columns, refs: Refs, program, num_tiles, first) -> None:
     """partials[split, t] = sum over t's experts of down_e[:, split] hidden[t, e, split].
 
     Args:
-      first: the ring's number of this phase's first step.
-      end, copy: as in drain_ring.
+      first: the ring's number of this phase's first step. The ring is filled with its weights;
+        hidden may be copied from here on.
     """
+    steps = work.items_of(program) * num_tiles
+    lead = work.slots - work.column_slots
+
+    def copy(step, slot):
+        step = step - first
+
+        @pl.when(step < steps)
+        def _():
+            copy_down(work, columns, refs, program, num_tiles, step, slot)
+
+        @pl.when(step - lead < steps)
+        def _():
+            copy_hidden(work, refs, program, num_tiles, step - lead)
+
+    for step in range(work.column_slots):
+        pl.when(step < steps)(
+            functools.partial(copy_hidden, work, refs, program, num_tiles, jnp.int32(step))
+        )
+    end = first + steps + lead
 
     def item_body(index, _):
         first_of_item = first + index * num_tiles
 
         def consume(step, slot, carry):
             slots = slot if isinstance(slot, list) else [slot]
-            products = _multiply_down(work, refs, slots)
+            products = _multiply_down(work, refs, step - first, slots)
             for ahead, product in enumerate(products):
                 tile = step - first_of_item + ahead
                 carry = columns.add(refs.sums, carry, refs.routing, refs.tables, tile, product)
             return carry
 
         drain = functools.partial(drain_ring, work.slots, end=end, copy=copy, consume=consume)
-        carry = columns.zero(refs.sums, work.halves)
+        carry = columns.zero(refs.sums)
         # All products of an expert are awaited before the next one's are begun. With few experts
         # that is most of what follows the barrier, so they are taken several at once; with many,
         # it is hidden behind the copies, and slots are better refilled one by one.
-        at_once = min(columns.at_once, work.slots)
+        at_once = min(columns.at_once, work.column_slots)
         together = jnp.int32(0)
         if at_once > 1:
             together = jnp.where(num_tiles <= FEW_TILES, _div(num_tiles, at_once) * at_once, 0)
             carry = drain(first=first_of_item, count=together, init=carry, at_once=at_once)
         carry = drain(first=first_of_item + together, count=num_tiles - together, init=carry)
         block, split = work.item(program, index)
-        wide = work.halves * ROWS
-        columns.write(refs.sums, carry, refs.partials.at[split, :, pl.ds(block * wide, wide)])
+        columns.write(refs.sums, carry, refs.partials.at[split, :, pl.ds(block * ROWS, ROWS)])
         return ()
 
     lax.fori_loop(0, work.items_of(program), item_body, ())
 
 
-def _multiply_down(work: Work, refs: Refs, slots) -> list[list[jax.Array]]:
-    """Of each slot, [ROWS, N] for each half of its rows: weights times (hi + lo)."""
-    N = work.N
-    for slot in slots:
+def _multiply_down(work: Work, refs: Refs, step, slots) -> list[jax.Array]:
+    """Of `step` and the next ones, each in its slot, [ROWS, N]: weights times (hi + lo)."""
+    column_slots = [
+        lax.rem(step + ahead, jnp.int32(work.column_slots)) for ahead in range(len(slots))
+    ]
+    for slot, column_slot in zip(slots, column_slots, strict=True):
         plgpu.barrier_wait(refs.down_arrived.at[slot])
+        plgpu.barrier_wait(refs.hidden_arrived.at[column_slot])
 
     def multiply(*accumulators):
-        for slot, of_slot in zip(slots, _rows_of(accumulators, work.halves), strict=True):
-            hidden = refs.columns_smem.at[slot].transpose((1, 0))  # [columns, 2N]
-            for half, accumulator in enumerate(of_slot):
-                plgpu.wgmma(accumulator, refs.weights_smem.at[slot, half], hidden)
+        for slot, column_slot, accumulator in zip(slots, column_slots, accumulators, strict=True):
+            hidden = refs.columns_smem.at[column_slot].transpose((1, 0))  # [columns, 2N]
+            plgpu.wgmma(accumulator, refs.weights_smem.at[slot], hidden)
         return [accumulator[...] for accumulator in accumulators]
 
-    accumulator = plgpu.ACC((ROWS, 2 * N), jnp.float32)
-    sums = pl.run_scoped(multiply, *[accumulator] * (len(slots) * work.halves))
-    return _rows_of([both[:, :N] + both[:, N:] for both in sums], work.halves)
-
-
-def _rows_of(flat, length: int) -> list:
-    return [flat[start : start + length] for start in range(0, len(flat), length)]
+    accumulator = plgpu.ACC((ROWS, 2 * work.N), jnp.float32)
+    both = pl.run_scoped(multiply, *[accumulator] * len(slots))
+    return [hi_lo[:, : work.N] + hi_lo[:, work.N :] for hi_lo in both]
 
 
 def run_gate_up_alone(work: Work, columns, refs: Refs) -> None:
@@ -292,14 +323,9 @@ def run_down_alone(work: Work, columns, refs: Refs) -> None:
     program = lax.axis_index("program")
     num_tiles = columns.find_tiles(refs.routing, refs.tables)
     columns.find_tokens(refs.routing, refs.tables)
-    end = work.items_of(program) * num_tiles
-
-    def copy(step, slot):
-        copy_down(work, columns, refs, program, num_tiles, step, slot)
-        copy_hidden(work, refs, program, num_tiles, step, slot)
-
-    fill_ring(work.slots, end, copy)
-    down_phase(work, columns, refs, program, num_tiles, jnp.int32(0), end, copy)
+    copy = functools.partial(copy_down, work, columns, refs, program, num_tiles)
+    fill_ring(work.slots, work.items_of(program) * num_tiles, copy)
+    down_phase(work, columns, refs, program, num_tiles, jnp.int32(0))
 
 
 def run_both(work: Work, columns, refs: Refs, barrier) -> None:
@@ -320,22 +346,8 @@ def run_both(work: Work, columns, refs: Refs, barrier) -> None:
         def _():
             copy_gate_up(work, columns, refs, program, step, slot)
 
-    def copy_hidden_too(step, slot):
-        copy_hidden(work, refs, program, num_tiles, step - first_down, slot)
-
-    def copy_both(step, slot):
-        copy_down(work, columns, refs, program, num_tiles, step - first_down, slot)
-        copy_hidden_too(step, slot)
-
     fill_ring(work.slots, end, copy_weights)
     columns.find_tokens(refs.routing, refs.tables)
     gate_up_phase(work, columns, refs, program, num_tiles, end, copy_weights)
     barrier(program)
-    for ahead in range(work.slots):
-        step = first_down + ahead
-
-        @pl.when(step < end)
-        def _(step=step):
-            copy_hidden_too(step, lax.rem(step, jnp.int32(work.slots)))
-
-    down_phase(work, columns, refs, program, num_tiles, first_down, end, copy_both)
+    down_phase(work, columns, refs, program, num_tiles, first_down)
