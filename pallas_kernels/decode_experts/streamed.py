@@ -46,7 +46,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 # phase's sums of more tokens would leave no room for the ring.
 MOST_TOKENS = 128
 _INTERPRETED_PROGRAMS = 2
-EVERY_TOKEN_UP_TO = 16
+EVERY_TOKEN_UP_TO = 8
 _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
 

@@ -2,10 +2,10 @@
 
 A tile is N columns of one expert; tiles are ordered by expert. Two ways to fill them:
 
-    EveryToken     T <= 32: one tile for each unique expert, whose columns are all tokens, whether
+    EveryToken     T <= 8:  one tile for each unique expert, whose columns are all tokens, whether
                    routed there or not. No rows are moved, and each program of the kernel finds the
                    unique experts by itself from the ids.
-    RoutedTokens   T > 32: the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
+    RoutedTokens   T > 8:  the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
 
 Both add a token's experts in ascending order of their ids, starting from zero, so that a token gets
 the same bits either way.
@@ -60,8 +60,14 @@ class EveryToken:
 
     @property
     def at_once(self) -> int:
-        """Down products in flight together, where a batch has few tiles; takes registers."""
+        """Down products computed at once, in batches of at most at_once_up_to tiles.
+
+        With few tiles their latency is most of what follows the barrier; with many it hides behind
+        the copies, and slots are better refilled one by one.
+        """
         return 4 if self.N == 8 else 1
+
+    at_once_up_to = 16
 
     @property
     def most_tiles(self) -> int:
@@ -183,7 +189,7 @@ class RoutedTokens:
     E: int
 
     N = 8
-    at_once = 1
+    at_once, at_once_up_to = 2, 2**30  # adding to shared memory takes longer: it always shows
 
     @property
     def most_tiles(self) -> int:

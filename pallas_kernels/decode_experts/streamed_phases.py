@@ -18,9 +18,6 @@ from pallas_kernels.mosaic import drain_ring, fill_ring
 OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-FEW_TILES = 16
-
-
 def _div(a, b):
     return lax.div(jnp.int32(a), jnp.int32(b))
 
@@ -272,13 +269,13 @@ def down_phase(work: Work, columns, refs: Refs, program, num_tiles, first) -> No
 
         drain = functools.partial(drain_ring, work.slots, end=end, copy=copy, consume=consume)
         carry = columns.zero(refs.sums)
-        # All products of an expert are awaited before the next one's are begun. With few experts
-        # that is most of what follows the barrier, so they are taken several at once; with many,
-        # it is hidden behind the copies, and slots are better refilled one by one.
+        # A tile's product is awaited before it is added, so several are computed at once where that
+        # wait would show.
         at_once = min(columns.at_once, work.column_slots)
         together = jnp.int32(0)
         if at_once > 1:
-            together = jnp.where(num_tiles <= FEW_TILES, _div(num_tiles, at_once) * at_once, 0)
+            few = num_tiles <= columns.at_once_up_to
+            together = jnp.where(few, _div(num_tiles, at_once) * at_once, 0)
             carry = drain(first=first_of_item, count=together, init=carry, at_once=at_once)
         carry = drain(first=first_of_item + together, count=num_tiles - together, init=carry)
         block, split = work.item(program, index)
