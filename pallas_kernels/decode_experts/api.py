@@ -82,7 +82,7 @@ def decode_experts(
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
-      layout: "output_major", "expert_major", or "auto" (choose_layout says which).
+      layout: "output_major", "expert_major", "streamed", or "auto" (choose_layout says which).
       grouping: what group(expert_ids, expert_weights, E) returns, if the caller has it already;
         only expert_major reads one, and makes its own if None.
       config: the layout's Config; None takes its default for these sizes.

@@ -46,6 +46,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 # phase's sums of more tokens would leave no room for the ring.
 MOST_TOKENS = 128
 _INTERPRETED_PROGRAMS = 2
+# EveryToken's columns have room for 8; beyond that, tokens are compacted.
 EVERY_TOKEN_UP_TO = 8
 _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
@@ -59,12 +60,10 @@ class Config:
         contracts; 64, 128 or 256, divides H and I.
       slots: slots in the ring, of 64 * columns weights each; an even number. Fewer are used where
         many tokens need the room.
-      programs_a_core: 1 or 2 programs that share a core, and each of them half its memory.
     """
 
     columns: int = 256
     slots: int = 6
-    programs_a_core: int = 1
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
@@ -80,8 +79,6 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
     c, H, I = config, shapes.H, shapes.I
     check_tile("columns", c.columns, _COLUMNS, "H", H)
     check_tile("columns", c.columns, _COLUMNS, "I", I)
-    if c.programs_a_core not in (1, 2):
-        raise ValueError(f"config.programs_a_core is {c.programs_a_core!r}; expected 1 or 2")
     check_slots("slots", c.slots, _slot_bytes(c, 8), least=4)
     if c.slots % 2:
         raise ValueError(f"config.slots is {c.slots!r}; expected an even number")
@@ -96,7 +93,7 @@ def _slots(config: Config, columns) -> tuple[int, int]:
     """How many slots, and column slots, fit beside the rest of the shared memory."""
     rest = [*columns.scratch_types(), *columns.accumulator_types()]
     used = sum(4 * int(np.prod(ref.shape)) + 1024 for ref in rest) + 2 * 2 * columns.N * ROWS
-    room = mosaic.SHARED_MEMORY_BYTES // config.programs_a_core - used
+    room = mosaic.SHARED_MEMORY_BYTES - used
     slots = min(config.slots, room // _slot_bytes(config, columns.N) // 2 * 2)
     room -= slots * _slot_bytes(config, columns.N)
     return slots, min(slots, slots // 2 + room // (2 * config.columns * 2 * columns.N))
@@ -166,9 +163,7 @@ def _partial_sums(x, gate_up, down, expert_ids, expert_weights, config: Config, 
         columns=config.columns,
         slots=slots,
         column_slots=column_slots,
-        num_programs=(
-            _INTERPRETED_PROGRAMS if interpret else mosaic.core_count() * config.programs_a_core
-        ),
+        num_programs=_INTERPRETED_PROGRAMS if interpret else mosaic.core_count(),
     )
     rows, routing = columns.arrays(x, expert_ids, expert_weights, interpret)
     gate_up = gate_up.reshape(E * 2 * I, H)

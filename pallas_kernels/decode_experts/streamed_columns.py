@@ -48,26 +48,17 @@ def _column_index(N: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class EveryToken:
-    """All T <= 32 tokens are the columns of each unique expert."""
+    """All T <= 8 tokens are the columns of each unique expert."""
 
     T: int
     K: int
     E: int
 
-    @property
-    def N(self) -> int:
-        return next(columns for columns in (8, 16, 32) if columns >= self.T)
-
-    @property
-    def at_once(self) -> int:
-        """Down products computed at once, in batches of at most at_once_up_to tiles.
-
-        With few tiles their latency is most of what follows the barrier; with many it hides behind
-        the copies, and slots are better refilled one by one.
-        """
-        return 4 if self.N == 8 else 1
-
-    at_once_up_to = 16
+    N = 8
+    # Down products computed at once, in batches of so many tiles at most. With few tiles their
+    # latency is most of what follows the barrier; with many it hides behind the copies, and slots
+    # are better refilled one by one.
+    at_once, at_once_up_to = 4, 16
 
     @property
     def most_tiles(self) -> int:
@@ -80,9 +71,7 @@ class EveryToken:
 
     def arrays(self, x, expert_ids, expert_weights, interpret) -> tuple[jax.Array, ...]:
         """What the kernel reads: the rows that are multiplied, and what says whose they are."""
-        # The copy engine fills rows past the end with zeros, but Mosaic lets it do so in the only
-        # tile of 8 rows at most, and interpret mode does not.
-        if interpret or (self.T > 8 and self.T % 8):
+        if interpret:  # on a GPU the copy engine fills rows past the end with zeros
             x = jnp.pad(x, ((0, self.N - self.T), (0, 0)))
         return x, (expert_ids, expert_weights)
 

@@ -19,7 +19,7 @@ from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 
 class TestStreamed(LayoutSuite):
     layout = "streamed"
-    small_rings = StreamedConfig(columns=64, down_rows=64, slots=2)
+    small_rings = StreamedConfig(columns=64, slots=4)
     launches = 1
 
     def check_kernels(self, modules):
@@ -28,18 +28,31 @@ class TestStreamed(LayoutSuite):
             assert_waits_before_refill(module)
 
 
-class TestRoutedTokens(TestStreamed):
-    """The same cases with the tokens compacted, which otherwise happens beyond 32 tokens only."""
-
-    @pytest.fixture(autouse=True)
-    def compact_always(self, monkeypatch):
-        monkeypatch.setattr(streamed, "EVERY_TOKEN_UP_TO", 0)
-        jax.clear_caches()
-        yield
-        jax.clear_caches()
+@pytest.fixture
+def compact_always(monkeypatch):
+    """Tokens are compacted in small batches too, which otherwise happens beyond 8 tokens only."""
+    monkeypatch.setattr(streamed, "EVERY_TOKEN_UP_TO", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
-@pytest.mark.parametrize("up_to", [0, 32])
+@pytest.mark.usefixtures("compact_always")
+class TestRoutedTokens:
+    """What a small batch's own way of filling tiles hides of the other one."""
+
+    layout = TestStreamed.layout
+    small_rings = TestStreamed.small_rings
+    run = LayoutSuite.run
+    test_odd_routing = LayoutSuite.test_odd_routing
+    test_padding = LayoutSuite.test_padding
+    test_rings_that_come_round_again = LayoutSuite.test_rings_that_come_round_again
+    test_every_element_is_written = LayoutSuite.test_every_element_is_written
+    test_bits_do_not_depend_on_neighbours = LayoutSuite.test_bits_do_not_depend_on_neighbours
+    test_no_races = LayoutSuite.test_no_races
+
+
+@pytest.mark.parametrize("up_to", [0, 8])
 def test_more_tokens_than_one_kernel_takes(up_to, seed, monkeypatch):
     monkeypatch.setattr(streamed, "MOST_TOKENS", 3)
     monkeypatch.setattr(streamed, "EVERY_TOKEN_UP_TO", up_to)
