@@ -5,7 +5,7 @@ A tile is N columns of one expert; tiles are ordered by expert. Two ways to fill
     EveryToken     T <= 8:  one tile for each unique expert, whose columns are all tokens, whether
                    routed there or not. No rows are moved, and each program of the kernel finds the
                    unique experts by itself from the ids.
-    RoutedTokens   T > 8:  the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
+    RoutedTokens   T > 8:   the tiles of a Grouping, rows gathered by XLA ahead of the kernel.
 
 Both add a token's experts in ascending order of their ids, starting from zero, so that a token gets
 the same bits either way.
@@ -248,6 +248,7 @@ class RoutedTokens:
         del arrays
         sums_smem, product_smem = sums
         product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()  # every lane has read the tile before
         product_smem.transpose((1, 0))[...] = product
         plgpu.commit_smem()
         # A tile holds a token once, so that all loads may come before the first store.
