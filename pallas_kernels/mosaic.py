@@ -1,12 +1,15 @@
 """The few version-touchy corners of Mosaic GPU that the kernels share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # What one thread block may hold on Hopper, less a reserve for barriers and reduction scratch.
@@ -54,38 +57,169 @@ def tma_ring(
     Returns:
       The last carry.
     """
-    refill_lag = 1 if wgmmas_in_flight else 0
 
-    def start(step):
-        slot = lax.rem(step, jnp.int32(num_slots))
+    def start(step, slot):
         if active is None:
             copy(step, slot, barrier.at[slot])
         else:
             pl.when(active(step))(lambda: copy(step, slot, barrier.at[slot]))
 
-    def wait_and_consume(step, carry):
-        slot = lax.rem(step, jnp.int32(num_slots))
+    def wait_and_consume(step, slot, carry):
         plgpu.barrier_wait(barrier.at[slot])
         return consume(step, slot, carry)
 
-    for step in range(min(num_slots, num_steps)):
-        start(jnp.int32(step))
-
-    def body(step, carry):
+    def consume_if_active(step, slot, carry):
         if active is None:
-            carry = wait_and_consume(step, carry)
-        else:
-            carry = lax.cond(active(step), wait_and_consume, lambda _, carry: carry, step, carry)
-        if wgmmas_in_flight:
-            plgpu.wgmma_wait(wgmmas_in_flight)
-        refill = step - refill_lag + num_slots
+            return wait_and_consume(step, slot, carry)
+        return lax.cond(
+            active(step), wait_and_consume, lambda _, __, carry: carry, step, slot, carry
+        )
 
-        @pl.when((step >= refill_lag) & (refill < num_steps))
+    fill_ring(num_slots, num_steps, start)
+    return drain_ring(
+        num_slots,
+        0,
+        num_steps,
+        num_steps,
+        copy=start,
+        consume=consume_if_active,
+        init=init,
+        wgmmas_in_flight=wgmmas_in_flight,
+    )
+
+
+def fill_ring(num_slots: int, end, copy: Callable[[Any, Any], None]) -> None:
+    """Starts the copies of steps 0 to num_slots - 1, as far as they lie below `end`."""
+    for step in range(num_slots):
+        if isinstance(end, int):
+            if step < end:
+                copy(jnp.int32(step), jnp.int32(step))
+        else:
+            pl.when(step < end)(functools.partial(copy, jnp.int32(step), jnp.int32(step)))
+
+
+def drain_ring(
+    num_slots: int,
+    first,
+    count,
+    end,
+    *,
+    copy: Callable[[Any, Any], None],
+    consume: Callable[[Any, Any, Any], Any],
+    init: Any,
+    wgmmas_in_flight: int = 0,
+    at_once: int = 1,
+) -> Any:
+    """Consumes steps first to first + count - 1 of a filled ring, keeping it filled up to `end`.
+
+    A kernel of several phases calls it once for each stretch of steps; what lies between two calls
+    runs while the next stretch's tiles are on their way. Step s lies in slot s % num_slots.
+
+    Args:
+      num_slots: slots in the ring; at least 2 with wgmmas in flight.
+      first: the first step to consume; its copy was started, and so were the next num_slots - 1.
+      count: how many steps to consume.
+      end: no step from `end` on is copied.
+      copy: copy(step, slot) starts the copies of that step into that slot.
+      consume: consume(step, slot, carry) -> carry waits until the slot has arrived, and uses it.
+      init: the first carry.
+      wgmmas_in_flight: as in tma_ring. At the end nothing is in flight any more.
+      at_once: how many steps one call of `consume` takes; divides `count`. If not 1, consume gets
+        the first of them and a list of their slots, and they are refilled together.
+
+    Returns:
+      The last carry.
+    """
+    lag = at_once if wgmmas_in_flight else 0
+    slots = jnp.int32(num_slots)
+
+    def refill_after(step, condition):
+        @pl.when(condition & (step + num_slots < end))
         def _():
             if not wgmmas_in_flight:
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
-            start(refill)
+            copy(step + num_slots, lax.rem(step, slots))
 
+    def body(index, carry):
+        steps = [first + index * at_once + ahead for ahead in range(at_once)]
+        slots_of_steps = [lax.rem(step, slots) for step in steps]
+        carry = consume(steps[0], slots_of_steps if at_once > 1 else slots_of_steps[0], carry)
+        if wgmmas_in_flight:
+            plgpu.wgmma_wait(wgmmas_in_flight)
+        for step in steps:
+            refill_after(step - lag, step - lag >= first)
         return carry
 
-    return lax.fori_loop(0, num_steps, body, init)
+    rounds = count if at_once == 1 else lax.div(jnp.int32(count), jnp.int32(at_once))
+    carry = lax.fori_loop(0, rounds, body, init)
+    if lag:
+        plgpu.wgmma_wait(0)
+        if not isinstance(end, int):  # else this stretch is the last one
+            for behind in reversed(range(at_once)):
+                refill_after(first + count - 1 - behind, count > 0)
+    return carry
+
+
+def core_count() -> int:
+    """Cores (SMs) of the GPU that is compiled for; an H100's where none can be asked."""
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return device.core_count
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return (described and described.num_cores) or _H100_CORES
+
+
+_H100_CORES = 132
+
+
+def grid_barrier(counter: Any, num_programs: int, program) -> None:
+    """Waits until all programs of the grid are here; what they wrote before it, all can copy then.
+
+    All of them must be on the device at once, or it never ends: at most one a core.
+
+    The counter need not be zero: each barrier adds exactly 2**31 to it, modulo 2**32, whichever
+    program comes last, and who waits looks at the top bit alone. So it is ready for the next
+    barrier, and the next launch, without anyone setting it.
+
+    Args:
+      counter: an int32 in global memory, a multiple of 2**31 before the first barrier ever.
+      num_programs: how many programs there are.
+      program: this one's index.
+    """
+    share = jnp.where(program == 0, jnp.int32(2**31 - (num_programs - 1)), jnp.int32(1))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def barrier(_, counter, share):
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx(
+                """{
+                .reg .b32 before, now;
+                .reg .pred waiting;
+                fence.proxy.async;
+                fence.acq_rel.gpu;
+                atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
+                again:
+                ld.acquire.gpu.global.u32 now, [$0];
+                xor.b32 now, now, before;
+                setp.ge.s32 waiting, now, 0;
+                @waiting bra again;
+                fence.acq_rel.gpu;
+                fence.proxy.async;
+                }""",
+                mgpu.utils.memref_ptr(counter),
+                share.registers.item(),
+                has_side_effects=True,
+            )
+        mgpu.warpgroup_barrier()
+
+    barrier(counter, share)
+
+
+def grid_barrier_counter() -> jax.Array:
+    """A counter for grid_barrier: a constant of the program, which XLA sets up as it is loaded.
+
+    Each barrier leaves it ready for the next, so nobody needs to set it again: a fresh zero would
+    be one more kernel, or a copy, in each call.
+    """
+    return jnp.asarray(np.zeros(1, np.int32))

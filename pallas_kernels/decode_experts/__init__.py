@@ -8,6 +8,7 @@ from pallas_kernels.decode_experts.expert_major import Config as ExpertMajorConf
 from pallas_kernels.decode_experts.grouping import Grouping, group
 from pallas_kernels.decode_experts.output_major import Config as OutputMajorConfig
 from pallas_kernels.decode_experts.reference import reference_experts
+from pallas_kernels.decode_experts.streamed import Config as StreamedConfig
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Grouping",
     "LayoutChoice",
     "OutputMajorConfig",
+    "StreamedConfig",
     "choose_layout",
     "decode_experts",
     "group",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts import expert_major, output_major
+from pallas_kernels.decode_experts import expert_major, output_major, streamed
 from pallas_kernels.decode_experts.checks import check_grouping, check_inputs
 from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
@@ -18,6 +18,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 LAYOUTS: dict[str, ModuleType] = {
     "output_major": output_major,
     "expert_major": expert_major,
+    "streamed": streamed,
 }
 
 # The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
@@ -81,7 +82,7 @@ def decode_experts(
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
-      layout: "output_major", "expert_major", or "auto" (choose_layout says which).
+      layout: "output_major", "expert_major", "streamed", or "auto" (choose_layout says which).
       grouping: what group(expert_ids, expert_weights, E) returns, if the caller has it already;
         only expert_major reads one, and makes its own if None.
       config: the layout's Config; None takes its default for these sizes.

@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.decode_experts.arrays import expect_array
 
@@ -63,6 +64,7 @@ def group(
     num_experts: int,
     *,
     token_tile: int = 8,
+    num_tiles: int | None = None,
 ) -> Grouping:
     """Compacts the assignments of each expert into tiles: three fused reductions over comparisons.
 
@@ -82,6 +84,7 @@ def group(
       token_tile: rows in a tile, a multiple of 8 from 8 to 64. More rows read a very popular
         expert's weights less often, and cost more token traffic for all the others: under uniform
         routing 8 was the fastest in every trial up to T = 128 (H100, Qwen3-30B-A3B's layer).
+      num_tiles: room for so many tiles, at least the capacity; None means the capacity.
 
     Returns:
       The Grouping, with capacity for every routing of this shape.
@@ -111,11 +114,13 @@ def group(
     minus_one = jnp.where(index == 0, -1, 0)[None, :]
     row = jnp.sum(jnp.where(valid[:, None], terms, minus_one), axis=1)  # [TK]
 
-    rows = jnp.arange(tile_capacity(T, K, num_experts, token_tile) * token_tile, dtype=jnp.int32)
+    if num_tiles is None:
+        num_tiles = tile_capacity(T, K, num_experts, token_tile)
+    rows = jnp.arange(num_tiles * token_tile, dtype=jnp.int32)
     owns = row[None, :] == rows[:, None]  # [P, TK]
     return Grouping(
         row_of=row.reshape(T, K),
-        token_of=jnp.max(jnp.where(owns, index[None, :] // K, -1), axis=1),
+        token_of=jnp.max(jnp.where(owns, np.arange(T * K, dtype=np.int32)[None] // K, -1), axis=1),
         expert_of=jnp.max(jnp.where(owns, ids[None, :], -1), axis=1),
         weight_of=jnp.sum(jnp.where(owns, expert_weights.reshape(-1)[None, :], 0), axis=1),
         token_tile=token_tile,

@@ -294,16 +294,23 @@ def test_config_value(case, layout, value):
         assert_raises(ValueError, fragments, case, layout=layout, config=config)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_config_that_does_not_divide_this_layer(layout):
+@pytest.mark.parametrize(
+    ("layout", "field", "letter"),
+    [
+        ("output_major", "gate_up_columns", "H = 192"),
+        ("output_major", "down_columns", "I = 64"),
+        ("expert_major", "gate_up_columns", "H = 192"),
+        ("expert_major", "down_columns", "I = 64"),
+        ("streamed", "columns", "H = 192"),
+    ],
+)
+def test_config_that_does_not_divide_this_layer(layout, field, letter):
     # 128 divides H = 192 no more than I = 64; the columns of a slot must.
     case = make_case(Size(T=1, E=1, K=1, H=192, I=64), 0)
-    for field, letter in (("gate_up_columns", "H = 192"), ("down_columns", "I = 64")):
-        config = dataclasses.replace(
-            LAYOUTS[layout].default_config(Size(1, 1, 1, 192, 64).shapes, 1), **{field: 128}
-        )
-        fragments = (f"config.{field}", "128", letter)
-        assert_raises(ValueError, fragments, case, layout=layout, config=config)
+    default = LAYOUTS[layout].default_config(Size(1, 1, 1, 192, 64).shapes, 1)
+    config = dataclasses.replace(default, **{field: 128})
+    fragments = (f"config.{field}", "128", letter)
+    assert_raises(ValueError, fragments, case, layout=layout, config=config)
 
 
 @pytest.mark.parametrize(
