@@ -66,16 +66,13 @@ def group(
     token_tile: int = 8,
     num_tiles: int | None = None,
 ) -> Grouping:
-    """Compacts the assignments of each expert into tiles: three fused reductions over comparisons.
+    """Compacts the assignments of each expert into tiles.
 
     1. rank[a]: how many earlier assignments chose a's expert.
-    2. row[a] = rank[a] + token_tile * (tiles of all lower experts); each assignment whose rank is a
-       multiple of token_tile starts a tile.
-    3. token_of, expert_of and weight_of turn row_of around, by comparing every row with every
-       assignment.
+    2. row[a] = rank[a] + token_tile * (tiles of all lower experts).
+    3. token_of, expert_of and weight_of turn row_of around.
 
-    No sort and no scatter: at these sizes each would cost more launches than a quadratic number of
-    comparisons costs time. Nothing of quadratic size is stored.
+    Few assignments are compared with each other, many are counted: the same integers either way.
 
     Args:
       expert_ids: [T, K] int32; ids outside [0, num_experts) are padding and get no row.
@@ -101,27 +98,77 @@ def group(
         raise ValueError(
             f"expert_weights has shape {expert_weights.shape}; expected [T, K] = {(T, K)}"
         )
+    if num_tiles is None:
+        num_tiles = tile_capacity(T, K, num_experts, token_tile)
     ids = expert_ids.reshape(-1)  # [TK]
     valid = (ids >= 0) & (ids < num_experts)
+    form = _by_comparison if T * K <= _COMPARED_UP_TO else _by_counting
+    return form(ids, valid, expert_weights, num_experts, token_tile, num_tiles * token_tile)
+
+
+# Assignments. Comparing takes three fused reductions, and time that grows with the square of their
+# number; counting takes more kernels, and time that grows with their number.
+_COMPARED_UP_TO = 4096
+
+
+def _by_comparison(ids, valid, expert_weights, E: int, token_tile: int, P: int) -> Grouping:
+    """Each assignment is compared with each other: no sort, no scatter, nothing quadratic stored.
+
+    Args:
+      ids: [TK] int32.
+      valid: [TK] bool, False for padding.
+      expert_weights: [T, K] float32.
+      E: experts.
+      token_tile: rows in a tile.
+      P: rows in all tiles.
+    """
+    del E
+    T, K = expert_weights.shape
     index = jnp.arange(T * K, dtype=jnp.int32)
 
     # Below, axis 0 is the assignment asked about and axis 1 those it is compared with.  [TK, TK]
     same_and_earlier = (ids[:, None] == ids[None, :]) & (index[None, :] < index[:, None])
     rank = jnp.sum(same_and_earlier, axis=1, dtype=jnp.int32)
+    # Each assignment whose rank is a multiple of token_tile starts a tile.
     starts_lower_tile = (ids[None, :] < ids[:, None]) & (valid & (rank % token_tile == 0))[None, :]
     # Both terms in one sum, and padding's -1 inside it, so that it stays one kernel.
     terms = token_tile * starts_lower_tile.astype(jnp.int32) + same_and_earlier.astype(jnp.int32)
     minus_one = jnp.where(index == 0, -1, 0)[None, :]
     row = jnp.sum(jnp.where(valid[:, None], terms, minus_one), axis=1)  # [TK]
 
-    if num_tiles is None:
-        num_tiles = tile_capacity(T, K, num_experts, token_tile)
-    rows = jnp.arange(num_tiles * token_tile, dtype=jnp.int32)
+    rows = jnp.arange(P, dtype=jnp.int32)
     owns = row[None, :] == rows[:, None]  # [P, TK]
     return Grouping(
         row_of=row.reshape(T, K),
         token_of=jnp.max(jnp.where(owns, np.arange(T * K, dtype=np.int32)[None] // K, -1), axis=1),
         expert_of=jnp.max(jnp.where(owns, ids[None, :], -1), axis=1),
         weight_of=jnp.sum(jnp.where(owns, expert_weights.reshape(-1)[None, :], 0), axis=1),
+        token_tile=token_tile,
+    )
+
+
+def _by_counting(ids, valid, expert_weights, E: int, token_tile: int, P: int) -> Grouping:
+    """A running count for each expert gives ranks; a scatter to distinct rows turns them around.
+
+    Arguments as in _by_comparison.
+    """
+    T, K = expert_weights.shape
+    chosen = ids[:, None] == jnp.arange(E, dtype=jnp.int32)  # [TK, E]
+    counts = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
+    rank = jnp.sum(jnp.where(chosen, counts, 0), axis=1) - 1
+    tiles = -(-counts[-1] // token_tile)  # [E]
+    first_row = token_tile * (jnp.cumsum(tiles) - tiles)
+    row = jnp.where(valid, first_row[jnp.where(valid, ids, 0)] + rank, -1)  # [TK]
+
+    place = jnp.where(valid, row, P)  # P is outside, and dropped
+
+    def turned(empty, values):
+        return jnp.full(P, empty, values.dtype).at[place].set(values, mode="drop")
+
+    return Grouping(
+        row_of=row.reshape(T, K),
+        token_of=turned(-1, jnp.arange(T * K, dtype=jnp.int32) // K),
+        expert_of=turned(-1, ids),
+        weight_of=turned(0, expert_weights.reshape(-1)),
         token_tile=token_tile,
     )
