@@ -3,9 +3,11 @@
 Start at `api.py` (what a user calls) and `reference.py` (what it means); each layout is one file.
 """
 
-from pallas_kernels.decode_experts.api import LAYOUTS, LayoutChoice, choose_layout, decode_experts
+from pallas_kernels.decode_experts.api import decode_experts
+from pallas_kernels.decode_experts.choice import MODES, LayoutChoice, choose_layout
 from pallas_kernels.decode_experts.expert_major import Config as ExpertMajorConfig
 from pallas_kernels.decode_experts.grouping import Grouping, group
+from pallas_kernels.decode_experts.layouts import LAYOUTS
 from pallas_kernels.decode_experts.output_major import Config as OutputMajorConfig
 from pallas_kernels.decode_experts.reference import reference_experts
 from pallas_kernels.decode_experts.streamed import Config as StreamedConfig
@@ -13,6 +15,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 __all__ = [
     "LAYOUTS",
+    "MODES",
     "ExpertMajorConfig",
     "ExpertShapes",
     "ExpertWeights",

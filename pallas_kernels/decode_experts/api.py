@@ -1,61 +1,17 @@
 """decode_experts: the experts of one MoE layer at decode time, one op in several layouts."""
 
 import functools
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts import expert_major, output_major, streamed
 from pallas_kernels.decode_experts.checks import check_grouping, check_inputs
+from pallas_kernels.decode_experts.choice import MODES, choose_layout
 from pallas_kernels.decode_experts.grouping import Grouping
-from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
-
-# A layout is a module with Config, default_config(shapes, T), check_config(config, shapes) and
-# run(...). A new one joins by its line here.
-LAYOUTS: dict[str, ModuleType] = {
-    "output_major": output_major,
-    "expert_major": expert_major,
-    "streamed": streamed,
-}
-
-# The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
-# results/compare_layouts.
-_OUTPUT_MAJOR_UP_TO = 8
-
-
-class LayoutChoice(NamedTuple):
-    """A layout and why it was chosen."""
-
-    layout: str
-    why: str
-
-
-def choose_layout(device: str, shapes: ExpertShapes, T: int) -> LayoutChoice:
-    """Says which layout `layout="auto"` runs. The only place that chooses one.
-
-    Args:
-      device: the device's kind, as `jax.devices()[0].device_kind`; not used by the rule so far.
-      shapes: the layer's sizes; not used by the rule so far.
-      T: tokens in the batch.
-
-    Returns:
-      The layout's name and the reason in words.
-    """
-    del device, shapes
-    if T <= _OUTPUT_MAJOR_UP_TO:
-        return LayoutChoice(
-            "output_major",
-            f"T = {T} <= {_OUTPUT_MAJOR_UP_TO}: what it saves by not grouping tokens is more than "
-            "its second reads of shared experts cost, as measured on an H100",
-        )
-    return LayoutChoice(
-        "expert_major",
-        f"T = {T} > {_OUTPUT_MAJOR_UP_TO}: tokens share so many experts that reading each one once "
-        "pays for grouping them, as measured on an H100",
-    )
+from pallas_kernels.decode_experts.layouts import LAYOUTS
+from pallas_kernels.decode_experts.weights import ExpertWeights
 
 
 def decode_experts(
@@ -73,8 +29,15 @@ def decode_experts(
     """Computes out[t] = sum over k of w[t,k] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t,k].
 
     bf16 in, float32 from the first product to the last sum, rounded once to out_dtype. The same
-    input gives the same bits, and within a layout a token's bits depend neither on its neighbours
-    nor on its place in the batch ("auto" may take another layout at another T).
+    input gives the same bits, and in a batch of T tokens a token's bits depend neither on its
+    neighbours nor on its place. What holds across T is up to `layout`:
+
+    - "auto", the default, is the fastest: it may take another layout or config at another T, and
+      with it other bits.
+    - "invariant" gives a token the same bits at every T: one layout and one order of sums for a
+      shape and device, the one with the least total time over the measured T. Another table, or
+      another device, may have another.
+    - a layout's name: the same bits at every T, for a given config.
 
     Args:
       x: [T, H] bfloat16.
@@ -82,10 +45,12 @@ def decode_experts(
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
-      layout: "output_major", "expert_major", "streamed", or "auto" (choose_layout says which).
+      layout: "auto" or "invariant" (choose_layout says what they take), or a layout's name:
+        "output_major", "expert_major", "streamed".
       grouping: what group(expert_ids, expert_weights, E) returns, if the caller has it already;
         only expert_major reads one, and makes its own if None.
-      config: the layout's Config; None takes its default for these sizes.
+      config: the layout's Config; None takes what choose_layout says, or for a layout that is
+        named its default for these sizes.
       out_dtype: bfloat16 or float32; None means x.dtype.
       interpret: True runs the kernels in Pallas's interpret mode, on a CPU; an InterpretGPUParams
         does too, with its own options. The interpreter's callbacks can wait for each other for ever
@@ -103,10 +68,12 @@ def decode_experts(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
         raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
-    if layout == "auto":
-        layout = choose_layout(jax.devices()[0].device_kind, shapes, T).layout
+    if layout in tuple(MODES):
+        choice = choose_layout(jax.devices()[0].device_kind, shapes, T, layout)
+        layout, config = choice.layout, choice.config if config is None else config
     if layout not in tuple(LAYOUTS):
-        raise ValueError(f"layout is {layout!r}; expected 'auto' or one of {sorted(LAYOUTS)}")
+        accepted = f"{', '.join(map(repr, MODES))} or one of {sorted(LAYOUTS)}"
+        raise ValueError(f"layout is {layout!r}; expected {accepted}")
     kernel = LAYOUTS[layout]
     if config is None:
         config = kernel.default_config(shapes, T)

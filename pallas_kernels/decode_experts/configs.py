@@ -1,11 +1,30 @@
 """The checks that the layouts' Configs share; each error names the field and what it accepts."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pallas_kernels.decode_experts.weights import ExpertShapes
 from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
 
 
 def largest_divisor(size: int, candidates: tuple[int, ...]) -> int:
     """The largest candidate that divides `size`."""
     return max(c for c in candidates if size % c == 0)
+
+
+def valid_configs(
+    check: Callable[[Any, ExpertShapes], None], configs: Iterable[Any], shapes: ExpertShapes
+) -> list[Any]:
+    """Those of `configs` that `check` takes for these sizes, each once, in their order."""
+    valid = []
+    for config in configs:
+        try:
+            check(config, shapes)
+        except ValueError:
+            continue
+        if config not in valid:
+            valid.append(config)
+    return valid
 
 
 def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, size: int) -> None:

@@ -26,7 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
+from pallas_kernels.decode_experts.configs import (
+    check_slots,
+    check_tile,
+    largest_divisor,
+    valid_configs,
+)
 from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, Grouping, group
 from pallas_kernels.decode_experts.weights import (
     ExpertShapes,
@@ -42,6 +47,10 @@ GATE_UP_ROWS = 64
 _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
 _TILES = (64, 128)
+
+# down_rows stays out: a row's sum does not know it, but another tile is another compilation, which
+# may fuse a product and an addition or not.
+FREE_FIELDS = ("gate_up_slots", "down_slots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,27 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
         down_rows=largest_divisor(shapes.H, _TILES),
         down_columns=largest_divisor(shapes.I, _TILES),
     )
+
+
+def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
+    """Configs worth measuring, the default first: ring lengths, and smaller tiles of either launch.
+
+    2 or 3 slots let several programs share an SM, 4 have one program stream further ahead; 64 rows
+    of output neurons make twice the programs, for few tokens.
+    """
+    default = default_config(shapes, T)
+    changes = [
+        {"gate_up_slots": 2},
+        {"gate_up_slots": 4},
+        {"down_slots": 2},
+        {"gate_up_slots": 2, "down_slots": 2},
+        {"down_rows": 64},
+        {"down_rows": 64, "down_slots": 4},
+        {"gate_up_columns": 64, "gate_up_slots": 6},
+        {"down_columns": 64, "down_slots": 6},
+    ]
+    configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
+    return valid_configs(check_config, configs, shapes)
 
 
 def check_config(config: Config, shapes: ExpertShapes) -> None:

@@ -22,7 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
+from pallas_kernels.decode_experts.configs import (
+    check_slots,
+    check_tile,
+    largest_divisor,
+    valid_configs,
+)
 from pallas_kernels.decode_experts.weights import (
     ExpertShapes,
     ExpertWeights,
@@ -41,6 +46,12 @@ _ALONG_ROWS = _TILE.reduce(1)
 
 _ROWS = (16, 32, 64)
 _COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
+
+# Rows stay out: a row's sum does not know them, but another tile is another compilation, which may
+# fuse a product and an addition or not.
+FREE_FIELDS = ("gate_up_slots", "down_slots")
+# Beyond so many tokens this layout reads experts so often that no config can make up for it.
+_TUNED_UP_TO = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +85,28 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
         gate_up_columns=largest_divisor(shapes.H, _COLUMNS),
         down_columns=largest_divisor(shapes.I, _COLUMNS),
     )
+
+
+def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
+    """Configs worth measuring, the default first: one launch varied at a time, then both.
+
+    Longer rings have more bytes on their way, shorter ones let more workers share an SM; taller
+    tiles read x or hidden less often and make fewer workers.
+    """
+    default = default_config(shapes, T)
+    if T > _TUNED_UP_TO:
+        return [default]
+    gate_up = [(16, 3), (16, 6), (32, 2), (32, 3)]
+    down = [(16, 3), (16, 8), (32, 3)]
+
+    def change(rows_and_slots, launch):
+        return dict(zip((f"{launch}_rows", f"{launch}_slots"), rows_and_slots, strict=True))
+
+    changes = [change(pair, "gate_up") for pair in gate_up]
+    changes += [change(pair, "down") for pair in down]
+    changes += [change((32, 3), "gate_up") | change((32, 3), "down")]
+    configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
+    return valid_configs(check_config, configs, shapes)
 
 
 def check_config(config: Config, shapes: ExpertShapes) -> None:

@@ -30,7 +30,12 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_experts.configs import check_slots, check_tile, largest_divisor
+from pallas_kernels.decode_experts.configs import (
+    check_slots,
+    check_tile,
+    largest_divisor,
+    valid_configs,
+)
 from pallas_kernels.decode_experts.streamed_columns import ROWS, EveryToken, RoutedTokens
 from pallas_kernels.decode_experts.streamed_phases import (
     OPERAND,
@@ -49,6 +54,8 @@ _INTERPRETED_PROGRAMS = 2
 # EveryToken's columns have room for 8; beyond that, tokens are compacted.
 EVERY_TOKEN_UP_TO = 8
 _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
+
+FREE_FIELDS = ("slots",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +79,24 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
     return Config(
         columns=largest_divisor(np.gcd(shapes.H, shapes.I), _COLUMNS),
     )
+
+
+def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
+    """Configs worth measuring, the default first: ring lengths, and narrower slots in more of them.
+
+    Narrower slots are also more ranges of I: more items for the down phase to deal out, and more
+    partial sums to write.
+    """
+    default = default_config(shapes, T)
+    changes = [
+        {"slots": 4},
+        {"columns": 128, "slots": 6},
+        {"columns": 128, "slots": 8},
+        {"columns": 128, "slots": 12},
+        {"columns": 64, "slots": 16},
+    ]
+    configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
+    return valid_configs(check_config, configs, shapes)
 
 
 def check_config(config: Config, shapes: ExpertShapes) -> None:

@@ -4,24 +4,32 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import LAYOUTS, api, choose_layout, decode_experts
+from pallas_kernels.decode_experts import (
+    LAYOUTS,
+    MODES,
+    LayoutChoice,
+    api,
+    choose_layout,
+    decode_experts,
+)
 from tests.pallas_kernels.decode_experts.cases import Size, assert_same_bits, make_case
 from tests.pallas_kernels.machine import INTERPRET
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "cpu"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_batch_has_a_layout_and_a_reason(device, preset):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_batch_has_a_layout_and_a_reason(device, preset, mode):
     for T in range(1, 300):
-        choice = choose_layout(device, PRESETS[preset], T)
+        choice = choose_layout(device, PRESETS[preset], T, mode)
         assert choice.layout in LAYOUTS
         assert f"T = {T} " in choice.why
 
 
-def test_one_token_is_read_by_output_and_many_by_expert():
+def test_where_nobody_measured_one_token_is_read_by_output_and_many_by_expert():
     shapes = PRESETS["qwen3_30b_a3b"]
-    assert choose_layout("NVIDIA H100 80GB HBM3", shapes, 1).layout == "output_major"
-    assert choose_layout("NVIDIA H100 80GB HBM3", shapes, 128).layout == "expert_major"
+    assert choose_layout("NVIDIA A100-SXM4-80GB", shapes, 1).layout == "output_major"
+    assert choose_layout("NVIDIA A100-SXM4-80GB", shapes, 128).layout == "expert_major"
 
 
 def test_auto_runs_the_layout_that_is_chosen(monkeypatch):
@@ -37,12 +45,12 @@ def test_auto_runs_the_layout_that_is_chosen(monkeypatch):
 
     for layout in LAYOUTS:
 
-        def choose(device, shapes, T, layout=layout):
-            asked.append((device, shapes, T))
-            return api.LayoutChoice(layout, "the test says so")
+        def choose(device, shapes, T, mode, layout=layout):
+            asked.append((device, shapes, T, mode))
+            return LayoutChoice(layout, "the test says so")
 
         monkeypatch.setattr(api, "choose_layout", choose)
         out = decode_experts(*case, out_dtype=jnp.float32, interpret=INTERPRET)
         assert_same_bits(out, outputs[layout])
-    assert asked == [(jax.devices()[0].device_kind, size.shapes, size.T)] * len(LAYOUTS)
+    assert asked == [(jax.devices()[0].device_kind, size.shapes, size.T, "auto")] * len(LAYOUTS)
     chex.assert_tree_all_finite(outputs)

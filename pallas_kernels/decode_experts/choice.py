@@ -1,0 +1,97 @@
+"""Which layout runs where a caller does not name one: measured tables first, else a heuristic."""
+
+import logging
+from typing import Any, NamedTuple
+
+from pallas_kernels.decode_experts import tuned
+from pallas_kernels.decode_experts.weights import ExpertShapes
+
+# What a caller may write in place of a layout's name.
+MODES = {
+    "auto": "the fastest at this T",
+    "invariant": "one layout and one order of sums for every T of a shape",
+}
+
+# The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
+# results/compare_layouts.
+_OUTPUT_MAJOR_UP_TO = 8
+# Of the layouts measured from 1 to 64 tokens there, the one with the least total: 1428 us, against
+# 1867 for output_major.
+_INVARIANT = "expert_major"
+
+_log = logging.getLogger(__name__)
+_said: set[tuple[str, ExpertShapes]] = set()
+
+
+class LayoutChoice(NamedTuple):
+    """A layout, why it was chosen, and its Config; None means the layout's default."""
+
+    layout: str
+    why: str
+    config: Any = None
+
+
+def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto") -> LayoutChoice:
+    """Says which layout and config a mode runs. The only place that chooses one.
+
+    The device's tuned table is asked first (tuned.py says which entry serves which T). Where it has
+    no answer a heuristic does; that is logged once for each device and shape.
+
+    Args:
+      device: the device's kind, as `jax.devices()[0].device_kind`.
+      shapes: the layer's sizes.
+      T: tokens in the batch.
+      mode: "auto", the fastest; or "invariant", which never changes the order of sums with T.
+
+    Raises:
+      ValueError: mode is not one of these.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
+    found = tuned.find(device, shapes, T, invariant=mode == "invariant")
+    if found.entry is None:
+        _say_once(device, shapes, found.why)
+        return _HEURISTICS[mode](T)
+    return LayoutChoice(
+        found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", found.entry.config
+    )
+
+
+def _fastest(T: int) -> LayoutChoice:
+    if T <= _OUTPUT_MAJOR_UP_TO:
+        return LayoutChoice(
+            "output_major",
+            f"T = {T} <= {_OUTPUT_MAJOR_UP_TO}: what it saves by not grouping tokens is more than "
+            "its second reads of shared experts cost, as measured on an H100",
+        )
+    return LayoutChoice(
+        "expert_major",
+        f"T = {T} > {_OUTPUT_MAJOR_UP_TO}: tokens share so many experts that reading each one once "
+        "pays for grouping them, as measured on an H100",
+    )
+
+
+def _invariant(T: int) -> LayoutChoice:
+    return LayoutChoice(
+        _INVARIANT,
+        f"T = {T} takes {MODES['invariant']}: {_INVARIANT}, which has the least total over T, as "
+        "measured on an H100",
+    )
+
+
+_HEURISTICS = {"auto": _fastest, "invariant": _invariant}
+
+
+def _say_once(device: str, shapes: ExpertShapes, why: str) -> None:
+    if (device, shapes) in _said:
+        return
+    _said.add((device, shapes))
+    # Interpret mode's speed means nothing, so a CPU need not hear that nobody measured it.
+    level = logging.INFO if device == "cpu" else logging.WARNING
+    _log.log(
+        level,
+        "decode_experts takes its layout by a heuristic: %s; "
+        "`python -m experiments.tune` measures it (%s)",
+        why,
+        shapes,
+    )

@@ -1,0 +1,38 @@
+"""The layouts by name.
+
+A layout is a module with
+
+    Config                          a frozen dataclass of ints and bools
+    FREE_FIELDS                     the Config's fields that set no order of sums
+    default_config(shapes, T)       the heuristic; its other fields are the same at every T
+    candidate_configs(shapes, T)    a few configs worth measuring, the default first
+    check_config(config, shapes)    raises a ValueError that names the field
+    run(...)                        the kernels
+
+and joins by its line in LAYOUTS.
+"""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+from pallas_kernels.decode_experts import expert_major, output_major, streamed
+
+LAYOUTS: dict[str, ModuleType] = {
+    "output_major": output_major,
+    "expert_major": expert_major,
+    "streamed": streamed,
+}
+
+
+def sum_order(layout: str, config: Any) -> tuple:
+    """What sets a token's bits: the layout and those config fields that set an order of sums.
+
+    Two choices that agree in this give a token the same bits, whatever T is.
+    """
+    fixed = {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if name not in LAYOUTS[layout].FREE_FIELDS
+    }
+    return layout, tuple(sorted(fixed.items()))

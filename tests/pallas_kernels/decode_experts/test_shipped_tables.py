@@ -1,0 +1,60 @@
+"""Every committed table is sound, and each (layout, config, shape) in it lowers for CUDA."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.decode_experts import decode_experts, tuned
+from pallas_kernels.decode_experts.tuned_tables import Entry, parse, to_text
+from tests.pallas_kernels.decode_experts.cases import Size, struct_case
+from tests.pallas_kernels.machine import lower_for_cuda
+
+PATHS = sorted(tuned.FOLDER.glob("*.json"))
+
+
+def _distinct(path) -> dict[tuple, Entry]:
+    """One entry for each (layout, config, shape), that of the largest T."""
+    table = parse(path.read_text(encoding="utf-8"), jax.__version__)
+    entries = sorted([*table.fastest, *table.invariant], key=lambda entry: entry.T)
+    return {(entry.layout, entry.config, entry.shapes): entry for entry in entries}
+
+
+def _lowerings():
+    if not PATHS:
+        skip = pytest.mark.skip(reason=f"no table is shipped in {tuned.FOLDER.name}/ yet")
+        return [pytest.param(None, marks=skip)]
+    kept: dict[tuple, Entry] = {}
+    for path in PATHS:
+        try:
+            kept |= _distinct(path)
+        except ValueError:
+            continue  # test_a_table_is_sound says what is wrong
+    return [
+        pytest.param(entry, id=f"{entry.layout}-{entry.of}-T{entry.T}-{number}")
+        for number, entry in enumerate(kept.values())
+    ]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_table_is_sound(path):
+    text = path.read_text(encoding="utf-8")
+    table = parse(text, jax.__version__)
+    assert to_text(table) == text, "not as experiments.tune writes it"
+    assert tuned.device_slug(table.device_kind) == path.stem
+    assert table.fastest and table.invariant
+    for run in table.runs:
+        assert {"commit", "command", "date", "driver", "jaxlib", "read_ceiling_tbps"} <= run.keys()
+        assert not run.get("interpreted")
+
+
+@pytest.mark.parametrize("entry", _lowerings())
+def test_lowers_for_cuda(entry):
+    shapes = entry.shapes
+    case = struct_case(Size(T=entry.T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I))
+
+    def function(*case):
+        return decode_experts(
+            *case, layout=entry.layout, config=entry.config, out_dtype=jnp.bfloat16
+        )
+
+    assert "custom_call @mosaic_gpu_v2" in lower_for_cuda(function, *case)
