@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup compare generate test parity lint clean
+.PHONY: help setup compare tune generate test parity lint clean
 
 # What a target is given beyond its defaults: make test ARGS="tests/test_frame.py -k pins"
 ARGS ?=
@@ -31,6 +31,9 @@ setup: $(DEV_ENV) ## make .venv with everything for development
 
 compare: $(RUN_ENV) ## compare the kernel layouts; ARGS are flags of experiments.compare_layouts
 	$(PYTHON) -m experiments.compare_layouts $(ARGS)
+
+tune: $(RUN_ENV) ## measure which layout and config are the fastest on this GPU; ARGS are flags of experiments.tune
+	$(PYTHON) -m experiments.tune $(ARGS)
 
 generate: $(RUN_ENV) ## generate text; ARGS are flags of experiments.generate, else a tiny random model's
 	$(PYTHON) -m experiments.generate $(or $(ARGS),--preset=tiny --random --prompt=hello --max_new_tokens=32)

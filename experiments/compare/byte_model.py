@@ -33,13 +33,18 @@ def expert_bytes(shapes: ExpertShapes) -> int:
 
 def traffic(routings: Sequence[Routing], shapes: ExpertShapes) -> Traffic:
     """Counts the routings that are timed; an id outside [0, E) is padding and reads nothing."""
-    valid = [r.expert_ids[(r.expert_ids >= 0) & (r.expert_ids < shapes.E)] for r in routings]
+    valid = _valid_ids(routings, shapes)
     unique = float(np.mean([np.unique(ids).size for ids in valid]))
     requested = float(np.mean([ids.size for ids in valid]))
     size = expert_bytes(shapes)
     return Traffic(
         unique_experts=unique, unique_bytes=unique * size, requested_bytes=requested * size
     )
+
+
+def _valid_ids(routings: Sequence[Routing], shapes: ExpertShapes) -> list[np.ndarray]:
+    """Each routing's ids that are not padding, flat."""
+    return [r.expert_ids[(r.expert_ids >= 0) & (r.expert_ids < shapes.E)] for r in routings]
 
 
 def expected_unique_experts(shapes: ExpertShapes, T: int) -> float:
@@ -58,7 +63,7 @@ def bytes_before_reuse(routings: Sequence[Routing], num_layers: int, shapes: Exp
     A step runs one routing; the steps repeat from the first routing on. Well above the L2 cache's
     size means that every read comes from memory. Infinite if no expert is read twice.
     """
-    steps = [set(np.unique(r.expert_ids).tolist()) for r in routings]
+    steps = [set(np.unique(ids).tolist()) for ids in _valid_ids(routings, shapes)]
     # Twice around, so that the reuse of the first steps by the next program is seen as well.
     cycle = [(index % num_layers, steps[index]) for index in range(len(steps))] * 2
     size = expert_bytes(shapes)

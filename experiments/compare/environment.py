@@ -3,7 +3,6 @@
 import datetime
 import pathlib
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax
 import jaxlib
 
 from experiments.compare.records import Environment
+from pallas_kernels.decode_experts.tuned import device_slug
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -35,14 +35,6 @@ def describe(
         repeats=repeats,
         read_ceiling_tbps=read_ceiling_tbps,
     )
-
-
-def device_slug(device_kind: str) -> str:
-    """A short name for files: h100 for "NVIDIA H100 80GB HBM3", cpu for "cpu"."""
-    model = re.search(r"\b(gh|gb|[abhlv])\d{2,3}s?\b", device_kind.lower())
-    if model:
-        return model.group()
-    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") or "unknown"
 
 
 def checked_out_commit() -> str | None:

@@ -70,6 +70,7 @@ def calibrate(
         layer = layers[step % len(layers)]
         y = jitted_reference(x, layer, routing.expert_ids, routing.expert_weights)
         size = jnp.sqrt(jnp.mean(y * y, axis=1, keepdims=True))  # [T, 1]
+        size = jnp.where(size > 0, size, 1)  # a token whose ids are all padding stays at zero
         weights = (routing.expert_weights / np.asarray(size)).astype(np.float32)
         calibrated.append(Routing(routing.expert_ids, weights))
         x = (y / size).astype(jnp.bfloat16)

@@ -1,0 +1,178 @@
+"""One sweep: which of the candidates run, are right, and how long each takes.
+
+1. Every layout's default is built, checked and timed once. A layout whose default is far behind the
+   best one is not swept further: no config of ours has moved a time by so much.
+2. The others' configs are built, checked and timed once; what is far behind is left at that.
+3. The rest is timed in rounds, each round once through all of them, so that a clock that drifts
+   moves all alike; every other round goes backwards. The median over rounds counts.
+
+Nothing is compiled while anything is timed.
+"""
+
+import concurrent.futures
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes
+
+# Times the best one, beyond which a candidate is not timed again.
+_FAR_BEHIND = 1.25
+
+
+class Candidate(NamedTuple):
+    """A layout and one of its configs."""
+
+    layout: str
+    config: Any
+
+    def __str__(self):
+        fields = dataclasses.asdict(self.config)
+        return f"{self.layout}({', '.join(f'{name}={value}' for name, value in fields.items())})"
+
+
+class Trial(Protocol):
+    """A candidate that is compiled for one layer and number of tokens."""
+
+    def check(self) -> float:
+        """Its relative error against float32; raises if that is too large."""
+
+    def sample(self) -> float:
+        """Microseconds of a layer, taken anew."""
+
+    def finish(self) -> None:
+        """Raises if its outputs changed while it was timed, or are not finite."""
+
+
+class Measured(NamedTuple):
+    """What a sweep found: microseconds (the median over rounds), the range, the relative error."""
+
+    candidate: Candidate
+    us: float
+    spread_us: float
+    rel_error: float
+
+
+class Dropped(NamedTuple):
+    """A candidate that did not compile or run, or is wrong."""
+
+    candidate: Candidate
+    why: str
+
+
+class OutOfTime(Exception):
+    """The budget ended within a sweep."""
+
+
+def candidates(
+    layouts: Sequence[str], shapes: ExpertShapes, T: int, most_configs: int | None
+) -> list[Candidate]:
+    """Each layout's candidates, its default first."""
+    return [
+        Candidate(layout, config)
+        for layout in layouts
+        for config in LAYOUTS[layout].candidate_configs(shapes, T)[:most_configs]
+    ]
+
+
+class Sweep:
+    """The candidates of one layer and number of tokens, as far as they have come."""
+
+    def __init__(
+        self,
+        build: Callable[[Candidate], Trial],
+        *,
+        threads: int = 1,
+        deadline: float | None = None,
+        say: Callable[[str], None] = print,
+        advance: Callable[[str], None] = lambda what: None,
+    ):
+        """`build` compiles; `deadline` is a time.monotonic(), None for none."""
+        self._build, self._threads, self._deadline = build, threads, deadline
+        self._say, self._advance = say, advance
+        self._trials: dict[Candidate, Trial] = {}
+        self._errors: dict[Candidate, float] = {}
+        self._samples: dict[Candidate, list[float]] = {}
+        self.dropped: list[Dropped] = []
+
+    def run(self, asked: Sequence[Candidate], rounds: int) -> list[Measured]:
+        """Runs all three steps; the result is in the order of `asked`, without what was dropped.
+
+        Raises:
+          OutOfTime: the deadline has passed.
+        """
+        defaults = list({c.layout: c for c in reversed(asked)}.values())[::-1]
+        self._prepare(defaults)
+        self._round(defaults)
+        near = self._near(defaults)
+        # A default that does not run says nothing about the layout's other configs.
+        swept = {c.layout for c in defaults if c in near or c not in self._samples}
+        others = [c for c in asked if c not in defaults and c.layout in swept]
+        self._prepare(others)
+        self._round(others)
+        last = self._near(asked)
+        for index in range(rounds - 1):
+            self._round(last[:: -1 if index % 2 == 0 else 1])
+        for candidate in list(self._samples):
+            self._try(candidate, self._trials[candidate].finish)
+        return [self._measured(c) for c in asked if c in self._samples]
+
+    def _prepare(self, some: Sequence[Candidate]) -> None:
+        """Builds and checks; what runs in threads is the building alone."""
+        with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+            futures = {c: pool.submit(self._build_in_time, c) for c in some}
+            for candidate, future in futures.items():
+                self._advance(f"building {candidate}")
+                trial = self._try(candidate, future.result)
+                if trial is None:
+                    continue
+                self._trials[candidate] = trial
+                error = self._try(candidate, trial.check)
+                if error is not None:
+                    self._errors[candidate] = error
+
+    def _build_in_time(self, candidate: Candidate) -> Trial:
+        self._check_time()
+        return self._build(candidate)
+
+    def _round(self, some: Sequence[Candidate]) -> None:
+        timed = [c for c in some if c in self._errors]
+        self._advance(f"timing {len(timed)} candidates")
+        for candidate in timed:
+            self._check_time()
+            us = self._try(candidate, self._trials[candidate].sample)
+            if us is not None:
+                self._samples.setdefault(candidate, []).append(us)
+
+    def _near(self, some: Sequence[Candidate]) -> list[Candidate]:
+        first = {c: self._samples[c][0] for c in some if c in self._samples}
+        return [c for c, us in first.items() if us <= _FAR_BEHIND * min(first.values())]
+
+    def _try(self, candidate: Candidate, step: Callable[[], Any]) -> Any:
+        """The step's result, or None after a line about a candidate that is dropped for it."""
+        try:
+            return step()
+        except OutOfTime:
+            raise
+        except Exception as error:  # whatever a compiler or a driver may raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self._say(f"dropped {candidate}: {why}")
+            self.dropped.append(Dropped(candidate, why))
+            self._samples.pop(candidate, None)
+            self._errors.pop(candidate, None)
+            return None
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTime
+
+    def _measured(self, candidate: Candidate) -> Measured:
+        samples = self._samples[candidate]
+        return Measured(
+            candidate,
+            us=statistics.median(samples),
+            spread_us=max(samples) - min(samples),
+            rel_error=self._errors[candidate],
+        )

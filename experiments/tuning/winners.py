@@ -1,0 +1,58 @@
+"""Which of the measurements go into the table."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from pallas_kernels.decode_experts.layouts import sum_order
+
+# Times so near are taken for equal: compiled twice, one kernel differs by more. The earlier of the
+# candidates wins then, a layout's default before its other configs.
+_EQUAL = 1.01
+
+
+class Timed(Protocol):
+    """A measurement: a layout, its config, microseconds."""
+
+    layout: str
+    config: object
+    us: float
+
+
+def fastest[M: Timed](measured: Sequence[M]) -> M:
+    """The first one that is as good as the fastest."""
+    limit = _EQUAL * min(m.us for m in measured)
+    return next(m for m in measured if m.us <= limit)
+
+
+def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
+    """For each T the one that "invariant" takes: all of one layout and one order of sums.
+
+    Of the orders that were measured at every T, the one with the least total; within it, config
+    fields that set no order of sums are the fastest ones of each T.
+
+    Args:
+      measured: for each T what was measured there.
+
+    Returns:
+      Empty if no order of sums was measured at every T.
+    """
+    choices: list[dict[int, M]] = []
+    for order in dict.fromkeys(_orders(m for some in measured.values() for m in some)):
+        of_order = {
+            T: [m for m in some if sum_order(m.layout, m.config) == order]
+            for T, some in measured.items()
+        }
+        if all(of_order.values()):
+            choices.append({T: fastest(some) for T, some in of_order.items()})
+    if not choices:
+        return {}
+    totals = [sum(m.us for m in choice.values()) for choice in choices]
+    return next(
+        choice
+        for choice, total in zip(choices, totals, strict=True)
+        if total <= _EQUAL * min(totals)
+    )
+
+
+def _orders(measured: Iterable[Timed]) -> list[tuple]:
+    return [sum_order(m.layout, m.config) for m in measured]

@@ -1,0 +1,164 @@
+"""Which candidates are timed and how, what is dropped with a line, and who wins."""
+
+import time
+from typing import NamedTuple
+
+import pytest
+
+from experiments.tuning import winners
+from experiments.tuning.sweep import OutOfTime, Sweep, candidates
+from pallas_kernels.decode_experts import LAYOUTS
+from tests.experiments.fake_bench import SHAPES, FakeBench
+
+TWO = ("output_major", "expert_major")
+
+
+def _run(bench, asked, rounds=3, **keywords):
+    said = []
+    sweep = Sweep(bench.build, say=said.append, **keywords)
+    return sweep.run(asked, rounds), sweep, said
+
+
+@pytest.mark.parametrize("T", [1, 8, 64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layouts_candidates_begin_with_its_default_and_are_valid(layout, T):
+    asked = candidates([layout], SHAPES, T, None)
+    kernel = LAYOUTS[layout]
+    assert asked[0].config == kernel.default_config(SHAPES, T)
+    assert len(set(asked)) == len(asked)
+    for candidate in asked:
+        kernel.check_config(candidate.config, SHAPES)
+    assert candidates([layout], SHAPES, T, 2) == asked[:2]
+    assert set(kernel.FREE_FIELDS) < set(vars(asked[0].config))
+
+
+def test_defaults_come_first_and_a_layout_far_behind_is_left_at_that():
+    asked = candidates(TWO, SHAPES, 1, None)
+    slow = lambda candidate, count: {"output_major": 13.0, "expert_major": 10.0}[candidate.layout]  # noqa: E731
+    bench = FakeBench(us=slow)
+    measured, _, said = _run(bench, asked)
+    defaults = [c for c in asked if c.config == LAYOUTS[c.layout].default_config(SHAPES, 1)]
+    assert bench.built[:2] == defaults
+    assert [c for c in bench.built if c.layout == "output_major"] == defaults[:1]
+    assert [c for c in bench.built if c.layout == "expert_major"] == [
+        c for c in asked if c.layout == "expert_major"
+    ]
+    # Its one sample is kept: the default's order of sums is measured at every T.
+    assert bench.sampled.count(defaults[0]) == 1
+    assert [m.candidate for m in measured] == [c for c in asked if c in bench.built]
+    assert said == []
+
+
+def test_rounds_go_through_all_by_turns_so_that_drift_decides_nothing():
+    asked = candidates(["expert_major"], SHAPES, 1, 4)
+    # The clock slows down all the while: whoever were timed as a block at the end would lose.
+    drifting = FakeBench(us=lambda candidate, count: 100.0 + count / 10)
+    measured, _, _ = _run(drifting, asked, rounds=6)
+    assert [drifting.sampled.count(c) for c in asked] == [6] * 4
+    assert max(m.us for m in measured) - min(m.us for m in measured) < 0.5
+    assert all(m.spread_us > 0 for m in measured)
+    first, last = drifting.sampled[4:8], drifting.sampled[8:12]
+    assert set(first) == set(last) == set(asked) and first == last[::-1]
+
+
+def test_a_config_far_behind_is_timed_once():
+    asked = candidates(["expert_major"], SHAPES, 1, 3)
+    bench = FakeBench(us=lambda candidate, count: 20.0 if candidate == asked[1] else 10.0)
+    measured, _, _ = _run(bench, asked, rounds=5)
+    assert [bench.sampled.count(c) for c in asked] == [5, 1, 5]
+    assert [m.us for m in measured] == [10.0, 20.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("broken", "ValueError: no layout for this tile"),
+        ("wrong", "AssertionError: relative error 4.00e-03"),
+        ("changing", "AssertionError: the chain's bits changed"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_fails_is_dropped_with_a_line(how, why, which):
+    asked = candidates(["expert_major"], SHAPES, 1, 3)
+    bench = FakeBench(**{how: (asked[which],)})
+    measured, sweep, said = _run(bench, asked)
+    assert [m.candidate for m in measured] == [c for c in asked if c != asked[which]]
+    assert [d.candidate for d in sweep.dropped] == [asked[which]]
+    (line,) = said
+    assert line.startswith(f"dropped {asked[which]}: {why}")
+    if how != "changing":
+        assert asked[which] not in bench.sampled
+
+
+def test_nothing_is_left_where_all_fail():
+    asked = candidates(TWO, SHAPES, 1, 2)
+    measured, sweep, said = _run(FakeBench(broken=tuple(asked)), asked)
+    assert measured == []
+    assert len(said) == len(sweep.dropped) == len(asked)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_deadline_ends_a_sweep(threads):
+    asked = candidates(TWO, SHAPES, 1, None)
+    bench = FakeBench()
+    with pytest.raises(OutOfTime):
+        _run(bench, asked, threads=threads, deadline=time.monotonic() - 1)
+    assert bench.built == []
+
+    def slow(candidate, count):
+        time.sleep(0.05)
+        return 10.0
+
+    bench = FakeBench(us=slow)
+    with pytest.raises(OutOfTime):
+        _run(bench, asked, threads=threads, deadline=time.monotonic() + 0.2)
+    assert 0 < len(bench.sampled) < 10
+
+
+def test_threads_change_no_order():
+    asked = candidates(TWO, SHAPES, 1, None)
+    measured, _, _ = _run(FakeBench(), asked, threads=4)
+    assert [m.candidate for m in measured] == asked
+
+
+class Timed(NamedTuple):
+    layout: str
+    config: object
+    us: float
+
+
+def _timed(layout, us, **fields):
+    kernel = LAYOUTS[layout]
+    default = kernel.default_config(SHAPES, 1)
+    return Timed(layout, kernel.Config(**vars(default) | fields), us)
+
+
+def test_equal_times_go_to_the_earlier_candidate():
+    rows = [_timed("output_major", 10.09), _timed("output_major", 10.0, down_slots=3)]
+    assert winners.fastest(rows) == rows[0]
+    rows[0] = rows[0]._replace(us=10.2)
+    assert winners.fastest(rows) == rows[1]
+
+
+def test_invariant_takes_the_order_of_sums_with_the_least_total():
+    best_at_1 = _timed("output_major", 10.0)
+    deep, shallow = (_timed("expert_major", us, down_slots=s) for us, s in ((14.0, 3), (13.0, 2)))
+    other = _timed("expert_major", 12.0, down_columns=64)
+    measured = {
+        1: [best_at_1, deep, shallow, other],
+        64: [
+            best_at_1._replace(us=900.0),
+            deep._replace(us=100.0),
+            shallow._replace(us=110.0),
+            other._replace(us=120.0),
+        ],
+    }
+    # down_slots is free to change with T; down_columns and the layout are not.
+    assert winners.invariant(measured) == {1: shallow, 64: measured[64][1]}
+    assert winners.fastest(measured[1]) == best_at_1
+
+
+def test_invariant_needs_an_order_that_was_measured_everywhere():
+    a, b = _timed("output_major", 10.0), _timed("expert_major", 20.0)
+    assert winners.invariant({1: [a, b], 8: [b]}) == {1: b, 8: b}
+    assert winners.invariant({1: [a], 8: [b]}) == {}
