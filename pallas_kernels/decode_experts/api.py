@@ -37,6 +37,7 @@ def decode_experts(
     - "invariant" gives a token the same bits at every T: one layout and one order of sums for a
       shape and device, the one with the least total time over the measured T. Another table, or
       another device, may have another.
+    - "one_launch" is the layout that does all in one kernel, for callers to whom that matters.
     - a layout's name: the same bits at every T, for a given config.
 
     Args:
@@ -45,8 +46,8 @@ def decode_experts(
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
-      layout: "auto" or "invariant" (choose_layout says what they take), or a layout's name:
-        "output_major", "expert_major", "streamed".
+      layout: "auto", "invariant" or "one_launch" (choose_layout says what they take), or a layout's
+        name: "output_major", "expert_major", "streamed".
       grouping: what group(expert_ids, expert_weights, E) returns, if the caller has it already;
         only expert_major reads one, and makes its own if None.
       config: the layout's Config; None takes what choose_layout says, or for a layout that is

@@ -10,6 +10,7 @@ from pallas_kernels.decode_experts.weights import ExpertShapes
 MODES = {
     "auto": "the fastest at this T",
     "invariant": "one layout and one order of sums for every T of a shape",
+    "one_launch": "the layout that is a single launch, whether or not it is the fastest",
 }
 
 # The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
@@ -18,6 +19,7 @@ _OUTPUT_MAJOR_UP_TO = 8
 # Of the layouts measured from 1 to 64 tokens there, the one with the least total: 1428 us, against
 # 1867 for output_major.
 _INVARIANT = "expert_major"
+_ONE_LAUNCH = "streamed"
 
 _log = logging.getLogger(__name__)
 _said: set[tuple[str, ExpertShapes]] = set()
@@ -41,13 +43,16 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
       device: the device's kind, as `jax.devices()[0].device_kind`.
       shapes: the layer's sizes.
       T: tokens in the batch.
-      mode: "auto", the fastest; or "invariant", which never changes the order of sums with T.
+      mode: "auto", the fastest; "invariant", which never changes the order of sums with T; or
+        "one_launch", which no table decides.
 
     Raises:
       ValueError: mode is not one of these.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
+    if mode == "one_launch":
+        return LayoutChoice(_ONE_LAUNCH, f"T = {T} takes {MODES[mode]}")
     found = tuned.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)
