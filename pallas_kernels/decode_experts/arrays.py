@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def expect_array(name: str, value, letters: str, dtype) -> None:
+def expect_array(
+    name: str, value, letters: str, dtype, *, instead: str = "reference_experts"
+) -> None:
     """Checks an argument's own shape and dtype, before JAX would convert anything.
 
     Args:
@@ -12,6 +14,7 @@ def expect_array(name: str, value, letters: str, dtype) -> None:
       value: a jax or numpy array.
       letters: its shape in letters, as "[T, K]"; every size is at least 1.
       dtype: what is accepted.
+      instead: the function that takes any float dtype, for the message.
 
     Raises:
       TypeError: it is no array, or of another dtype.
@@ -31,6 +34,6 @@ def expect_array(name: str, value, letters: str, dtype) -> None:
     if dtype == jnp.bfloat16 and jnp.issubdtype(value.dtype, jnp.floating):
         raise NotImplementedError(
             f"{name} has dtype {value.dtype.name}; the kernels take bfloat16, "
-            "reference_experts takes any float dtype"
+            f"{instead} takes any float dtype"
         )
     raise TypeError(f"{name} has dtype {value.dtype.name}; expected {dtype.name}")

@@ -1,0 +1,10 @@
+"""Which experts each token goes to, and how they are grouped, in one launch.
+
+Start at `api.py` (what a user calls) and `reference.py` (what it means); `kernel.py` has the
+algorithm, `phases.py` its parts.
+"""
+
+from pallas_kernels.router.api import route_tokens
+from pallas_kernels.router.reference import Route, reference_route_tokens
+
+__all__ = ["Route", "reference_route_tokens", "route_tokens"]

@@ -1,0 +1,192 @@
+"""The router in one launch, phases with a barrier of the whole grid between them:
+
+    1. normalise   (if asked for) program t: token t's RMSNorm                       -> normed
+       ---------- barrier ----------
+    2. multiply    unit (split of H, 64 experts): partials = gate[64, split] x[:, split]
+       ---------- barrier ----------
+    3. choose      program t: logits = partials added in order, softmax, top-k
+                                                                  -> logits, ids, weights, chosen
+       ---------- barrier ----------
+    4. group       (if asked for) program t: the rows of token t's K assignments;
+                   program j: the unowned rows of tile j                           -> the Grouping
+
+The gate (512 KB for E = 128, H = 2048) is cold: each program starts its copies of it before all
+else, so that phase 1 and its barrier hide behind them, and many programs read it at once. That H is
+split is what makes the reads of both operands small; the price is the first barrier and the
+partials, which stay in L2. The splits depend on H alone, so a token's logits have the same bits in
+every batch.
+
+1. Variance in float32; bf16, then times the weight, as a model's RMSNorm does it.
+2. Swap-AB on the tensor cores: 64 experts are M, the tokens are N columns. Columns do not mix.
+3. An expert a lane; each lane counts the experts that come before its own, E comparisons without
+   any exchange between lanes. Ranks are a permutation even of NaNs. A tile of 16 ranks by E experts
+   then turns "expert e has rank r" around by sums along rows.
+4. Bit t of expert e's mask: token t goes there. Rows follow from counting bits: in a mask, those of
+   earlier tokens; over masks, the tiles of all lower experts. One word per token says where it
+   goes, so that each program can afford to do this for all experts, and no barrier is needed.
+   Tokens write their own rows wherever these are; nobody else writes there.
+
+Microseconds expected on an H100, E = 128, H = 2048 (a model, to be replaced by measurements):
+
+    launch 1.3 | gate 1.2, product and partials 0.4 | barrier 0.9 | partials 0.7, rank 0.5,
+    choice 0.4, writes 0.2 | barrier 0.9 | chosen 0.7, counting 0.3 (T = 64: 0.5), rows 0.5
+
+8.0 at T = 8 and 8.5 at T = 64 with the Grouping; 5.6 without it; RMSNorm adds 1.0. Two launches
+instead of a barrier would pay a gap of 1.0 to 1.5 for each, and no prefetch. A single cluster of 8
+programs with its barriers of 0.2 would save 1.5 at T = 8, but choose 8 tokens one after the other
+in each program at T = 64, and lose 6. Splitting E and not H needs no partials, but every program
+then reads all of x: 256 KB at T = 64, 5 or more.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic
+from pallas_kernels.router import phases
+from pallas_kernels.router.phases import Refs, Work
+
+_INTERPRETED_PROGRAMS = 3
+
+
+def num_programs(units: int, T: int, interpret) -> int:
+    """As many as have something to do in one of the phases, and at most one a core."""
+    if interpret:
+        return _INTERPRETED_PROGRAMS
+    return min(mosaic.core_count(), max(units, T))
+
+
+def run(work: Work, x, gate, norm_weight, interpret) -> dict[str, jax.Array]:
+    """All outputs by the names of Refs, from checked inputs."""
+    if interpret:
+        return _in_a_launch_each(work, x, gate, norm_weight, interpret)
+    return _in_one_launch(work, x, gate, norm_weight)
+
+
+def _output_types(work: Work) -> dict[str, jax.ShapeDtypeStruct]:
+    """What each phase writes."""
+    struct, T, K = jax.ShapeDtypeStruct, work.T, work.K
+    types = {
+        "partials": struct((work.splits, work.N, work.lanes), jnp.float32),
+        "logits": struct((T, work.E), jnp.float32),
+        "ids": struct((T, K), jnp.int32),
+        "weights": struct((T, K), jnp.float32),
+    }
+    if work.norm_eps is not None:
+        types["normed"] = struct((T, work.H), jnp.bfloat16)
+    if work.token_tile:
+        rows = (work.capacity * work.token_tile,)
+        types |= {
+            "chosen": struct((T, phases.RANKS), jnp.int32),
+            "row_of": struct((T, K), jnp.int32),
+            "token_of": struct(rows, jnp.int32),
+            "expert_of": struct(rows, jnp.int32),
+            "weight_of": struct(rows, jnp.float32),
+        }
+    return types
+
+
+def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: dict, interpret):
+    """Runs body(refs, program) on the grid; inputs, outputs and scratch are by names of Refs."""
+
+    def kernel(*refs, **scratch_refs):
+        gmem = dict(zip((*inputs, *outputs), refs, strict=True))
+        counter = gmem.pop("counter", None)
+        program = lax.axis_index("program")
+        arguments = (counter,) if counter is not None else ()
+        body(Refs(**gmem, scratch=scratch_refs), program, *arguments)
+
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs.values()),
+        grid=(work.num_programs,),
+        grid_names=("program",),
+        scratch_types=scratch,
+        kernel_name=name,
+        interpret=mosaic.interpret_params(interpret),
+    )(*inputs.values())
+    return dict(zip(outputs, results, strict=True))
+
+
+def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
+    inputs = {"x": x, "gate": gate, "counter": mosaic.grid_barrier_counter()}
+    scratch = phases.product_scratch(work) | phases.choice_scratch(work)
+    if work.norm_eps is not None:
+        inputs["norm_weight"] = norm_weight
+    if work.token_tile:
+        scratch |= phases.grouping_scratch(work)
+
+    def body(refs, program, counter):
+        barrier = functools.partial(mosaic.grid_barrier, counter, work.num_programs, program)
+        phases.start_gate(work, refs, program)
+        tokens = refs.x
+        if work.norm_eps is not None:
+            phases.normalise(work, refs, program)
+            barrier()
+            tokens = refs.normed
+        phases.multiply(work, refs, tokens, program)
+        barrier()
+        phases.choose(work, refs, program)
+        if work.token_tile:
+            barrier()
+            phases.group(work, refs, program)
+
+    return _launch(work, body, "router", inputs, _output_types(work), scratch, False)
+
+
+def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, jax.Array]:
+    """The same for interpret mode, which has no barrier of the whole grid.
+
+    Nor has it a copy engine that fills rows past the end with zeros.
+    """
+    types = _output_types(work)
+
+    def launch(body, name, inputs, outputs, scratch):
+        outputs = {field: types[field] for field in outputs if field in types}
+        return _launch(work, body, f"router_{name}", inputs, outputs, scratch, interpret)
+
+    results = {}
+    tokens = x
+    if work.norm_eps is not None:
+        results |= launch(
+            functools.partial(phases.normalise, work),
+            "normalise",
+            {"x": x, "norm_weight": norm_weight},
+            ["normed"],
+            {},
+        )
+        tokens = results["normed"]
+
+    def multiply(refs, program):
+        phases.start_gate(work, refs, program)
+        phases.multiply(work, refs, refs.x, program)
+
+    results |= launch(
+        multiply,
+        "multiply",
+        {
+            "x": jnp.pad(tokens, ((0, work.N - work.T), (0, 0))),
+            "gate": jnp.pad(gate, ((0, work.blocks * phases.ROWS - work.E), (0, 0))),
+        },
+        ["partials"],
+        phases.product_scratch(work),
+    )
+    results |= launch(
+        functools.partial(phases.choose, work),
+        "choose",
+        {"partials": results["partials"]},
+        ["logits", "ids", "weights", "chosen"],
+        phases.choice_scratch(work),
+    )
+    if work.token_tile:
+        results |= launch(
+            functools.partial(phases.group, work),
+            "group",
+            {field: results[field] for field in ("ids", "weights", "chosen")},
+            ["row_of", "token_of", "expert_of", "weight_of"],
+            phases.grouping_scratch(work),
+        )
+    return results
