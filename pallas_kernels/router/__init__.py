@@ -1,7 +1,7 @@
 """Which experts each token goes to, and how they are grouped, in one launch.
 
 Start at `api.py` (what a user calls) and `reference.py` (what it means); `kernel.py` has the
-algorithm, `phases.py` its parts.
+algorithm, the other files its phases.
 """
 
 from pallas_kernels.router.api import route_tokens

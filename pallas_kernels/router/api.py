@@ -9,8 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.decode_experts.grouping import Grouping, tile_capacity
 from pallas_kernels.router import kernel
 from pallas_kernels.router.checks import check_inputs, check_work
-from pallas_kernels.router.phases import Work
 from pallas_kernels.router.reference import Route
+from pallas_kernels.router.work import Work
 
 
 def route_tokens(
@@ -38,8 +38,8 @@ def route_tokens(
       norm_weight: [H] bfloat16, the weight of an RMSNorm of x that comes first; None for none. The
         variance is float32; the weight multiplies in bf16, after the cast back.
       norm_eps: of that norm.
-      token_tile: rows in a tile of the Grouping, a multiple of 8 from 8 to 64; None for no Grouping,
-        which saves a barrier.
+      token_tile: rows in a tile of the Grouping, a multiple of 8 from 8 to 64; None for no
+        Grouping, which saves a barrier.
       interpret: True runs the phases one by one in Pallas's interpret mode, on a CPU; an
         InterpretGPUParams does too, with its own options (see decode_experts).
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from pallas_kernels.decode_experts.arrays import expect_array
 from pallas_kernels.decode_experts.grouping import check_token_tile
 from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
-from pallas_kernels.router.phases import Work
+from pallas_kernels.router.work import Work
 
 MOST_TOKENS = 128
 MOST_EXPERTS = 512

@@ -46,8 +46,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.router import phases
-from pallas_kernels.router.phases import Refs, Work
+from pallas_kernels.router.choice import choice_scratch, choose
+from pallas_kernels.router.product import multiply, normalise, product_scratch, start_gate
+from pallas_kernels.router.rows import group, grouping_scratch
+from pallas_kernels.router.work import RANKS, ROWS, Refs, Work
 
 _INTERPRETED_PROGRAMS = 3
 
@@ -80,7 +82,7 @@ def _output_types(work: Work) -> dict[str, jax.ShapeDtypeStruct]:
     if work.token_tile:
         rows = (work.capacity * work.token_tile,)
         types |= {
-            "chosen": struct((T, phases.RANKS), jnp.int32),
+            "chosen": struct((T, RANKS), jnp.int32),
             "row_of": struct((T, K), jnp.int32),
             "token_of": struct(rows, jnp.int32),
             "expert_of": struct(rows, jnp.int32),
@@ -113,26 +115,26 @@ def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: d
 
 def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
     inputs = {"x": x, "gate": gate, "counter": mosaic.grid_barrier_counter()}
-    scratch = phases.product_scratch(work) | phases.choice_scratch(work)
+    scratch = product_scratch(work) | choice_scratch(work)
     if work.norm_eps is not None:
         inputs["norm_weight"] = norm_weight
     if work.token_tile:
-        scratch |= phases.grouping_scratch(work)
+        scratch |= grouping_scratch(work)
 
     def body(refs, program, counter):
         barrier = functools.partial(mosaic.grid_barrier, counter, work.num_programs, program)
-        phases.start_gate(work, refs, program)
+        start_gate(work, refs, program)
         tokens = refs.x
         if work.norm_eps is not None:
-            phases.normalise(work, refs, program)
+            normalise(work, refs, program)
             barrier()
             tokens = refs.normed
-        phases.multiply(work, refs, tokens, program)
+        multiply(work, refs, tokens, program)
         barrier()
-        phases.choose(work, refs, program)
+        choose(work, refs, program)
         if work.token_tile:
             barrier()
-            phases.group(work, refs, program)
+            group(work, refs, program)
 
     return _launch(work, body, "router", inputs, _output_types(work), scratch, False)
 
@@ -152,7 +154,7 @@ def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, 
     tokens = x
     if work.norm_eps is not None:
         results |= launch(
-            functools.partial(phases.normalise, work),
+            functools.partial(normalise, work),
             "normalise",
             {"x": x, "norm_weight": norm_weight},
             ["normed"],
@@ -160,33 +162,33 @@ def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, 
         )
         tokens = results["normed"]
 
-    def multiply(refs, program):
-        phases.start_gate(work, refs, program)
-        phases.multiply(work, refs, refs.x, program)
+    def multiply_alone(refs, program):
+        start_gate(work, refs, program)
+        multiply(work, refs, refs.x, program)
 
     results |= launch(
-        multiply,
+        multiply_alone,
         "multiply",
         {
             "x": jnp.pad(tokens, ((0, work.N - work.T), (0, 0))),
-            "gate": jnp.pad(gate, ((0, work.blocks * phases.ROWS - work.E), (0, 0))),
+            "gate": jnp.pad(gate, ((0, work.blocks * ROWS - work.E), (0, 0))),
         },
         ["partials"],
-        phases.product_scratch(work),
+        product_scratch(work),
     )
     results |= launch(
-        functools.partial(phases.choose, work),
+        functools.partial(choose, work),
         "choose",
         {"partials": results["partials"]},
         ["logits", "ids", "weights", "chosen"],
-        phases.choice_scratch(work),
+        choice_scratch(work),
     )
     if work.token_tile:
         results |= launch(
-            functools.partial(phases.group, work),
+            functools.partial(group, work),
             "group",
             {field: results[field] for field in ("ids", "weights", "chosen")},
             ["row_of", "token_of", "expert_of", "weight_of"],
-            phases.grouping_scratch(work),
+            grouping_scratch(work),
         )
     return results

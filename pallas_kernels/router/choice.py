@@ -1,0 +1,145 @@
+"""Phase 3 of the router: logits, softmax and top-k of a token."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.router.work import RANKS, Refs, Work, round_up
+
+_INT32_MIN = -(2**31)
+# One expert a lane.
+_LANE = functools.partial(plgpu.Layout.WG_STRIDED, vec_size=1)
+# One rank a row, 8 lanes along its experts: sums over experts end in three shuffles.
+_TILE = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
+)
+_ALONG_EXPERTS = _TILE.reduce(0)
+# Few elements, in each warp the same.
+_FEW = plgpu.Layout.WGMMA.reduce(0)
+
+
+def choice_scratch(work: Work) -> dict[str, Any]:
+    """Shared memory of choose."""
+    few = round_up(work.K, RANKS)
+    return {
+        "keys_smem": plgpu.SMEM((work.lanes,), jnp.int32),
+        "ranks_smem": plgpu.SMEM((work.lanes,), jnp.int32),
+        "logits_smem": plgpu.SMEM((work.lanes,), jnp.float32),
+        "ids_smem": plgpu.SMEM((few,), jnp.int32),
+        "weights_smem": plgpu.SMEM((few,), jnp.float32),
+    }
+
+
+def choose(work: Work, refs: Refs, program) -> None:
+    """logits, ids, weights and chosen of this program's tokens."""
+
+    def one_token(index, _):
+        token = program + index * work.num_programs
+        logits = _add_partials(work, refs, token)  # [lanes]
+        ranks = _rank(work, refs, logits)
+        refs.scratch["logits_smem"][...] = logits
+        refs.scratch["ranks_smem"][...] = ranks
+        plgpu.commit_smem()
+        _write(refs.scratch["logits_smem"], refs.logits.at[token], work.E)
+        _write_choice(work, refs, token)
+        return ()
+
+    lax.fori_loop(0, work.share(program, work.T), one_token, ())
+
+
+def _add_partials(work: Work, refs: Refs, token) -> jax.Array:
+    """[lanes] float32: the logits, -inf where no expert is; splits are added in order."""
+    layout = _LANE((work.lanes,))
+    expert = plgpu.broadcasted_iota(jnp.int32, (work.lanes,), 0, layout=layout)
+    logits = jnp.zeros_like(expert, jnp.float32)
+    for split in range(work.splits):
+        logits += plgpu.load(refs.partials.at[split, token], layout=layout)
+    return jnp.where(expert < work.E, logits, -jnp.inf)
+
+
+def _rank(work: Work, refs: Refs, logits: jax.Array) -> jax.Array:
+    """[lanes] int32: how many experts come before each one; of equal logits the lower index first.
+
+    Floats are compared as integers of the same order, in which NaN is the largest and equal to
+    itself: whatever the logits are, ranks are a permutation.
+    """
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # no -0.0
+    keys = jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    keys = jnp.where(logits != logits, 0x7FC00000, keys)
+    expert = plgpu.broadcasted_iota(jnp.int32, keys.shape, 0, layout=_LANE(keys.shape))
+    keys = jnp.where(expert < work.E, keys, _INT32_MIN + 1)
+    keys_smem = refs.scratch["keys_smem"]
+    keys_smem[...] = keys
+    plgpu.commit_smem()
+
+    def count(other, ranks):
+        # Against a lower index a tie is lost.
+        bar = keys - jnp.where(other < expert, 1, 0)
+        return ranks + jnp.where(keys_smem[other] > bar, 1, 0)
+
+    return _count_up(work.E, count, jnp.zeros_like(keys))
+
+
+def _write_choice(work: Work, refs: Refs, token) -> None:
+    """ids, weights and chosen of one token, from its logits and ranks in shared memory.
+
+    On a tile of 16 ranks by all experts: a sum along a row picks what has that rank.
+    """
+    shape = (RANKS, work.lanes)
+
+    def spread(name):
+        row = plgpu.load(refs.scratch[name], layout=_ALONG_EXPERTS, optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), _TILE)
+
+    logits, ranks = spread("logits_smem"), spread("ranks_smem")
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TILE)
+    expert = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
+    is_chosen = ranks < work.K
+
+    largest = jnp.max(logits, axis=1)  # [RANKS], in each the same
+    largest = plgpu.layout_cast(lax.broadcast_in_dim(largest, shape, (0,)), _TILE)
+    exponentials = jnp.exp(logits - largest)
+    counted = jnp.where(is_chosen, exponentials, 0.0) if work.norm_topk_prob else exponentials
+    total = jnp.sum(counted, axis=1)
+    for first in range(0, work.K, RANKS):
+        here = ranks == row + first
+        part = pl.ds(first, RANKS)
+        refs.scratch["ids_smem"][part] = jnp.sum(jnp.where(here, expert, 0), axis=1)
+        weights = jnp.sum(jnp.where(here, exponentials, 0.0), axis=1) / total
+        refs.scratch["weights_smem"][part] = weights
+    plgpu.commit_smem()
+    _write(refs.scratch["ids_smem"], refs.ids.at[token], work.K)
+    _write(refs.scratch["weights_smem"], refs.weights.at[token], work.K)
+    if work.token_tile:
+        bit = jnp.where(is_chosen & (expert >> 5 == row), 1 << (expert & 31), 0)
+        refs.chosen[token] = jnp.sum(bit, axis=1)
+
+
+def _write(smem, gmem, count: int) -> None:
+    """Copies the first `count` elements from shared to global memory."""
+    if count % 8 == 0:
+        layout = _LANE((count,)) if count % 128 == 0 else _FEW
+        gmem[...] = plgpu.load(smem.at[pl.ds(0, count)], layout=layout, optimized=False)
+    else:
+        for index in range(count):
+            gmem[index] = smem[index]
+
+
+def _count_up(count: int, body, carry):
+    """A loop of `count` rounds, several at a time: their loads should overlap."""
+    several = 16
+
+    def some(index, carry):
+        for ahead in range(several):
+            carry = body(index * several + ahead, carry)
+        return carry
+
+    carry = lax.fori_loop(0, count // several, some, carry)
+    for rest in range(count // several * several, count):
+        carry = body(rest, carry)
+    return carry
