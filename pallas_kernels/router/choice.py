@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.router.work import RANKS, Refs, Work, round_up
+from pallas_kernels.router.work import RANKS, Refs, Work, count_up, round_up
 
 _INT32_MIN = -(2**31)
 # One expert a lane.
@@ -44,7 +44,6 @@ def choose(work: Work, refs: Refs, program) -> None:
         ranks = _rank(work, refs, logits)
         refs.scratch["logits_smem"][...] = logits
         refs.scratch["ranks_smem"][...] = ranks
-        plgpu.commit_smem()
         _write(refs.scratch["logits_smem"], refs.logits.at[token], work.E)
         _write_choice(work, refs, token)
         return ()
@@ -75,14 +74,13 @@ def _rank(work: Work, refs: Refs, logits: jax.Array) -> jax.Array:
     keys = jnp.where(expert < work.E, keys, _INT32_MIN + 1)
     keys_smem = refs.scratch["keys_smem"]
     keys_smem[...] = keys
-    plgpu.commit_smem()
 
     def count(other, ranks):
         # Against a lower index a tie is lost.
         bar = keys - jnp.where(other < expert, 1, 0)
         return ranks + jnp.where(keys_smem[other] > bar, 1, 0)
 
-    return _count_up(work.E, count, jnp.zeros_like(keys))
+    return count_up(work.E, 16, count, jnp.zeros_like(keys))
 
 
 def _write_choice(work: Work, refs: Refs, token) -> None:
@@ -112,7 +110,6 @@ def _write_choice(work: Work, refs: Refs, token) -> None:
         refs.scratch["ids_smem"][part] = jnp.sum(jnp.where(here, expert, 0), axis=1)
         weights = jnp.sum(jnp.where(here, exponentials, 0.0), axis=1) / total
         refs.scratch["weights_smem"][part] = weights
-    plgpu.commit_smem()
     _write(refs.scratch["ids_smem"], refs.ids.at[token], work.K)
     _write(refs.scratch["weights_smem"], refs.weights.at[token], work.K)
     if work.token_tile:
@@ -128,18 +125,3 @@ def _write(smem, gmem, count: int) -> None:
     else:
         for index in range(count):
             gmem[index] = smem[index]
-
-
-def _count_up(count: int, body, carry):
-    """A loop of `count` rounds, several at a time: their loads should overlap."""
-    several = 16
-
-    def some(index, carry):
-        for ahead in range(several):
-            carry = body(index * several + ahead, carry)
-        return carry
-
-    carry = lax.fori_loop(0, count // several, some, carry)
-    for rest in range(count // several * several, count):
-        carry = body(rest, carry)
-    return carry

@@ -1,5 +1,6 @@
 """Phase 4 of the router: the Grouping."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.router.work import RANKS, Refs, Work
+from pallas_kernels.router.work import RANKS, Refs, Work, count_up
 
 # Experts as [E / 32, 32]: 32 lanes of one warp are the bits of one word.
 _BITS = plgpu.Layout.TILED(
@@ -43,7 +44,6 @@ def group(work: Work, refs: Refs, program) -> None:
     first, num_tiles = _sums_before(work, refs, tiles)
     refs.scratch["count_smem"][...] = count
     refs.scratch["first_smem"][...] = first
-    plgpu.commit_smem()
 
     def one_token(index, _):
         _write_rows(work, refs, masks, first, program + index * work.num_programs)
@@ -61,15 +61,17 @@ def _token_masks(work: Work, refs: Refs) -> list[jax.Array]:
     """[words, 32] int32 for each 32 tokens: bit t is set if token t goes to that expert."""
     shape = (work.words, 32)
     lane = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_BITS)
+
+    def add(start, token, mask):
+        chosen = refs.scratch["chosen_smem"].at[start + token, pl.ds(0, work.words)]
+        chosen = plgpu.load(chosen, layout=_WORDS, optimized=False)
+        chosen = plgpu.layout_cast(lax.broadcast_in_dim(chosen, shape, (0,)), _BITS)
+        return mask | ((chosen >> lane) & 1) << token
+
     masks = []
     for start in range(0, work.T, 32):
-        mask = jnp.zeros_like(lane)
-        for token in range(start, min(start + 32, work.T)):
-            chosen = refs.scratch["chosen_smem"].at[token, pl.ds(0, work.words)]
-            chosen = plgpu.load(chosen, layout=_WORDS, optimized=False)
-            chosen = plgpu.layout_cast(lax.broadcast_in_dim(chosen, shape, (0,)), _BITS)
-            mask |= ((chosen >> lane) & 1) << (token - start)
-        masks.append(mask)
+        count = min(32, work.T - start)
+        masks.append(count_up(count, 8, functools.partial(add, start), jnp.zeros_like(lane)))
     return masks
 
 
@@ -90,7 +92,6 @@ def _sums_before(work: Work, refs: Refs, values: jax.Array) -> tuple[jax.Array, 
         total = _count_set_bits(spread) << bit
         totals = total if totals is None else totals + total
     refs.scratch["row_smem"][...] = totals  # every lane of a word has the same
-    plgpu.commit_smem()
     everything = jnp.int32(0)
     for index in range(work.words):
         total = refs.scratch["row_smem"][index, 0]
@@ -120,7 +121,6 @@ def _write_rows(work: Work, refs: Refs, masks, first: jax.Array, token) -> None:
         rows += _count_set_bits(mask & below)
     row_smem = refs.scratch["row_smem"]
     row_smem[...] = rows
-    plgpu.commit_smem()
     rows = [row_smem[expert >> 5, expert & 31] for expert in experts]
     for k, (expert, weight, row) in enumerate(zip(experts, weights, rows, strict=True)):
         refs.row_of[token, k] = row

@@ -3,6 +3,9 @@
 Every phase is a function of one program's work. It ends with results in global memory and begins by
 reading what other programs left there, so that each can also be a launch of its own, as interpret
 mode needs it.
+
+Shared memory written here is read by plain loads of the same warpgroup, which Pallas's own barrier
+after each store is enough for; commit_smem is for the copy engine and the tensor cores.
 """
 
 import dataclasses
@@ -24,6 +27,23 @@ def round_up(value: int, multiple: int) -> int:
 
 def _div(a, b):
     return lax.div(jnp.int32(a), jnp.int32(b))
+
+
+def count_up(count: int, several: int, body, carry):
+    """Carry = body(index, carry) for each index below `count`, several in one round of the loop.
+
+    The loads of one round overlap.
+    """
+
+    def some(index, carry):
+        for ahead in range(several):
+            carry = body(index * several + ahead, carry)
+        return carry
+
+    carry = lax.fori_loop(0, count // several, some, carry)
+    for rest in range(count // several * several, count):
+        carry = body(rest, carry)
+    return carry
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

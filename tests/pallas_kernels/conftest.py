@@ -6,6 +6,7 @@ import pytest
 pytest.register_assert_rewrite(
     "tests.pallas_kernels.decode_experts.cases",
     "tests.pallas_kernels.decode_experts.layout_suite",
+    "tests.pallas_kernels.router.cases",
 )
 
 from pallas_kernels.decode_experts import LAYOUTS  # noqa: E402
