@@ -84,16 +84,16 @@ def multiply(work: Work, refs: Refs, tokens, program) -> None:
 
     _for_each_piece(work, program, copy)
 
+    def add_piece(acc, slot):
+        plgpu.barrier_wait(refs.scratch["gate_arrived"].at[slot])
+        plgpu.barrier_wait(refs.scratch["x_arrived"].at[slot])
+        plgpu.wgmma(acc, gate_smem.at[slot], x_smem.at[slot].transpose((1, 0)))
+
     def one_unit(index, split, block):
         def sum_up(acc):
             for piece in range(work.pieces):
-                slot = index * work.pieces + piece
-
-                @pl.when(work.has_piece(split, piece))
-                def _(slot=slot):
-                    plgpu.barrier_wait(refs.scratch["gate_arrived"].at[slot])
-                    plgpu.barrier_wait(refs.scratch["x_arrived"].at[slot])
-                    plgpu.wgmma(acc, gate_smem.at[slot], x_smem.at[slot].transpose((1, 0)))
+                add = functools.partial(add_piece, acc, index * work.pieces + piece)
+                _if_there_is(work, split, piece, add)
 
             return acc[...]  # [ROWS, N]
 
@@ -107,9 +107,19 @@ def multiply(work: Work, refs: Refs, tokens, program) -> None:
 
 
 def _for_each_piece(work: Work, program, body) -> None:
+    def one_unit(index, split, block):
+        for piece in range(work.pieces):
+            slot = index * work.pieces + piece
+            _if_there_is(work, split, piece, functools.partial(body, split, block, piece, slot))
+
     for index in range(work.units_a_program):
         exists, split, block = work.unit(program, index)
-        for piece in range(work.pieces):
-            pl.when(exists & work.has_piece(split, piece))(
-                functools.partial(body, split, block, piece, index * work.pieces + piece)
-            )
+        pl.when(exists)(functools.partial(one_unit, index, split, block))
+
+
+def _if_there_is(work: Work, split, piece: int, body) -> None:
+    """Calls body unless it is the last split and that one has fewer pieces."""
+    if work.H // COLUMNS % work.pieces == 0:
+        body()
+    else:
+        pl.when(work.has_piece(split, piece))(body)
