@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.router.work import RANKS, Refs, Work, count_up, round_up
+from pallas_kernels.router.work import RANKS, Refs, Work, round_up
 
 _INT32_MIN = -(2**31)
 # One expert a lane.
@@ -65,22 +65,50 @@ def _rank(work: Work, refs: Refs, logits: jax.Array) -> jax.Array:
     """[lanes] int32: how many experts come before each one; of equal logits the lower index first.
 
     Floats are compared as integers of the same order, in which NaN is the largest and equal to
-    itself: whatever the logits are, ranks are a permutation.
+    itself: whatever the logits are, the first K ranks belong to K experts.
     """
     bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # no -0.0
     keys = jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
     keys = jnp.where(logits != logits, 0x7FC00000, keys)
     expert = plgpu.broadcasted_iota(jnp.int32, keys.shape, 0, layout=_LANE(keys.shape))
     keys = jnp.where(expert < work.E, keys, _INT32_MIN + 1)
+    # Cycles of each, as guessed from the instructions.
+    by_counting, by_rounds = 5 * work.E * (work.lanes // 128), 300 * work.K
+    if by_counting <= by_rounds:
+        return _rank_by_counting(work, refs, keys, expert)
+    return _rank_by_rounds(work, keys, expert)
+
+
+def _rank_by_counting(work: Work, refs: Refs, keys: jax.Array, expert: jax.Array) -> jax.Array:
+    """Each lane compares its own experts with all E; nothing is exchanged but through one load."""
     keys_smem = refs.scratch["keys_smem"]
     keys_smem[...] = keys
+    one_less = keys - 1
+    several = 16 if work.E % 16 == 0 else 8
 
-    def count(other, ranks):
-        # Against a lower index a tie is lost.
-        bar = keys - jnp.where(other < expert, 1, 0)
-        return ranks + jnp.where(keys_smem[other] > bar, 1, 0)
+    def count(index, ranks):
+        start = index * several
+        until_own = expert - start
+        for ahead in range(several):
+            # Against a lower index a tie is lost.
+            bar = jnp.where(ahead < until_own, one_less, keys)
+            ranks += jnp.where(keys_smem[start + ahead] > bar, 1, 0)
+        return ranks
 
-    return count_up(work.E, 16, count, jnp.zeros_like(keys))
+    return lax.fori_loop(0, work.E // several, count, jnp.zeros_like(keys))
+
+
+def _rank_by_rounds(work: Work, keys: jax.Array, expert: jax.Array) -> jax.Array:
+    """K times the largest one over all lanes; what is not chosen ranks E."""
+
+    def one_round(rank, carry):
+        keys, ranks = carry
+        # The lowest index by a maximum: the hardware has one over the lanes of a warp.
+        is_next = expert == -jnp.max(jnp.where(keys == jnp.max(keys), -expert, _INT32_MIN))
+        return jnp.where(is_next, _INT32_MIN, keys), jnp.where(is_next, rank, ranks)
+
+    _, ranks = lax.fori_loop(0, work.K, one_round, (keys, jnp.full_like(keys, work.E)))
+    return ranks
 
 
 def _write_choice(work: Work, refs: Refs, token) -> None:

@@ -19,8 +19,8 @@ every batch.
 1. Variance in float32; bf16, then times the weight, as a model's RMSNorm does it.
 2. Swap-AB on the tensor cores: 64 experts are M, the tokens are N columns. Columns do not mix.
 3. An expert a lane; each lane counts the experts that come before its own, E comparisons without
-   any exchange between lanes. Ranks are a permutation even of NaNs. A tile of 16 ranks by E experts
-   then turns "expert e has rank r" around by sums along rows.
+   any exchange between lanes (beyond some 200 experts, K rounds of a maximum instead). A tile of 16
+   ranks by E experts then turns "expert e has rank r" around by sums along rows.
 4. Bit t of expert e's mask: token t goes there. Rows follow from counting bits: in a mask, those of
    earlier tokens; over masks, the tiles of all lower experts. One word per token says where it
    goes, so that each program can afford to do this for all experts, and no barrier is needed.
