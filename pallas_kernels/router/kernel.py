@@ -28,14 +28,17 @@ every batch.
 
 Microseconds expected on an H100, E = 128, H = 2048 (a model, to be replaced by measurements):
 
-    launch 1.3 | gate 1.2, product and partials 0.4 | barrier 0.9 | partials 0.7, rank 0.5,
+    launch 1.3 | gate 1.2, product and partials 0.4 | barrier 0.9 | partials 0.7, rank 0.4,
     choice 0.4, writes 0.2 | barrier 0.9 | chosen 0.7, counting 0.3 (T = 64: 0.5), rows 0.5
 
-8.0 at T = 8 and 8.5 at T = 64 with the Grouping; 5.6 without it; RMSNorm adds 1.0. Two launches
-instead of a barrier would pay a gap of 1.0 to 1.5 for each, and no prefetch. A single cluster of 8
-programs with its barriers of 0.2 would save 1.5 at T = 8, but choose 8 tokens one after the other
-in each program at T = 64, and lose 6. Splitting E and not H needs no partials, but every program
-then reads all of x: 256 KB at T = 64, 5 or more.
+7.9 at T = 8 and 8.2 at T = 64 with the Grouping; 5.5 without it. RMSNorm adds 1.4: 1.0 and a
+barrier beside the gate's 1.2, then the wait for normed. Two launches instead of a barrier would pay
+a gap of 1.0 to 1.5 for each, and no prefetch. A single cluster of 8 programs with its barriers of
+0.2 would save 1.5 at T = 8, but choose 8 tokens one after the other in each program at T = 64, and
+lose 6. Splitting E and not H needs no partials, but every program then reads all of x: 256 KB at
+T = 64, 5 or more.
+
+Calls must follow one another, as those on one stream do: they share the barrier's counter.
 """
 
 import functools
