@@ -32,7 +32,12 @@ from pallas_kernels.decode_experts.configs import (
     largest_divisor,
     valid_configs,
 )
-from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, Grouping, group
+from pallas_kernels.decode_experts.grouping import (
+    LARGEST_TOKEN_TILE,
+    Grouping,
+    fitting_token_tile,
+    group,
+)
 from pallas_kernels.decode_experts.weights import (
     ExpertShapes,
     ExpertWeights,
@@ -141,7 +146,8 @@ def run(
     """Groups, runs both launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
     if grouping is None:
-        grouping = group(expert_ids, expert_weights, E)
+        tile = fitting_token_tile(*expert_ids.shape, E)  # changes no sum, so T may decide it
+        grouping = group(expert_ids, expert_weights, E, token_tile=tile)
     # A row that nobody owns gets some token's values: the columns of a product do not mix, and
     # nothing reads that column.
     rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]

@@ -49,6 +49,17 @@ def check_token_tile(token_tile: int) -> None:
         )
 
 
+def fitting_token_tile(T: int, K: int, E: int) -> int:
+    """The smallest of 8, 16, 32 and 64 rows that holds an expert's mean number of tokens.
+
+    Fewer rows and a popular expert's weights are read again for its further tiles; more, and tiles
+    are padded. Measured at T = 128, 256 and 512, and the fastest of the four at 128 and 512, within
+    1% of it at 256 (H100, Qwen3-30B-A3B's layer, uniform routing: results/designs/token_tile.md).
+    """
+    tiles = (8, 16, 32, LARGEST_TOKEN_TILE)
+    return next((tile for tile in tiles if tile * E >= T * K), LARGEST_TOKEN_TILE)
+
+
 def tile_capacity(T: int, K: int, E: int, token_tile: int) -> int:
     """The most tiles that any routing of T * K assignments over E experts can fill.
 
@@ -79,8 +90,8 @@ def group(
       expert_weights: [T, K] float32; padding's may be anything.
       num_experts: E.
       token_tile: rows in a tile, a multiple of 8 from 8 to 64. More rows read a very popular
-        expert's weights less often, and cost more token traffic for all the others: under uniform
-        routing 8 was the fastest in every trial up to T = 128 (H100, Qwen3-30B-A3B's layer).
+        expert's weights less often, and cost more token traffic for all the others; see
+        fitting_token_tile.
       num_tiles: room for so many tiles, at least the capacity; None means the capacity.
 
     Returns:

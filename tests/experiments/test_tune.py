@@ -2,7 +2,7 @@
 
 import functools
 import sys
-import time
+import types
 import weakref
 
 import jax
@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from rich.console import Console
 
 from experiments.compare import output
-from experiments.tuning import bench, run, settings
+from experiments.tuning import bench, run, settings, sweep
 from experiments.tuning.store import Store
 from experiments.tuning.sweep import candidates
 from experiments.tuning.work import draw_routings, layers_of, useful_first
@@ -173,15 +173,19 @@ def test_a_run_fills_the_table_and_the_next_one_skips_what_is_there(tune_with):
     assert {e.T: e.us for e in store.table().fastest} == {1: 5.0, 2: 10.0, 8: 10.0, 16: 5.0}
 
 
-def test_the_budget_stops_it_between_sweeps_and_what_is_done_is_kept(tune_with):
+def test_the_budget_stops_it_between_sweeps_and_what_is_done_is_kept(tune_with, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    for module in (run, sweep):
+        monkeypatch.setattr(module, "time", clock)
+
     def us(candidate, count):
         if count == 5:
-            time.sleep(0.4)
+            clock.now = 2.0
         return 10.0
 
     bench = FakeBench(us=us)
     missing, store, _ = tune_with(
-        bench, deadline=time.monotonic() + 0.3, most_configs=1, layouts=["expert_major"], rounds=4
+        bench, deadline=1.0, most_configs=1, layouts=["expert_major"], rounds=4
     )
     # 4 samples are T = 1; the fifth, of T = 8, outlasts the budget.
     assert [e.T for e in store.table().fastest] == [1]

@@ -13,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.decode_experts import Grouping, group, grouping
-from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, tile_capacity
+from pallas_kernels.decode_experts.grouping import (
+    LARGEST_TOKEN_TILE,
+    fitting_token_tile,
+    tile_capacity,
+)
 from tests.pallas_kernels.decode_experts.cases import INT32_MAX, INT32_MIN
 from tests.pallas_kernels.machine import examples
 
@@ -131,3 +135,10 @@ def test_default_token_tile_is_one_that_group_takes(T):
     ids, weights = jnp.zeros((T, 2), jnp.int32), jnp.ones((T, 2))
     default = group(ids, weights, 3)
     chex.assert_trees_all_equal(default, group(ids, weights, 3, token_tile=default.token_tile))
+
+
+@pytest.mark.parametrize(
+    ("T", "tile"), [(1, 8), (128, 8), (129, 16), (256, 16), (512, 32), (513, 64), (10**5, 64)]
+)
+def test_token_tile_fits_the_mean_of_an_expert(T, tile):
+    assert fitting_token_tile(T, 8, 128) == tile
