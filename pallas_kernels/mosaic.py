@@ -182,7 +182,8 @@ def grid_barrier(counter: Any, num_programs: int, program) -> None:
     barrier, and the next launch, without anyone setting it.
 
     Args:
-      counter: an int32 in global memory, a multiple of 2**31 before the first barrier ever.
+      counter: int32 in global memory, whose first element is a multiple of 2**31 before the first
+        barrier ever.
       num_programs: how many programs there are.
       program: this one's index.
     """
@@ -216,10 +217,18 @@ def grid_barrier(counter: Any, num_programs: int, program) -> None:
     barrier(counter, share)
 
 
-def grid_barrier_counter() -> jax.Array:
-    """A counter for grid_barrier: a constant of the program, which XLA sets up as it is loaded.
+# XLA keeps one copy on the device of all constants that have the same bytes, whichever programs
+# they belong to (its flag xla_gpu_enable_shared_constants). A counter that was 0 and nothing else
+# would be every program's zero of that size, and change under their eyes; the words after it have
+# no meaning but to be unlike any other constant's.
+_COUNTER = np.array([0, *b"grid barrier of pallas_kernels"], np.int32)
 
-    Each barrier leaves it ready for the next, so nobody needs to set it again: a fresh zero would
-    be one more kernel, or a copy, in each call.
+
+def grid_barrier_counter() -> jax.Array:
+    """A counter for grid_barrier, its first element: a constant of the program.
+
+    XLA sets it up as the program is loaded, and each barrier leaves it ready for the next, so
+    nobody needs to set it again: a fresh zero would be one more kernel, or a copy, in each call.
+    All programs' barriers on one device share it.
     """
-    return jnp.asarray(np.zeros(1, np.int32))
+    return jnp.asarray(_COUNTER)
