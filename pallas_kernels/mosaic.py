@@ -1,7 +1,8 @@
 """The few version-touchy corners of Mosaic GPU that the kernels share."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -170,6 +171,47 @@ def core_count() -> int:
 
 
 _H100_CORES = 132
+
+
+def device_kind() -> str:
+    """The kind of the GPU that is compiled for; the default device's where none can be asked."""
+    device = jax.devices()[0]
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if device.platform == "gpu" or described is None:
+        return device.device_kind
+    return described.device_kind
+
+
+# The letter in a data-centre GPU's name -> its major compute capability.
+_CAPABILITIES = {"A": 8, "L": 8, "H": 9, "B": 10}
+HOPPER = _CAPABILITIES["H"]
+
+
+def capability_of(device_kind: str) -> int | None:
+    """The major compute capability of a kind of GPU; None for one whose name does not say it.
+
+    "NVIDIA H100 80GB HBM3" is 9. Hopper's (9) tensor cores have wgmma and no other's have; the copy
+    engine (TMA) is there from 9 on.
+    """
+    found = re.search(r"\bG?([ALHB])\d{2,3}", device_kind)
+    return _CAPABILITIES[found[1]] if found else None
+
+
+def expect_capability(what: str, capabilities: Sequence[int], instead: str) -> None:
+    """Raises a NotImplementedError if the GPU that is compiled for is known to lack instructions.
+
+    Args:
+      what: whose kernel, for the message.
+      capabilities: the major compute capabilities that it compiles for.
+      instead: what can be taken there.
+    """
+    kind = device_kind()
+    found = capability_of(kind)
+    if found is not None and found not in capabilities:
+        accepted = " or ".join(f"{capability}.x" for capability in capabilities)
+        raise NotImplementedError(
+            f"{what} is for GPUs of compute capability {accepted}; {kind} has {found}.x: {instead}"
+        )
 
 
 def grid_barrier(counter: Any, num_programs: int, program) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.decode_experts.checks import check_grouping, check_inputs
 from pallas_kernels.decode_experts.choice import MODES, choose_layout
 from pallas_kernels.decode_experts.grouping import Grouping
@@ -63,19 +64,25 @@ def decode_experts(
     Raises:
       ValueError: a shape, a size, a layout's name or a config does not fit; the message names it.
       TypeError: a dtype or a config's type is not one that is accepted.
-      NotImplementedError: float32 or quantised weights, or a gradient was asked for.
+      NotImplementedError: float32 or quantised weights, a gradient was asked for, or the layout has
+        instructions that this GPU has not.
     """
     shapes, T = check_inputs(x, weights, expert_ids, expert_weights, out_dtype)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
         raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
     if layout in tuple(MODES):
-        choice = choose_layout(jax.devices()[0].device_kind, shapes, T, layout)
+        choice = choose_layout(mosaic.device_kind(), shapes, T, layout)
         layout, config = choice.layout, choice.config if config is None else config
     if layout not in tuple(LAYOUTS):
         accepted = f"{', '.join(map(repr, MODES))} or one of {sorted(LAYOUTS)}"
         raise ValueError(f"layout is {layout!r}; expected {accepted}")
     kernel = LAYOUTS[layout]
+    if not interpret:
+        able = [name for name, other in LAYOUTS.items() if 10 in other.CAPABILITIES]
+        mosaic.expect_capability(
+            f"layout {layout!r}", kernel.CAPABILITIES, f"on Blackwell take {' or '.join(able)}"
+        )
     if config is None:
         config = kernel.default_config(shapes, T)
     if not isinstance(config, kernel.Config):

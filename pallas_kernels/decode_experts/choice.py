@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.decode_experts import tuned
 from pallas_kernels.decode_experts.weights import ExpertShapes
+from pallas_kernels.mosaic import HOPPER, capability_of
 
 # What a caller may write in place of a layout's name.
 MODES = {
@@ -56,6 +57,9 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
     found = tuned.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)
+        capability = capability_of(device)
+        if capability not in (None, HOPPER):
+            return LayoutChoice("output_major", f"{device} has no wgmma, which the others need")
         return _HEURISTICS[mode](T)
     return LayoutChoice(
         found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", found.entry.config

@@ -46,6 +46,8 @@ from pallas_kernels.decode_experts.weights import (
 )
 from pallas_kernels.mosaic import interpret_params, tma_ring
 
+CAPABILITIES = (9,)  # wgmma
+
 # Intermediate neurons of a gate/up program: the 64 rows of weights that one wgmma takes, twice.
 GATE_UP_ROWS = 64
 # How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.

@@ -2,6 +2,7 @@
 
 A layout is a module with
 
+    CAPABILITIES                    the GPUs it compiles for, as mosaic.capability_of says them
     Config                          a frozen dataclass of ints and bools
     FREE_FIELDS                     the Config's fields that set no order of sums
     default_config(shapes, T)       the heuristic; its other fields are the same at every T

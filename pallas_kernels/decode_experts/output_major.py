@@ -44,6 +44,8 @@ _TILE = plgpu.Layout.TILED(
 _ALONG_COLUMNS = _TILE.reduce(0)
 _ALONG_ROWS = _TILE.reduce(1)
 
+CAPABILITIES = (9, 10)  # the copy engine, and no tensor cores
+
 _ROWS = (16, 32, 64)
 _COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
 

@@ -47,6 +47,8 @@ from pallas_kernels.decode_experts.streamed_phases import (
 )
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
+CAPABILITIES = (9,)  # wgmma
+
 # Beyond this many tokens the batch is cut, and each part streams its experts by itself: the down
 # phase's sums of more tokens would leave no room for the ring.
 MOST_TOKENS = 128

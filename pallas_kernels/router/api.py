@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic
 from pallas_kernels.decode_experts.grouping import Grouping, tile_capacity
 from pallas_kernels.router import kernel
 from pallas_kernels.router.checks import check_inputs, check_work
@@ -51,8 +52,8 @@ def route_tokens(
     Raises:
       ValueError: a shape, a size or a number does not fit; the message names it.
       TypeError: a dtype is not one that is accepted.
-      NotImplementedError: more tokens or experts than the kernel takes, another float dtype, or a
-        gradient was asked for; reference_route_tokens has them.
+      NotImplementedError: more tokens or experts than the kernel takes, another float dtype, a
+        gradient was asked for, or the GPU is not a Hopper; reference_route_tokens has them.
     """
     check_inputs(x, gate, K, norm_weight, norm_eps, token_tile)
     if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
@@ -73,6 +74,7 @@ def route_tokens(
     work = work(num_programs=programs)
     if not interpret:
         check_work(work)
+        mosaic.expect_capability("route_tokens", (mosaic.HOPPER,), "take reference_route_tokens")
     return _without_gradient(work, interpret)(x, gate, norm_weight)
 
 

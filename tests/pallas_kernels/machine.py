@@ -54,9 +54,9 @@ def calls_with_poisoned_output(function, *arguments) -> Iterator[jax.Array]:
         assert poison.is_deleted(), "the output did not take over the donated buffer"
 
 
-def lower_for_cuda(function, *arguments) -> str:
-    """StableHLO of jit(function) for an H100; needs neither a GPU nor the CUDA plugin."""
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+def lower_for_cuda(function, *arguments, kind: str = "NVIDIA H100 80GB HBM3") -> str:
+    """StableHLO of jit(function) for a kind of GPU; needs neither a GPU nor the CUDA plugin."""
+    device = AbstractDevice(kind, 132, "gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         traced = jax.jit(function).trace(*arguments)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
