@@ -12,7 +12,7 @@ from moe_jax.layers import MLP, RMSNorm
 from moe_jax.moe import SparseMoe
 from moe_jax.platform_ops import platform_ops
 from moe_jax.routing import Routing
-from moe_jax.superkernel import SCOPES, superkernel_scope
+from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
 
 
@@ -29,13 +29,6 @@ class How:
     platform: str
     phase: str
     backend: str
-
-    def scope(self, config: Qwen3MoeConfig, name: str):
-        """The superkernel scope of this name, if the config asks for it and this is a decode."""
-        marked = config.enable_superkernel and config.superkernel_scope == name
-        return superkernel_scope(
-            marked and self.phase == "decode", SCOPES[name], platform=self.platform
-        )
 
 
 class Where(NamedTuple):
@@ -109,7 +102,8 @@ class DecoderLayer(nnx.Module):
                 normed, where.rope, where.slots, where.valid, before, platform_ops(how.platform)
             )
 
-        return how.scope(self.config, "attention")(attend)(parameters, normed, where, stored)
+        scope = configured_scope(self.config, "attention", phase=how.phase, platform=how.platform)
+        return scope(attend)(parameters, normed, where, stored)
 
 
 def run_layers(
@@ -155,4 +149,5 @@ def run_layers(
                 routings.append(routing)
         return outputs, None if stored is None else tuple(after), routings
 
-    return how.scope(config, "model")(run)(parameters, x, where, stored, replay)
+    scope = configured_scope(config, "model", phase=how.phase, platform=how.platform)
+    return scope(run)(parameters, x, where, stored, replay)

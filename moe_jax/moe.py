@@ -10,7 +10,7 @@ from moe_jax.layers import MLP, Linear, normal_param
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.routing import Routing, replay_route, route, router_logits
-from moe_jax.superkernel import superkernel_scope
+from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
 
 
@@ -103,8 +103,7 @@ class SparseMoe(nnx.Module):
                 chunk=config.moe_chunk_max_len,
             )
 
-        marked = config.enable_superkernel and config.superkernel_scope == "moe"
-        scope = superkernel_scope(marked and phase == "decode", "moe_experts", platform=platform)
+        scope = configured_scope(config, "moe", phase=phase, platform=platform)
         with jax.named_scope("experts"):
             y = scope(run)(
                 tokens, self.experts.weights, routing.ids, routing.weights, *self._extras()

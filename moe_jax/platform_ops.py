@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.platforms import has_all_of_xla
+
 
 class PlatformOps(NamedTuple):
     """One form of each function.
@@ -111,4 +113,4 @@ PORTABLE = PlatformOps(
 
 def platform_ops(platform: str) -> PlatformOps:
     """The forms for a platform as resolve_platform returns it: plain where XLA is known to be."""
-    return XLA if platform in ("cpu", "cuda") else PORTABLE
+    return XLA if has_all_of_xla(platform) else PORTABLE

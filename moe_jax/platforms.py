@@ -72,6 +72,11 @@ def resolve_platform(
     return name
 
 
+def has_all_of_xla(platform: str) -> bool:
+    """Whether what JAX lowers to is known to compile there: sorts, scatters, loops and all."""
+    return platform in _OTHERS
+
+
 def _of_jax() -> str:
     """JAX's own name of the default platform; "gpu" is NVIDIA's only."""
     name = jax.default_backend()

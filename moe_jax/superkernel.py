@@ -85,6 +85,19 @@ def superkernel_scope(
     return wrap
 
 
+def configured_scope(config, name: str, *, phase: str, platform: str):
+    """superkernel_scope of SCOPES[name], enabled if the config asks for it and this is a decode.
+
+    Args:
+      config: a Qwen3MoeConfig.
+      name: a key of SCOPES.
+      phase: "prefill", "decode" or "training".
+      platform: as in resolve_platform.
+    """
+    asked_for = config.enable_superkernel and config.superkernel_scope == name
+    return superkernel_scope(asked_for and phase == "decode", SCOPES[name], platform=platform)
+
+
 def open_label() -> str | None:
     """The label of the scope whose region is being traced, None outside of any."""
     return _open_label.get()

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -185,6 +185,7 @@ def device_kind() -> str:
 # The letter in a data-centre GPU's name -> its major compute capability.
 _CAPABILITIES = {"A": 8, "L": 8, "H": 9, "B": 10}
 HOPPER = _CAPABILITIES["H"]
+ANY = tuple(sorted(set(_CAPABILITIES.values())))
 
 
 def capability_of(device_kind: str) -> int | None:
@@ -197,21 +198,24 @@ def capability_of(device_kind: str) -> int | None:
     return _CAPABILITIES[found[1]] if found else None
 
 
-def expect_capability(what: str, capabilities: Sequence[int], instead: str) -> None:
+def expect_capability(what: str, capabilities: Sequence[int], others: Mapping[str, Sequence[int]]):
     """Raises a NotImplementedError if the GPU that is compiled for is known to lack instructions.
 
     Args:
       what: whose kernel, for the message.
       capabilities: the major compute capabilities that it compiles for.
-      instead: what can be taken there.
+      others: what may be taken instead, by name, and their capabilities.
     """
     kind = device_kind()
     found = capability_of(kind)
-    if found is not None and found not in capabilities:
-        accepted = " or ".join(f"{capability}.x" for capability in capabilities)
-        raise NotImplementedError(
-            f"{what} is for GPUs of compute capability {accepted}; {kind} has {found}.x: {instead}"
-        )
+    if found is None or found in capabilities:
+        return
+    accepted = " or ".join(f"{capability}.x" for capability in capabilities)
+    able = [name for name, theirs in others.items() if found in theirs]
+    raise NotImplementedError(
+        f"{what} is for GPUs of compute capability {accepted}; {kind} has {found}.x, where "
+        f"{' or '.join(able) or 'nothing else'} runs"
+    )
 
 
 def grid_barrier(counter: Any, num_programs: int, program) -> None:

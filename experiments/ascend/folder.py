@@ -3,12 +3,11 @@
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+from moe_jax.checkpoints.replace_directory import replaced_whole
 
 MANIFEST = "manifest.json"
 SAMPLE, WEIGHTS = "sample.safetensors", "weights.safetensors"
@@ -26,32 +25,17 @@ class ArtifactError(ValueError):
 
 @contextlib.contextmanager
 def replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `out`; when the block ends, it takes the place of `out`.
+    """Yields an empty directory that takes the place of `out` when the block ends, whole.
 
-    If the block raises, nothing has changed. A run that is killed between the two renames leaves
-    the artifact before in .NAME.writing-XXXX/old.
+    If the block raises, or is killed, nothing has changed.
 
     Raises:
       ArtifactError: `out` holds something else than an artifact.
+      CheckpointError: as moe_jax.checkpoints.replace_directory.replaced_whole.
     """
-    out = pathlib.Path(os.path.realpath(out))
     expect_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    holder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.writing-", dir=out.parent))
-    new, old = holder / "new", holder / "old"
-    try:
-        new.mkdir()
+    with replaced_whole(out) as new:
         yield new
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def expect_replaceable(out: pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from moe_jax.checkpoints.errors import CheckpointError
 
@@ -32,15 +32,41 @@ _RENAME_EXCHANGE = 2
 
 @contextlib.contextmanager
 def replacing(directory: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields an empty directory; when the block ends, it takes the place of `directory`.
+    """`replaced_whole` for a checkpoint.
 
-    If the block raises, nothing has changed. Files of `directory` that belong to no checkpoint
-    (tokenizer.json and the like) are taken over, except those that the block has written. Two
-    saves to one directory at once do not mix: the later one wins, or fails.
+    Files of `directory` that belong to no checkpoint (tokenizer.json and the like) are taken over,
+    except those that the block has written.
 
     Raises:
-      CheckpointError: `directory` holds a checkpoint and overwrite is False, it is a file, or it
-        exists on a system or file system that cannot exchange directories, or is a mount point.
+      CheckpointError: as replaced_whole, or `directory` holds a checkpoint and overwrite is False.
+    """
+    if not overwrite and (found := checkpoint_files(directory)):
+        raise CheckpointError(
+            f"{directory} holds a checkpoint already ({found[0]}); pass "
+            "overwrite=True to replace it"
+        )
+    with replaced_whole(directory, take_over=_take_over_other_files) as new:
+        yield new
+
+
+@contextlib.contextmanager
+def replaced_whole(
+    directory: pathlib.Path,
+    *,
+    take_over: Callable[[pathlib.Path, pathlib.Path], None] | None = None,
+) -> Iterator[pathlib.Path]:
+    """Yields an empty directory; when the block ends, it takes the place of `directory`.
+
+    If the block raises, nothing has changed. Two saves to one directory at once do not mix: the
+    later one wins, or fails.
+
+    Args:
+      directory: what to replace, or to make.
+      take_over: take_over(old, new), called before they change places.
+
+    Raises:
+      CheckpointError: `directory` is a file, or it exists on a system or file system that cannot
+        exchange directories, or is a mount point.
     """
     directory = pathlib.Path(os.path.realpath(directory))  # exchange the target, not a link to it
     if directory.exists() and not directory.is_dir():
@@ -49,11 +75,6 @@ def replacing(directory: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.P
         raise CheckpointError(
             f"{directory} is a mount point, which cannot be replaced whole; expected a directory "
             "inside it"
-        )
-    if not overwrite and (found := checkpoint_files(directory)):
-        raise CheckpointError(
-            f"{directory} holds a checkpoint already ({found[0]}); pass "
-            "overwrite=True to replace it"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(directory)
@@ -68,7 +89,8 @@ def replacing(directory: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.P
             new.mkdir()
             yield new
             if directory.exists():
-                _take_over_other_files(directory, new)
+                if take_over is not None:
+                    take_over(directory, new)
                 shutil.copymode(directory, new)
             _sync_tree(new)
             if directory.exists():

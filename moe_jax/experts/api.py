@@ -16,7 +16,7 @@ from moe_jax.experts.grouped import grouped_experts
 from moe_jax.experts.kernels import kernel_experts
 from moe_jax.experts.portable import portable_experts
 from moe_jax.experts.table import BackendChoice, choose_backend
-from moe_jax.platforms import resolve_platform
+from moe_jax.platforms import has_all_of_xla, resolve_platform
 from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 
 BACKEND_VARIABLE = "MOE_JAX_EXPERTS_BACKEND"
@@ -156,7 +156,7 @@ def experts(
     chunk = chunk or _LARGEST_CHUNK.get((choice.backend, asked.platform), T)
     if chunk >= T:
         return run(x, ids, expert_weights)
-    if asked.platform not in ("cpu", "cuda"):  # without a loop
+    if not has_all_of_xla(asked.platform):  # without a loop
         parts = [slice(first, first + chunk) for first in range(0, T, chunk)]
         return jnp.concatenate([run(x[p], ids[p], expert_weights[p]) for p in parts])
     return _in_chunks(run, chunk, x, ids, expert_weights)

@@ -79,10 +79,8 @@ def decode_experts(
         raise ValueError(f"layout is {layout!r}; expected {accepted}")
     kernel = LAYOUTS[layout]
     if not interpret:
-        able = [name for name, other in LAYOUTS.items() if 10 in other.CAPABILITIES]
-        mosaic.expect_capability(
-            f"layout {layout!r}", kernel.CAPABILITIES, f"on Blackwell take {' or '.join(able)}"
-        )
+        others = {name: other.CAPABILITIES for name, other in LAYOUTS.items()}
+        mosaic.expect_capability(f"layout {layout!r}", kernel.CAPABILITIES, others)
     if config is None:
         config = kernel.default_config(shapes, T)
     if not isinstance(config, kernel.Config):

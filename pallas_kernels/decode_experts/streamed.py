@@ -259,49 +259,29 @@ def _in_one_launch(work: Work, columns, rows, routing, gate_up, down, interpret)
 
 def _in_two_launches(work: Work, columns, rows, routing, gate_up, down, interpret) -> jax.Array:
     """The same for interpret mode, which has no barrier of the whole grid."""
-    hidden = _gate_up_alone(work, columns, rows, routing, gate_up, interpret)
-    return _down_alone(work, columns, routing, hidden, down, interpret)
+    inputs = {"rows": rows, "routing": routing, "gate_up": gate_up}
+    hidden = _alone(
+        run_gate_up_alone, work, columns, inputs, "hidden", _hidden_type(work, columns), interpret
+    )
+    inputs = {"routing": routing, "hidden": hidden, "down": down}
+    return _alone(
+        run_down_alone, work, columns, inputs, "partials", _partials_type(work, columns), interpret
+    )
 
 
-def _gate_up_alone(work: Work, columns, rows, routing, gate_up, interpret) -> jax.Array:
-    def kernel(rows_gmem, routing_gmem, gate_up_gmem, hidden_gmem, **scratch):
-        refs = Refs(
-            rows=rows_gmem,
-            routing=routing_gmem,
-            gate_up=gate_up_gmem,
-            hidden=hidden_gmem,
-            **scratch,
-        )
-        run_gate_up_alone(work, columns, refs)
+def _alone(phase, work: Work, columns, inputs: dict, output: str, out_type, interpret) -> jax.Array:
+    """One phase as a kernel; inputs and the output are by the names of Refs."""
 
-    return plgpu.kernel(
-        kernel,
-        out_type=_hidden_type(work, columns),
-        grid=(work.num_programs,),
-        grid_names=("program",),
-        scratch_types=_scratch_types(work, columns),
-        kernel_name="streamed_gate_up",
-        interpret=mosaic.interpret_params(interpret),
-    )(rows, routing, gate_up)
-
-
-def _down_alone(work: Work, columns, routing, hidden, down, interpret) -> jax.Array:
-    def kernel(routing_gmem, hidden_gmem, down_gmem, partials_gmem, **scratch):
-        refs = Refs(
-            routing=routing_gmem,
-            hidden=hidden_gmem,
-            down=down_gmem,
-            partials=partials_gmem,
-            **scratch,
-        )
-        run_down_alone(work, columns, refs)
+    def kernel(*refs, **scratch):
+        gmem = dict(zip((*inputs, output), refs, strict=True))
+        phase(work, columns, Refs(**gmem, **scratch))
 
     return plgpu.kernel(
         kernel,
-        out_type=_partials_type(work, columns),
+        out_type=out_type,
         grid=(work.num_programs,),
         grid_names=("program",),
         scratch_types=_scratch_types(work, columns),
-        kernel_name="streamed_down",
+        kernel_name=f"streamed_{output}",
         interpret=mosaic.interpret_params(interpret),
-    )(routing, hidden, down)
+    )(*inputs.values())

@@ -54,13 +54,16 @@ def test_what_has_no_hopper_instruction_lowers_for_blackwell(layout):
 
 @pytest.mark.parametrize("layout", ["expert_major", "streamed", "one_launch"])
 def test_what_has_says_what_to_take(layout):
-    message = "compute capability 9.x; NVIDIA B200 has 10.x: on Blackwell take output_major"
+    message = "compute capability 9.x; NVIDIA B200 has 10.x, where output_major runs"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         lower(layout, B200)
 
 
 def test_before_hopper_there_is_no_copy_engine():
-    with pytest.raises(NotImplementedError, match=r"capability 9.x or 10.x; NVIDIA A100.* has 8.x"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"capability 9.x or 10.x; NVIDIA A100.* has 8.x, where nothing else runs",
+    ):
         lower("output_major", "NVIDIA A100-SXM4-80GB")
 
 
@@ -73,5 +76,5 @@ def test_auto_on_blackwell_at_any_T():
 def test_the_router_says_what_to_take():
     case = make_case(Size(T=1, E=8, K=2, H=64), 0)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (case.x, case.gate))
-    with pytest.raises(NotImplementedError, match=r"B200 has 10\.x: take reference_route_tok"):
+    with pytest.raises(NotImplementedError, match=r"B200 has 10\.x, where reference_route_tok"):
         lower_for_cuda(lambda x, gate: route_tokens(x, gate, K=2), *shapes, kind=B200)
