@@ -33,7 +33,7 @@ def tma_ring(
     consume: Callable[[jax.Array, jax.Array, Any], Any],
     init: Any,
     active: Callable[[jax.Array], jax.Array] | None = None,
-    wgmmas_in_flight: int = 0,
+    wgmmas_in_flight: int | None = None,
 ) -> Any:
     """Streams `num_steps` tiles through a ring of `num_slots` shared-memory slots.
 
@@ -51,9 +51,10 @@ def tma_ring(
       consume: consume(step, slot, carry) -> carry.
       init: the first carry.
       active: active(step) says whether a step is copied and consumed at all; None means always.
-      wgmmas_in_flight: how many of one step's wgmmas may still run when the next step begins. A
-        wgmma is asynchronous and does not wait for earlier ones, so without this wait a slot would
-        be refilled under the tensor core's eyes; no simulator here sees that race.
+      wgmmas_in_flight: how many of one step's wgmmas may still run when the next step begins; None
+        if consume starts none. A wgmma is asynchronous and does not wait for earlier ones, so
+        without this wait a slot would be refilled under the tensor core's eyes; no simulator here
+        sees that race.
 
     Returns:
       The last carry.
@@ -89,9 +90,9 @@ def tma_ring(
     )
 
 
-def fill_ring(num_slots: int, end, copy: Callable[[Any, Any], None]) -> None:
-    """Starts the copies of steps 0 to num_slots - 1, as far as they lie below `end`."""
-    for step in range(num_slots):
+def fill_ring(num_slots: int, end, copy: Callable[[Any, Any], None], first: int = 0) -> None:
+    """Starts the copies of steps `first` to num_slots - 1, as far as they lie below `end`."""
+    for step in range(first, num_slots):
         if isinstance(end, int):
             if step < end:
                 copy(jnp.int32(step), jnp.int32(step))
@@ -108,7 +109,7 @@ def drain_ring(
     copy: Callable[[Any, Any], None],
     consume: Callable[[Any, Any, Any], Any],
     init: Any,
-    wgmmas_in_flight: int = 0,
+    wgmmas_in_flight: int | None = None,
     at_once: int = 1,
 ) -> Any:
     """Consumes steps first to first + count - 1 of a filled ring, keeping it filled up to `end`.
@@ -137,7 +138,7 @@ def drain_ring(
     def refill_after(step, condition):
         @pl.when(condition & (step + num_slots < end))
         def _():
-            if not wgmmas_in_flight:
+            if wgmmas_in_flight is None:
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
             copy(step + num_slots, lax.rem(step, slots))
 
@@ -145,7 +146,7 @@ def drain_ring(
         steps = [first + index * at_once + ahead for ahead in range(at_once)]
         slots_of_steps = [lax.rem(step, slots) for step in steps]
         carry = consume(steps[0], slots_of_steps if at_once > 1 else slots_of_steps[0], carry)
-        if wgmmas_in_flight:
+        if wgmmas_in_flight is not None:
             plgpu.wgmma_wait(wgmmas_in_flight)
         for step in steps:
             refill_after(step - lag, step - lag >= first)
@@ -159,6 +160,43 @@ def drain_ring(
             for behind in reversed(range(at_once)):
                 refill_after(first + count - 1 - behind, count > 0)
     return carry
+
+
+def count_up(count: int, several: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Carry = body(index, carry) for each index below `count`, several in one round of the loop.
+
+    The loads of one round overlap.
+    """
+
+    def some(index, carry):
+        for ahead in range(several):
+            carry = body(index * several + ahead, carry)
+        return carry
+
+    carry = lax.fori_loop(0, count // several, some, carry)
+    for rest in range(count // several * several, count):
+        carry = body(rest, carry)
+    return carry
+
+
+# 64 elements, in each warp the same.
+_ANY_MULTIPLE_OF_64 = plgpu.Layout.TILED(
+    plgpu.Tiling(((64,), (2,))),
+    warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-2,),
+    vector_dim=-1,
+)
+
+
+def row_layout(length: int) -> Any:
+    """A row of a multiple of 64 bf16 in registers: 16-byte loads where the length allows.
+
+    It sets the order of a sum over the row.
+    """
+    for elements_a_lane in (8, 4, 2):
+        if length % (128 * elements_a_lane) == 0:
+            return plgpu.Layout.WG_STRIDED((length,), elements_a_lane)
+    return _ANY_MULTIPLE_OF_64
 
 
 def core_count() -> int:
@@ -233,10 +271,14 @@ def grid_barrier(counter: Any, num_programs: int, program) -> None:
       num_programs: how many programs there are.
       program: this one's index.
     """
-    share = jnp.where(program == 0, jnp.int32(2**31 - (num_programs - 1)), jnp.int32(1))
+    # Modulo 2**32: a single program's 2**31 is no int32.
+    rest = np.uint32(2**31 - (num_programs - 1)).astype(np.int32)
+    share = jnp.where(program == 0, jnp.int32(rest), jnp.int32(1))
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def barrier(_, counter, share):
+        # Of a lane's own stores: one lane's fence need not order the others' before a copy.
+        mgpu.utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
         mgpu.warpgroup_barrier()
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
             mgpu.utils.inline_ptx(
@@ -263,18 +305,94 @@ def grid_barrier(counter: Any, num_programs: int, program) -> None:
     barrier(counter, share)
 
 
+def take_number(counter: Any, index: int) -> jax.Array:
+    """One lane adds one to counter[index]; returns what it was, which only store_number can use.
+
+    Nobody waits for the answer until then.
+
+    Args:
+      counter: int32 in global memory.
+      index: of the counter, 1 or more: 0 is grid_barrier's.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def take(_, counter, zero):
+        number = mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .b32 lane;
+            .reg .pred is_first;
+            mov.u32 lane, %tid.x;
+            setp.eq.u32 is_first, lane, 0;
+            mov.u32 $0, 0;
+            @is_first atom.add.relaxed.gpu.global.u32 $0, [$1+{4 * index}], 1;
+            }}""",
+            mgpu.utils.memref_ptr(counter),
+            result_types=zero.registers.item().type,
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return take(counter, jnp.int32(0))
+
+
+def store_number(number: jax.Array, last, counter: Any, index: int, smem: Any, at) -> None:
+    """Stores take_number's answer in smem[at], where all lanes may read it after a barrier.
+
+    Args:
+      number, counter, index: take_number's.
+      last: int32. Who got this number sets the counter back to zero: it has to be the last one that
+        anybody takes in this launch.
+      smem: int32 in shared memory.
+      at: int32.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WG_SPLAT,
+            plgpu.Layout.WG_SPLAT,
+            plgpu.RefType(),
+            plgpu.RefType(),
+            plgpu.Layout.WG_SPLAT,
+        )
+    )
+    def store(_, number, last, counter, smem, at):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .b32 lane, to;
+            .reg .pred is_first, is_last;
+            mov.u32 lane, %tid.x;
+            setp.eq.u32 is_first, lane, 0;
+            setp.eq.and.u32 is_last, $0, $1, is_first;
+            @is_last st.relaxed.gpu.global.u32 [$2+{4 * index}], 0;
+            mad.lo.s32 to, $4, 4, $3;
+            @is_first st.shared.u32 [to], $0;
+            }}""",
+            number.registers.item(),
+            last.registers.item(),
+            mgpu.utils.memref_ptr(counter),
+            mgpu.utils.memref_ptr(smem),
+            at.registers.item(),
+            has_side_effects=True,
+        )
+
+    store(number, jnp.int32(last), counter, smem, jnp.int32(at))
+
+
 # XLA keeps one copy on the device of all constants that have the same bytes, whichever programs
 # they belong to (its flag xla_gpu_enable_shared_constants). A counter that was 0 and nothing else
 # would be every program's zero of that size, and change under their eyes; the words after it have
 # no meaning but to be unlike any other constant's.
-_COUNTER = np.array([0, *b"grid barrier of pallas_kernels"], np.int32)
+_COUNTER = np.array([0, 0, 0, *b"counters of pallas_kernels"], np.int32)
 
 
 def grid_barrier_counter() -> jax.Array:
-    """A counter for grid_barrier, its first element: a constant of the program.
+    """Counters: [0] is grid_barrier's, [1] and [2] are take_number's; a constant of the program.
 
-    XLA sets it up as the program is loaded, and each barrier leaves it ready for the next, so
-    nobody needs to set it again: a fresh zero would be one more kernel, or a copy, in each call.
-    All programs' barriers on one device share it.
+    XLA sets them up as the program is loaded, and each use leaves them ready for the next, so
+    nobody needs to set them again: fresh zeros would be one more kernel, or a copy, in each call.
+    All programs on one device share them.
     """
     return jnp.asarray(_COUNTER)

@@ -118,7 +118,7 @@ def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: d
 
 def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
     inputs = {"x": x, "gate": gate, "counter": mosaic.grid_barrier_counter()}
-    scratch = product_scratch(work) | choice_scratch(work)
+    scratch = product_scratch(work, work.T) | choice_scratch(work)
     if work.norm_eps is not None:
         inputs["norm_weight"] = norm_weight
     if work.token_tile:
@@ -177,7 +177,7 @@ def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, 
             "gate": jnp.pad(gate, ((0, work.blocks * ROWS - work.E), (0, 0))),
         },
         ["partials"],
-        product_scratch(work),
+        product_scratch(work, work.N),
     )
     results |= launch(
         functools.partial(choose, work),

@@ -8,42 +8,36 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import row_layout
 from pallas_kernels.router.work import COLUMNS, ROWS, Refs, Work
 
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-# 64 columns, in each warp the same.
-_ANY_MULTIPLE_OF_64 = plgpu.Layout.TILED(
-    plgpu.Tiling(((64,), (2,))),
-    warp_dims=(plgpu.Replicated(4),),
-    lane_dims=(-2,),
-    vector_dim=-1,
-)
+_SWIZZLE = plgpu.SwizzleTransform(128)
+_OPERAND = (plgpu.TilingTransform((8, 64)), _SWIZZLE)
 
 
-def product_scratch(work: Work) -> dict[str, Any]:
-    """Shared memory of start_gate and multiply: a slot for each piece, none used twice."""
+def product_scratch(work: Work, rows: int) -> dict[str, Any]:
+    """Shared memory of start_gate and multiply: a slot for each piece, none used twice.
+
+    Args:
+      work: how the call is cut.
+      rows: of the array that multiply copies the tokens from: T, or N.
+    """
     slots = work.slots
+    x_smem = functools.partial(plgpu.SMEM, (slots, work.N, COLUMNS), jnp.bfloat16)
+    tiles = x_smem(transforms=_OPERAND)
     return {
         "gate_smem": plgpu.SMEM((slots, ROWS, COLUMNS), jnp.bfloat16, transforms=_OPERAND),
-        "x_smem": plgpu.SMEM((slots, work.N, COLUMNS), jnp.bfloat16, transforms=_OPERAND),
+        "x_smem": plgpu.RefUnion(tiles, x_smem(transforms=(_SWIZZLE,))) if rows % 8 else tiles,
         "gate_arrived": plgpu.Barrier(num_barriers=slots),
         "x_arrived": plgpu.Barrier(num_barriers=slots),
     }
-
-
-def _row_layout(H: int):
-    """A row of x in registers: 16-byte loads where H allows; sets the order of the squares' sum."""
-    for columns_a_lane in (8, 4, 2):
-        if H % (128 * columns_a_lane) == 0:
-            return plgpu.Layout.WG_STRIDED((H,), columns_a_lane)
-    return _ANY_MULTIPLE_OF_64
 
 
 def normalise(work: Work, refs: Refs, program) -> None:
     """normed[t] = norm_weight * bf16(x[t] / rms(x[t])), for this program's tokens."""
 
     def load(ref):
-        row = plgpu.load(ref, layout=_row_layout(work.H), optimized=False)
+        row = plgpu.load(ref, layout=row_layout(work.H), optimized=False)
         return row.astype(jnp.float32)
 
     def one_token(index, _):
@@ -74,12 +68,17 @@ def start_gate(work: Work, refs: Refs, program) -> None:
 def multiply(work: Work, refs: Refs, tokens, program) -> None:
     """partials[split, t, block] = gate[block, split] tokens[t, split], for this program's units."""
     gate_smem, x_smem = refs.scratch["gate_smem"], refs.scratch["x_smem"]
+    target = x_smem
+    if tokens.shape[0] % 8:
+        # Pallas lets nothing be copied into tiles from an array whose last one is not whole, unless
+        # it is the only one. Tiles here are as wide as a piece: without them, rows lie the same.
+        x_smem, target = x_smem
 
     def copy(split, _, piece, slot):
         at = pl.ds((split * work.pieces + piece) * COLUMNS, COLUMNS)
         first = 0 * split  # not a plain 0, for which Pallas would check the bounds of [T, H]
         plgpu.copy_gmem_to_smem(
-            tokens.at[pl.ds(first, work.N), at], x_smem.at[slot], refs.scratch["x_arrived"].at[slot]
+            tokens.at[pl.ds(first, work.N), at], target.at[slot], refs.scratch["x_arrived"].at[slot]
         )
 
     _for_each_piece(work, program, copy)

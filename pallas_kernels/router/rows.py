@@ -9,7 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.router.work import RANKS, Refs, Work, count_up
+from pallas_kernels.mosaic import count_up
+from pallas_kernels.router.work import RANKS, Refs, Work
 
 # Experts as [E / 32, 32]: 32 lanes of one warp are the bits of one word.
 _BITS = plgpu.Layout.TILED(

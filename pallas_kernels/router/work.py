@@ -29,23 +29,6 @@ def _div(a, b):
     return lax.div(jnp.int32(a), jnp.int32(b))
 
 
-def count_up(count: int, several: int, body, carry):
-    """Carry = body(index, carry) for each index below `count`, several in one round of the loop.
-
-    The loads of one round overlap.
-    """
-
-    def some(index, carry):
-        for ahead in range(several):
-            carry = body(index * several + ahead, carry)
-        return carry
-
-    carry = lax.fori_loop(0, count // several, some, carry)
-    for rest in range(count // several * several, count):
-        carry = body(rest, carry)
-    return carry
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
     """How one call is cut. Only `pieces` sets an order of sums, and it depends on H alone.

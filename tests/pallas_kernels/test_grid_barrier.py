@@ -1,12 +1,18 @@
-"""The counter of grid_barrier, as XLA gets it."""
+"""The counter of grid_barrier, as XLA gets it, and what a barrier is lowered to."""
+
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts import decode_experts
-from pallas_kernels.mosaic import grid_barrier_counter
+from pallas_kernels.mosaic import grid_barrier, grid_barrier_counter
 from tests.pallas_kernels.decode_experts.cases import Size, make_case
-from tests.pallas_kernels.machine import lower_for_cuda
+from tests.pallas_kernels.machine import lower_for_cuda, mosaic_modules
 
 
 def test_the_counter_starts_at_zero_and_is_like_no_other_constant():
@@ -26,3 +32,39 @@ def test_a_program_holds_it_as_a_constant():
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(case))
     words = ", ".join(map(str, np.asarray(grid_barrier_counter()).tolist()))
     assert f"stablehlo.constant dense<[{words}]>" in lower_for_cuda(layer, *shapes)
+
+
+def lowered_barrier(num_programs: int) -> str:
+    """The MLIR text of a kernel that waits, and then writes something."""
+
+    def kernel(counter_gmem, out_gmem):
+        program = lax.axis_index("program")
+        grid_barrier(counter_gmem, num_programs, program)
+        out_gmem[program] = jnp.int32(1)
+
+    def function():
+        return plgpu.kernel(
+            kernel,
+            out_type=jax.ShapeDtypeStruct((num_programs,), jnp.int32),
+            grid=(num_programs,),
+            grid_names=("program",),
+        )(grid_barrier_counter())
+
+    [module] = mosaic_modules(lower_for_cuda(function))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "rest"), [(1, -(2**31)), (2, 2**31 - 1), (132, 2**31 - 131)]
+)
+def test_one_program_adds_what_is_left_of_2_to_the_31(num_programs, rest):
+    # Modulo 2**32, as int32; every other program adds 1.
+    assert f"value = {rest} : i32" in lowered_barrier(num_programs)
+
+
+def test_every_lane_fences_its_stores_before_the_lanes_meet():
+    module = lowered_barrier(2)
+    assembly = re.findall(r'asm_string = "(.*?)", constraints', module)
+    first = assembly.index("fence.proxy.async;")
+    assert assembly[first + 1].startswith("bar.sync") and "atom.add" in assembly[first + 2]
+    assert "scf.if" not in module[: module.index('"fence.proxy.async;"')]  # all lanes get there
