@@ -25,10 +25,10 @@ def fastest[M: Timed](measured: Sequence[M]) -> M:
 
 
 def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
-    """For each T the one that "invariant" takes: all of one layout and one order of sums.
+    """For each T the one that "invariant" takes: all of one order of sums.
 
-    Of the orders that were measured at every T, the one with the least total; within it, config
-    fields that set no order of sums are the fastest ones of each T.
+    Of the orders that were measured at every T, the one with the least total; within it, layouts
+    and config fields that set no order of sums are the fastest ones of each T.
 
     Args:
       measured: for each T what was measured there.

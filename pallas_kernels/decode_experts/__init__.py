@@ -1,6 +1,6 @@
 """One MoE layer's expert math at decode time, in layouts that can be swapped and compared.
 
-Start at `api.py` (what a user calls) and `reference.py` (what it means); each layout is one file.
+Start at `api.py` (what a user calls), `reference.py` (what it means) and `layouts.py`.
 """
 
 from pallas_kernels.decode_experts.api import decode_experts

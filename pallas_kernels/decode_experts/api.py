@@ -35,11 +35,14 @@ def decode_experts(
 
     - "auto", the default, is the fastest: it may take another layout or config at another T, and
       with it other bits.
-    - "invariant" gives a token the same bits at every T: one layout and one order of sums for a
-      shape and device, the one with the least total time over the measured T. Another table, or
-      another device, may have another.
+    - "invariant" gives a token the same bits at every T: one order of sums for a shape and device,
+      the one with the least total time over the measured T, in whichever of its layouts is the
+      fastest at this T. Another table, or another device, may have another.
     - "one_launch" is the layout that does all in one kernel, for callers to whom that matters.
     - a layout's name: the same bits at every T, for a given config.
+
+    All of these may take "streamed", whose programs wait for each other on all cores at once. Where
+    other kernels could hold cores for as long as they wait for this GPU, name another layout.
 
     Args:
       x: [T, H] bfloat16.
@@ -57,6 +60,7 @@ def decode_experts(
       interpret: True runs the kernels in Pallas's interpret mode, on a CPU; an InterpretGPUParams
         does too, with its own options. The interpreter's callbacks can wait for each other for ever
         under asynchronous dispatch: first set jax.config's jax_cpu_enable_async_dispatch to False.
+        Bits may depend on T there: a CPU adds up a product of another width in another order.
 
     Returns:
       [T, H] in out_dtype.

@@ -1,6 +1,7 @@
 """Which layout runs where a caller does not name one: measured tables first, else a heuristic."""
 
 import logging
+import math
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_experts import tuned
@@ -10,16 +11,23 @@ from pallas_kernels.mosaic import HOPPER, capability_of
 # What a caller may write in place of a layout's name.
 MODES = {
     "auto": "the fastest at this T",
-    "invariant": "one layout and one order of sums for every T of a shape",
+    "invariant": "layouts with one order of sums for every T of a shape",
     "one_launch": "the layout that is a single launch, whether or not it is the fastest",
 }
 
-# The largest T at which output_major was the faster one: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
-# results/compare_layouts.
-_OUTPUT_MAJOR_UP_TO = 8
-# Of the layouts measured from 1 to 64 tokens there, the one with the least total: 1428 us, against
-# 1867 for output_major.
-_INVARIANT = "expert_major"
+# Up to which T a layout was the fastest: one H100 80GB HBM3, Qwen3-30B-A3B's layer, results/designs
+# and results/compare_layouts.
+_FASTEST = (
+    (8, "output_major", "its second reads of shared experts cost less than grouping tokens does"),
+    (128, "streamed", "tokens share so many experts that reading each one once pays; one launch"),
+    (math.inf, "expert_major", "streamed would read the experts again for each 128 tokens"),
+)
+# The same among layouts that give a token the same bits.
+_INVARIANT = (
+    (4, "expert_major", "two launches cost less than barriers of the whole grid"),
+    (128, "streamed", "one launch costs less than grouping tokens ahead of two"),
+    (math.inf, "expert_major", "streamed would read the experts again for each 128 tokens"),
+)
 _ONE_LAUNCH = "streamed"
 
 _log = logging.getLogger(__name__)
@@ -60,35 +68,16 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
         capability = capability_of(device)
         if capability not in (None, HOPPER):
             return LayoutChoice("output_major", f"{device} has no wgmma, which the others need")
-        return _HEURISTICS[mode](T)
+        return _by_heuristic(mode, T)
     return LayoutChoice(
         found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", found.entry.config
     )
 
 
-def _fastest(T: int) -> LayoutChoice:
-    if T <= _OUTPUT_MAJOR_UP_TO:
-        return LayoutChoice(
-            "output_major",
-            f"T = {T} <= {_OUTPUT_MAJOR_UP_TO}: what it saves by not grouping tokens is more than "
-            "its second reads of shared experts cost, as measured on an H100",
-        )
-    return LayoutChoice(
-        "expert_major",
-        f"T = {T} > {_OUTPUT_MAJOR_UP_TO}: tokens share so many experts that reading each one once "
-        "pays for grouping them, as measured on an H100",
-    )
-
-
-def _invariant(T: int) -> LayoutChoice:
-    return LayoutChoice(
-        _INVARIANT,
-        f"T = {T} takes {MODES['invariant']}: {_INVARIANT}, which has the least total over T, as "
-        "measured on an H100",
-    )
-
-
-_HEURISTICS = {"auto": _fastest, "invariant": _invariant}
+def _by_heuristic(mode: str, T: int) -> LayoutChoice:
+    steps = _FASTEST if mode == "auto" else _INVARIANT
+    layout, why = next((layout, why) for up_to, layout, why in steps if up_to >= T)
+    return LayoutChoice(layout, f"T = {T} takes {MODES[mode]}: {why}, as measured on an H100")
 
 
 def _say_once(device: str, shapes: ExpertShapes, why: str) -> None:

@@ -2,8 +2,8 @@
 
     group     the assignments (t, k) of each expert fill tiles of N rows   (grouping.py)
     gather    rows[p] = x[token_of[p]]                                     (XLA)
-    gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p]
-    down      program (tile, R neurons)    outputs[p] = weight_of[p] * down_e hidden[p]
+    gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p] * w[p]
+    down      program (tile, R neurons)    outputs[p] = down_e hidden[p]
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]      (XLA)
 
 An expert's weights are read once for each of its tiles: once, unless more than N tokens chose it.
@@ -55,14 +55,15 @@ _OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
 _TILES = (64, 128)
 
-# down_rows stays out: a row's sum does not know it, but another tile is another compilation, which
-# may fuse a product and an addition or not.
-FREE_FIELDS = ("gate_up_slots", "down_slots")
+# Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
+# the tiles are; streamed's as well.
+SUM_ORDER = "by_expert"
+FREE_FIELDS = ("gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How expert_major cuts the work. Nothing here may depend on T: it sets the order of sums.
+    """How expert_major cuts the work; nothing here changes a bit of a result on a GPU.
 
     The rows N of a token tile belong to the Grouping; they change no sum.
 
@@ -156,16 +157,19 @@ def run(
     gate_up = weights.gate_up.reshape(E * 2 * I, H)
     hidden = _gate_up(grouping, rows, gate_up, I, config, interpret)
     outputs = _down(grouping, hidden, weights.down.reshape(E * H, I), H, config, interpret)
-    return _combine(outputs, grouping.row_of).astype(out_dtype)
+    return combine(outputs, grouping.row_of).astype(out_dtype)
 
 
 def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpret) -> jax.Array:
-    """silu(gate_e rows[p]) * up_e rows[p], as [2P, I] bf16: tile by tile N rows of hi, N of lo."""
+    """silu(gate_e rows[p]) * up_e rows[p] * weight_of[p]: [2P, I] bf16.
+
+    Tile by tile N rows of hi and N of lo.
+    """
     N, (P, H) = grouping.token_tile, rows.shape
     columns, slots = config.gate_up_columns, config.gate_up_slots
 
     def kernel(
-        expert_gmem, rows_gmem, gate_up_gmem, hidden_gmem,
+        expert_gmem, weight_gmem, rows_gmem, gate_up_gmem, hidden_gmem,
         gate_smem, up_smem, rows_smem, hidden_smem, barrier,
     ):  # fmt: skip
         tile, block = tile_program(lax.axis_index("program"), I // GATE_UP_ROWS)
@@ -198,7 +202,10 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
                 wgmmas_in_flight=2,
             )
             gate, up = gate_acc[...], up_acc[...]  # [64, N]
-            hidden = gate / (1 + jnp.exp(-gate)) * up
+            tile_weights = weight_gmem.at[tile_rows]
+            weights = plgpu.load(tile_weights, layout=_ALONG_TOKENS, optimized=False)
+            weights = lax.broadcast_in_dim(weights, (GATE_UP_ROWS, N), (1,))
+            hidden = gate / (1 + jnp.exp(-gate)) * up * weights
             hi = hidden.astype(jnp.bfloat16)
             lo = (hidden - hi.astype(jnp.float32)).astype(jnp.bfloat16)
             hidden_smem.at[pl.ds(0, N)].transpose((1, 0))[...] = hi
@@ -225,19 +232,19 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
         ],
         kernel_name="expert_major_gate_up",
         interpret=interpret_params(interpret),
-    )(grouping.expert_of, rows, gate_up)
+    )(grouping.expert_of, grouping.weight_of, rows, gate_up)
 
 
 def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -> jax.Array:
-    """outputs[p] = weight_of[p] * down_e (hi[p] + lo[p]): [P, H] float32.
+    """outputs[p] = down_e (hi[p] + lo[p]): [P, H] float32.
 
-    The rows of unused tiles stay unwritten; _combine does not read them.
+    The rows of unused tiles stay unwritten; combine does not read them.
     """
     N, (P2, I) = grouping.token_tile, hidden.shape
     R, columns, slots = config.down_rows, config.down_columns, config.down_slots
 
     def kernel(
-        expert_gmem, weight_gmem, hidden_gmem, down_gmem, outputs_gmem,
+        expert_gmem, hidden_gmem, down_gmem, outputs_gmem,
         down_smem, hidden_smem, barrier,
     ):  # fmt: skip
         tile, block = tile_program(lax.axis_index("program"), H // R)
@@ -268,10 +275,7 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
                 wgmmas_in_flight=1,
             )
             products = acc[...]  # [R, 2N]
-            tile_weights = weight_gmem.at[pl.ds(tile * N, N)]
-            weights = plgpu.load(tile_weights, layout=_ALONG_TOKENS, optimized=False)
-            weights = lax.broadcast_in_dim(weights, (R, N), (1,))
-            outputs = weights * (products[:, :N] + products[:, N:])  # [R, N]
+            outputs = products[:, :N] + products[:, N:]  # [R, N]
             outputs = plgpu.layout_cast(outputs, plgpu.Layout.WGMMA_TRANSPOSED)
             tile_outputs = outputs_gmem.at[pl.ds(tile * N, N), pl.ds(block * R, R)]
             tile_outputs.transpose((1, 0))[...] = outputs
@@ -291,10 +295,10 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
         ],
         kernel_name="expert_major_down",
         interpret=interpret_params(interpret),
-    )(grouping.expert_of, grouping.weight_of, hidden, down)
+    )(grouping.expert_of, hidden, down)
 
 
-def _combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
+def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
     """out[t] = sum over k, in order, of outputs[row_of[t, k]]: [T, H] float32.
 
     Additions only: a product here could be fused into one of them, or not, by the size of T.

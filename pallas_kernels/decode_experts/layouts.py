@@ -4,6 +4,7 @@ A layout is a module with
 
     CAPABILITIES                    the GPUs it compiles for, as mosaic.capability_of says them
     Config                          a frozen dataclass of ints and bools
+    SUM_ORDER                       a name for the order of sums: layouts of one name agree in it
     FREE_FIELDS                     the Config's fields that set no order of sums
     default_config(shapes, T)       the heuristic; its other fields are the same at every T
     candidate_configs(shapes, T)    a few configs worth measuring, the default first
@@ -27,7 +28,7 @@ LAYOUTS: dict[str, ModuleType] = {
 
 
 def sum_order(layout: str, config: Any) -> tuple:
-    """What sets a token's bits: the layout and those config fields that set an order of sums.
+    """What sets a token's bits: the layout's order of sums, and the config fields that set one.
 
     Two choices that agree in this give a token the same bits, whatever T is.
     """
@@ -36,4 +37,4 @@ def sum_order(layout: str, config: Any) -> tuple:
         for name, value in dataclasses.asdict(config).items()
         if name not in LAYOUTS[layout].FREE_FIELDS
     }
-    return layout, tuple(sorted(fixed.items()))
+    return LAYOUTS[layout].SUM_ORDER, tuple(sorted(fixed.items()))

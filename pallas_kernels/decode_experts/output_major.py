@@ -49,6 +49,7 @@ CAPABILITIES = (9, 10)  # the copy engine, and no tensor cores
 _ROWS = (16, 32, 64)
 _COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
 
+SUM_ORDER = "by_lane"
 # Rows stay out: a row's sum does not know them, but another tile is another compilation, which may
 # fuse a product and an addition or not.
 FREE_FIELDS = ("gate_up_slots", "down_slots")
@@ -58,7 +59,7 @@ _TUNED_UP_TO = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How output_major cuts the work. Nothing here may depend on T: it sets the order of sums.
+    """How output_major cuts the work. Only slots may depend on T: the rest sets the order of sums.
 
     Attributes:
       gate_up_rows: R of the gate/up launch; 16, 32 or 64.

@@ -10,7 +10,7 @@
         {"of": "qwen3_30b_a3b", "E": 128, "K": 8, "H": 2048, "I": 768, "T": 1,
          "layout": "output_major", "config": {...}, "us": 31.8, "rel_error": 0.00165, "run": 0}
       ],
-      "invariant": [...the same, one layout and one order of sums for all T of a shape...]
+      "invariant": [...the same, one order of sums for all T of a shape...]
     }
 
 `us` is microseconds of a layer in a chain with L2 cold, `rel_error` ||y - ref|| / ||ref|| of the
@@ -99,8 +99,8 @@ def parse(text: str, running_jax: str) -> Table:
         order = sum_order(entry.layout, entry.config)
         if orders.setdefault(entry.shapes, order) != order:
             raise TableError(
-                f"invariant has different orders of sums for {entry.shapes}; expected the same "
-                "layout, and the same config but for what sets no order of sums, at every T"
+                f"invariant has different orders of sums for {entry.shapes}; expected layouts of "
+                "one order, and the same config but for what sets no order of sums, at every T"
             )
     return Table(device_kind=table["device_kind"], jax=table["jax"], runs=runs, **kinds)
 

@@ -1,11 +1,15 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts import StreamedConfig, streamed
-from pallas_kernels.decode_experts.streamed_columns import _nth_set_bits
+from pallas_kernels.decode_experts import StreamedConfig, expert_major, group, streamed
+from pallas_kernels.decode_experts.streamed_tiles import IDS_MULTIPLE, Tiles
+from pallas_kernels.mosaic import interpret_params
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
     assert_right,
@@ -13,13 +17,16 @@ from tests.pallas_kernels.decode_experts.cases import (
     make_case,
 )
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
-from tests.pallas_kernels.decode_experts.test_expert_major import assert_waits_before_refill
+from tests.pallas_kernels.decode_experts.test_expert_major import (
+    TestExpertMajor,
+    assert_waits_before_refill,
+)
 from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 
 
 class TestStreamed(LayoutSuite):
     layout = "streamed"
-    small_rings = StreamedConfig(columns=64, slots=4)
+    small_rings = StreamedConfig(columns=64, slots=3)
     launches = 1
 
     def check_kernels(self, modules):
@@ -28,46 +35,20 @@ class TestStreamed(LayoutSuite):
             assert_waits_before_refill(module)
 
 
-@pytest.fixture
-def compact_always(monkeypatch):
-    """Tokens are compacted in small batches too, which otherwise happens beyond 8 tokens only."""
-    monkeypatch.setattr(streamed, "EVERY_TOKEN_UP_TO", 0)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.mark.usefixtures("compact_always")
-class TestRoutedTokens:
-    """What a small batch's own way of filling tiles hides of the other one."""
-
-    layout = TestStreamed.layout
-    small_rings = TestStreamed.small_rings
-    run = LayoutSuite.run
-    test_odd_routing = LayoutSuite.test_odd_routing
-    test_padding = LayoutSuite.test_padding
-    test_rings_that_come_round_again = LayoutSuite.test_rings_that_come_round_again
-    test_every_element_is_written = LayoutSuite.test_every_element_is_written
-    test_bits_do_not_depend_on_neighbours = LayoutSuite.test_bits_do_not_depend_on_neighbours
-    test_no_races = LayoutSuite.test_no_races
-
-
-@pytest.mark.parametrize("up_to", [0, 8])
-def test_more_tokens_than_one_kernel_takes(up_to, seed, monkeypatch):
+def test_more_tokens_than_one_kernel_takes(seed, monkeypatch):
     monkeypatch.setattr(streamed, "MOST_TOKENS", 3)
-    monkeypatch.setattr(streamed, "EVERY_TOKEN_UP_TO", up_to)
     jax.clear_caches()
     case = make_case(Size(T=7, E=4, K=2, H=64, I=64), seed)
     assert_right(TestStreamed().run(case), case)
     jax.clear_caches()
 
 
-def test_partial_sums_are_what_run_adds(seed):
+def test_routed_outputs_are_what_run_combines(seed):
     case = make_case(USUAL, seed)
     config = streamed.default_config(USUAL.shapes, USUAL.T)
-    partials = streamed.partial_sums(*case, config, interpret=INTERPRET)
-    chex.assert_shape(partials, (USUAL.I // config.columns, USUAL.T, USUAL.H))
-    assert_same_bits(streamed.add_partial_sums(partials), TestStreamed().run(case))
+    outputs, row_of = streamed.routed_outputs(*case, config, interpret=INTERPRET)
+    chex.assert_shape(row_of, (USUAL.T, USUAL.K))
+    assert_same_bits(expert_major.combine(outputs, row_of), TestStreamed().run(case))
 
 
 @pytest.mark.parametrize("value", [jnp.inf, jnp.nan])
@@ -82,12 +63,73 @@ def test_an_expert_changes_no_token_that_is_not_routed_there(value, seed):
     assert_same_bits(out[others], layout.run(case)[others])
 
 
-def test_nth_set_bits():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        words = rng.integers(-(2**31), 2**31, 3).astype(np.int32)
-        words[rng.integers(3)] = rng.choice([0, -1, -(2**31), 1])
-        bits = np.flatnonzero([(int(word) >> bit) & 1 for word in words for bit in range(32)])
-        found, count = _nth_set_bits([jnp.int32(word) for word in words], jnp.arange(128))
-        assert count == len(bits)
-        chex.assert_trees_all_equal(found[: len(bits)], jnp.asarray(bits, jnp.int32))
+@pytest.mark.skipif(not ON_GPU, reason="a CPU's matrix product of another width adds differently")
+@pytest.mark.parametrize("T", [1, 7, 8, 64, 128])
+def test_same_bits_as_expert_major_whatever_the_configs(T, seed):
+    size = Size(T=T, E=128, K=8, H=2048, I=768)
+    case = make_case(size, seed)
+    expected = TestStreamed().run(case)
+    assert_right(expected, case)
+    for layout, kernel in ((TestStreamed(), streamed), (TestExpertMajor(), expert_major)):
+        for config in kernel.candidate_configs(size.shapes, T):
+            assert_same_bits(layout.run(case, config=config), expected)
+
+
+def test_calls_that_do_not_depend_on_each_other(seed):
+    """Grids that fill the GPU must not be on it at once, whatever order a program leaves open."""
+    count = 6 if ON_GPU else 2
+    cases = [make_case(USUAL, seed + index) for index in range(count)]
+    layout = TestStreamed()
+    expected = [layout.run(case) for case in cases]
+    together = jax.jit(lambda cases: [layout.run(case) for case in cases])
+    for _ in range(50 if ON_GPU else 1):
+        for out, alone in zip(together(cases), expected, strict=True):
+            assert_same_bits(out, alone)
+
+
+def _find(tiles: Tiles, ids: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+    """What every program finds: the number of tiles, and (expert, tile, block) of each unit."""
+
+    def kernel(ids_gmem, count_gmem, units_gmem, **scratch):
+        count_gmem[0] = tiles.find(ids_gmem, scratch)
+
+        def body(index, _):
+            for field, value in enumerate(tiles.unit(scratch, index, blocks)):
+                units_gmem[index, field] = value
+
+        jax.lax.fori_loop(0, count_gmem[0] * blocks, body, None)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((tiles.most * blocks, 3), jnp.int32),
+        ),
+        grid=(1,),
+        grid_names=("program",),
+        scratch_types=tiles.scratch_types(),
+        interpret=interpret_params(INTERPRET),
+    )(ids)
+
+
+@pytest.mark.parametrize("T, K, E, N", [(1, 2, 3, 8), (20, 2, 5, 8), (40, 3, 130, 16)])
+def test_tiles_are_those_of_a_grouping(T, K, E, N, seed):
+    rng = np.random.default_rng(seed)
+    # A popular expert with several tiles; padding on both sides.
+    ids = np.where(rng.random((T, K)) < 0.5, 1, rng.integers(-1, E + 2, (T, K))).astype(np.int32)
+    blocks = 3
+    padded = np.pad(ids.ravel(), (0, -ids.size % IDS_MULTIPLE), constant_values=-1)
+    find = functools.partial(_find, Tiles(T=T, K=K, E=E, N=N), blocks=blocks)
+    [count], units = jax.device_get(find(jnp.asarray(padded)))
+
+    grouping = group(jnp.asarray(ids), jnp.ones((T, K)), E, token_tile=N)
+    experts = np.asarray(grouping.expert_of)[::N]
+    experts = experts[experts >= 0]
+    assert count == len(experts)
+    expected = [
+        (expert, tile, block)
+        for expert in np.unique(experts)
+        for block in range(blocks)
+        for tile in np.flatnonzero(experts == expert)
+    ]
+    np.testing.assert_array_equal(units[: count * blocks], np.reshape(expected, (-1, 3)))
