@@ -198,41 +198,41 @@ def _check(shapes: ExpertShapes, T: int, interpret: bool) -> str:
 
 
 class _Chain:
-    """A program of many steps for timing.measure; outputs go where the last run's were."""
+    """A program of many steps for timing.measure; its output goes where the last run's was."""
 
     def __init__(self, variant: Callable, shapes: ExpertShapes, T: int):
         self.steps = _STEPS.value or max(16, math.ceil(_COLD_BYTES / (2 * shapes.E * shapes.H)))
-        inputs = _inputs(shapes, T, self.steps)
+        self._inputs = _inputs(shapes, T, self.steps)
         step = jax.jit(lambda x, gate, weight: _step(variant, x, gate, weight, shapes.K))
 
         def program(scratch, x, gates, norm_weight):
             del scratch
-            results = []
             for gate in gates:
                 x, gate = lax.optimization_barrier((x, gate))
-                x, result = step(x, gate, norm_weight)
-                results.append(result)
-            return x, results
+                x = step(x, gate, norm_weight)
+            return x
 
-        shape = jax.eval_shape(program, None, *inputs)
-        self._results = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        self._x = jnp.zeros_like(self._inputs[0])
         jitted = jax.jit(program, donate_argnums=0, keep_unused=True)
-        self._inputs = inputs
-        self._compiled = jitted.lower(self._results, *inputs).compile()
+        self._compiled = jitted.lower(self._x, *self._inputs).compile()
 
     def enqueue(self) -> None:
-        self._results = self._compiled(self._results, *self._inputs)
+        self._x = self._compiled(self._x, *self._inputs)
 
     def wait(self) -> None:
-        jax.block_until_ready(self._results)
+        jax.block_until_ready(self._x)
 
     def result(self) -> np.ndarray:
-        return np.asarray(self._results[0].astype(jnp.float32))
+        return np.asarray(self._x.astype(jnp.float32))
 
 
-def _step(variant: Callable, x, gate, norm_weight, K: int):
-    """(the next x, which is this one but has to wait for everything, all results)."""
-    found = variant(x, gate, norm_weight, K)
+def _step(variant: Callable, x, gate, norm_weight, K: int) -> jax.Array:
+    """The next x, which is this one but has to wait for everything.
+
+    The results are no outputs of the program: those of a kernel would be copied there, and XLA's
+    own would not. The barrier keeps XLA from leaving out what nobody looks at.
+    """
+    found = lax.optimization_barrier(variant(x, gate, norm_weight, K))
     last = found.weights[:, :1] + found.ids[:, :1]
     if found.grouping is not None:
         for leaf in jax.tree.leaves(found.grouping):
@@ -240,7 +240,7 @@ def _step(variant: Callable, x, gate, norm_weight, K: int):
     if found.normed is not None:
         last += found.normed[:, :1]
     # XLA keeps 0 * last, for it might not be finite.
-    return x + (0 * last).astype(x.dtype), found
+    return x + (0 * last).astype(x.dtype)
 
 
 if __name__ == "__main__":
