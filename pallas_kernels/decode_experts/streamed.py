@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import grid, mosaic
 from pallas_kernels.decode_experts import streamed_shares
 from pallas_kernels.decode_experts.configs import (
     check_slots,
@@ -250,10 +250,10 @@ def _in_one_launch(work: Work, inputs: dict, interpret) -> dict[str, jax.Array]:
     del interpret
 
     def body(refs):
-        barrier = functools.partial(mosaic.grid_barrier, refs.counter, work.num_programs)
+        barrier = functools.partial(grid.barrier, refs.counter, work.num_programs)
         run_all(work, refs, barrier)
 
-    inputs = inputs | {"counter": mosaic.grid_barrier_counter()}
+    inputs = inputs | {"counter": grid.counters()}
     return _launch(work, body, "streamed", inputs, list(_output_types(work)), False)
 
 

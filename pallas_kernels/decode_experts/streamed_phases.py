@@ -108,7 +108,7 @@ class Refs:
       row_of: [T * K] int32, the row of each assignment, -1 for padding.
       hidden: [2 * P, I] bf16: of each tile N rows of hi and N rows of lo.
       outputs: [P, H] float32.
-      counter: int32, see mosaic.grid_barrier_counter.
+      counter: int32, see grid.counters.
       tables, shares: shared memory, see Tiles and streamed_shares.
       ring: [slots, ROWS, columns] bf16.
       tokens: [slots, 2 * N, columns] bf16, the other operand: rows of x, or hi and lo of hidden.

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import grid
 from pallas_kernels.decode_experts.streamed_tiles import Tiles, Unit
 
 PHASES = 2
@@ -105,13 +105,13 @@ class Share:
         """Asks for a unit, `lead` after the one that is begun; the answer is for `keep`."""
         if self.counter is None:
             return None
-        return mosaic.take_number(self.counter, 1 + self.phase)
+        return grid.take_number(self.counter, 1 + self.phase)
 
     def keep(self, index, answer) -> None:
         """Keeps the answer about the index-th unit for `learn`; waits for it."""
         if answer is not None:
             last = self.num_tiles * self.blocks - 1
-            mosaic.store_number(
+            grid.store_number(
                 answer, last, self.counter, 1 + self.phase,
                 self.scratch["numbers"], self._place(index),
             )  # fmt: skip

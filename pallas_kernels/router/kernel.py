@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels import grid, mosaic
 from pallas_kernels.router.choice import choice_scratch, choose
 from pallas_kernels.router.product import multiply, normalise, product_scratch, start_gate
 from pallas_kernels.router.rows import group, grouping_scratch
@@ -117,7 +117,7 @@ def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: d
 
 
 def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
-    inputs = {"x": x, "gate": gate, "counter": mosaic.grid_barrier_counter()}
+    inputs = {"x": x, "gate": gate, "counter": grid.counters()}
     scratch = product_scratch(work, work.T) | choice_scratch(work)
     if work.norm_eps is not None:
         inputs["norm_weight"] = norm_weight
@@ -125,7 +125,7 @@ def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
         scratch |= grouping_scratch(work)
 
     def body(refs, program, counter):
-        barrier = functools.partial(mosaic.grid_barrier, counter, work.num_programs, program)
+        barrier = functools.partial(grid.barrier, counter, work.num_programs, program)
         start_gate(work, refs, program)
         tokens = refs.x
         if work.norm_eps is not None:

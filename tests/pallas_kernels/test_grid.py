@@ -1,4 +1,4 @@
-"""The counter of grid_barrier, as XLA gets it, and what a barrier is lowered to."""
+"""The counters of grid.py, as XLA gets it, and what a barrier is lowered to."""
 
 import re
 
@@ -9,15 +9,15 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import grid
 from pallas_kernels.decode_experts import decode_experts
-from pallas_kernels.mosaic import grid_barrier, grid_barrier_counter
 from tests.pallas_kernels.decode_experts.cases import Size, make_case
 from tests.pallas_kernels.machine import lower_for_cuda, mosaic_modules
 
 
 def test_the_counter_starts_at_zero_and_is_like_no_other_constant():
     # XLA keeps constants of the same bytes once for all programs, and kernels write to this one.
-    counter = np.asarray(grid_barrier_counter())
+    counter = np.asarray(grid.counters())
     assert counter.dtype == np.int32
     assert counter[0] == 0
     assert len(set(counter[1:].tolist())) > 8
@@ -30,7 +30,7 @@ def test_a_program_holds_it_as_a_constant():
         return decode_experts(*arguments, layout="streamed")
 
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(case))
-    words = ", ".join(map(str, np.asarray(grid_barrier_counter()).tolist()))
+    words = ", ".join(map(str, np.asarray(grid.counters()).tolist()))
     assert f"stablehlo.constant dense<[{words}]>" in lower_for_cuda(layer, *shapes)
 
 
@@ -39,7 +39,7 @@ def lowered_barrier(num_programs: int) -> str:
 
     def kernel(counter_gmem, out_gmem):
         program = lax.axis_index("program")
-        grid_barrier(counter_gmem, num_programs, program)
+        grid.barrier(counter_gmem, num_programs, program)
         out_gmem[program] = jnp.int32(1)
 
     def function():
@@ -48,7 +48,7 @@ def lowered_barrier(num_programs: int) -> str:
             out_type=jax.ShapeDtypeStruct((num_programs,), jnp.int32),
             grid=(num_programs,),
             grid_names=("program",),
-        )(grid_barrier_counter())
+        )(grid.counters())
 
     [module] = mosaic_modules(lower_for_cuda(function))
     return module

@@ -1,0 +1,155 @@
+"""What programs of one grid share on a GPU: a barrier of them all, and numbers taken in turn.
+
+Their counters are set up once and left ready by each use. All programs have to be on the device at
+once, at most one a core, and no other grid that uses the counters beside them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def barrier(counter: Any, num_programs: int, program) -> None:
+    """Waits until all programs of the grid are here; what they wrote before it, all can copy then.
+
+    All of them must be on the device at once, or it never ends: at most one a core.
+
+    The counter need not be zero: each barrier adds exactly 2**31 to it, modulo 2**32, whichever
+    program comes last, and who waits looks at the top bit alone. So it is ready for the next
+    barrier, and the next launch, without anyone setting it.
+
+    Args:
+      counter: int32 in global memory, whose first element is a multiple of 2**31 before the first
+        barrier ever.
+      num_programs: how many programs there are.
+      program: this one's index.
+    """
+    # Modulo 2**32: a single program's 2**31 is no int32.
+    rest = np.uint32(2**31 - (num_programs - 1)).astype(np.int32)
+    share = jnp.where(program == 0, jnp.int32(rest), jnp.int32(1))
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait_for_all(_, counter, share):
+        # Of a lane's own stores: one lane's fence need not order the others' before a copy.
+        mgpu.utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx(
+                """{
+                .reg .b32 before, now;
+                .reg .pred waiting;
+                fence.proxy.async;
+                fence.acq_rel.gpu;
+                atom.add.acq_rel.gpu.global.u32 before, [$0], $1;
+                again:
+                ld.acquire.gpu.global.u32 now, [$0];
+                xor.b32 now, now, before;
+                setp.ge.s32 waiting, now, 0;
+                @waiting bra again;
+                fence.acq_rel.gpu;
+                fence.proxy.async;
+                }""",
+                mgpu.utils.memref_ptr(counter),
+                share.registers.item(),
+                has_side_effects=True,
+            )
+        mgpu.warpgroup_barrier()
+
+    wait_for_all(counter, share)
+
+
+def take_number(counter: Any, index: int) -> jax.Array:
+    """One lane adds one to counter[index]; returns what it was, which only store_number can use.
+
+    Nobody waits for the answer until then.
+
+    Args:
+      counter: int32 in global memory.
+      index: of the counter, 1 or more: 0 is the barrier's.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def take(_, counter, zero):
+        number = mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .b32 lane;
+            .reg .pred is_first;
+            mov.u32 lane, %tid.x;
+            setp.eq.u32 is_first, lane, 0;
+            mov.u32 $0, 0;
+            @is_first atom.add.relaxed.gpu.global.u32 $0, [$1+{4 * index}], 1;
+            }}""",
+            mgpu.utils.memref_ptr(counter),
+            result_types=zero.registers.item().type,
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return take(counter, jnp.int32(0))
+
+
+def store_number(number: jax.Array, last, counter: Any, index: int, smem: Any, at) -> None:
+    """Stores take_number's answer in smem[at], where all lanes may read it after a barrier.
+
+    Args:
+      number, counter, index: take_number's.
+      last: int32. Who got this number sets the counter back to zero: it has to be the last one that
+        anybody takes in this launch.
+      smem: int32 in shared memory.
+      at: int32.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plgpu.Layout.WG_SPLAT,
+            plgpu.Layout.WG_SPLAT,
+            plgpu.RefType(),
+            plgpu.RefType(),
+            plgpu.Layout.WG_SPLAT,
+        )
+    )
+    def store(_, number, last, counter, smem, at):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .b32 lane, to;
+            .reg .pred is_first, is_last;
+            mov.u32 lane, %tid.x;
+            setp.eq.u32 is_first, lane, 0;
+            setp.eq.and.u32 is_last, $0, $1, is_first;
+            @is_last st.relaxed.gpu.global.u32 [$2+{4 * index}], 0;
+            mad.lo.s32 to, $4, 4, $3;
+            @is_first st.shared.u32 [to], $0;
+            }}""",
+            number.registers.item(),
+            last.registers.item(),
+            mgpu.utils.memref_ptr(counter),
+            mgpu.utils.memref_ptr(smem),
+            at.registers.item(),
+            has_side_effects=True,
+        )
+
+    store(number, jnp.int32(last), counter, smem, jnp.int32(at))
+
+
+# XLA keeps one copy on the device of all constants that have the same bytes, whichever programs
+# they belong to (its flag xla_gpu_enable_shared_constants). A counter that was 0 and nothing else
+# would be every program's zero of that size, and change under their eyes; the words after it have
+# no meaning but to be unlike any other constant's.
+_COUNTER = np.array([0, 0, 0, *b"counters of pallas_kernels"], np.int32)
+
+
+def counters() -> jax.Array:
+    """Counters: [0] is the barrier's, [1] and [2] are take_number's; a constant of the program.
+
+    XLA sets them up as the program is loaded, and each use leaves them ready for the next, so
+    nobody needs to set them again: fresh zeros would be one more kernel, or a copy, in each call.
+    All programs on one device share them.
+    """
+    return jnp.asarray(_COUNTER)
