@@ -23,6 +23,8 @@ _BY_TOKEN = plgpu.Layout.TILED(
     plgpu.Tiling(((8, NEURONS), (2, 2))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
 )
 _TOKENS = _BY_TOKEN.reduce(1)
+# Of a ring whose copies know by themselves where it ends.
+NO_END = 1 << 30
 
 
 def _div(a, b):
@@ -221,10 +223,6 @@ def _drain(work: Work, first, count, copy, consume) -> None:
         init=(),
         wgmmas_in_flight=0,
     )
-
-
-# A ring whose copies know by themselves where it ends.
-NO_END = 1 << 30
 
 
 def _store_transposed(smem, products: jax.Array) -> None:
