@@ -150,10 +150,10 @@ def test_invariant_takes_the_order_of_sums_with_the_least_total():
         _timed("output_major", 10.0),
         _timed("output_major", 14.0, down_columns=64, down_slots=5),
         _timed("output_major", 13.0, down_columns=64, down_slots=3),
-        _timed("output_major", 12.0, by_expert=False),
+        _timed("output_major", 12.0, down_rows=32),
     ]
     measured = {1: rows, 64: _times(rows, 900.0, 100.0, 110.0, 120.0)}
-    # down_slots is free to change with T; down_columns and by_expert are not.
+    # down_slots is free to change with T; down_columns and down_rows are not.
     assert winners.invariant(measured) == {1: rows[2], 64: measured[64][1]}
     assert winners.fastest(rows) == rows[0]
 
