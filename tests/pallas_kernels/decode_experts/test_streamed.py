@@ -28,7 +28,7 @@ from tests.pallas_kernels.decode_experts.test_expert_major import assert_waits_b
 from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 
 
-class TestStreamed(LayoutSuite):
+class StreamedSuite(LayoutSuite):
     layout = "streamed"
     small_rings = StreamedConfig(columns=64, slots=3)
     launches = 1
@@ -37,6 +37,27 @@ class TestStreamed(LayoutSuite):
         super().check_kernels(modules)
         for module in modules:
             assert_waits_before_refill(module)
+
+
+class TestStreamed(StreamedSuite):
+    if not ON_GPU:
+        # Interpreted, a shape is three kernels and takes some five seconds to compile. What the
+        # layout has in common with others is left to the slow ones.
+        test_bits_do_not_depend_on_the_batch = None
+        test_bits_do_not_depend_on_the_place = None
+        test_generated_shape_and_routing = None
+        test_other_token_tile = None
+        test_own_grouping_passed_in_changes_no_bit = None
+        test_same_input_same_bits = None
+        test_scan_over_layers = None
+        test_unused_expert_changes_no_bit = None
+        test_vmap_over_batches = None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ON_GPU, reason="TestStreamed has them all there")
+class TestStreamedAtLength(StreamedSuite):
+    pass
 
 
 def test_more_tokens_than_one_kernel_takes(seed, monkeypatch):
