@@ -68,14 +68,16 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
         capability = capability_of(device)
         if capability not in (None, HOPPER):
             return LayoutChoice("output_major", f"{device} has no wgmma, which the others need")
-        return _by_heuristic(mode, T)
+        return _by_heuristic(mode, T, device)
     return LayoutChoice(
         found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", found.entry.config
     )
 
 
-def _by_heuristic(mode: str, T: int) -> LayoutChoice:
+def _by_heuristic(mode: str, T: int, device: str) -> LayoutChoice:
     steps = _FASTEST if mode == "auto" else _INVARIANT
+    if device == "cpu":  # interpreted, streamed is three kernels to compile, which takes longest
+        steps = [step for step in steps if step[1] != "streamed"]
     layout, why = next((layout, why) for up_to, layout, why in steps if up_to >= T)
     return LayoutChoice(layout, f"T = {T} takes {MODES[mode]}: {why}, as measured on an H100")
 

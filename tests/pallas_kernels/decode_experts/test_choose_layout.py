@@ -40,6 +40,7 @@ def test_where_nobody_measured_few_tokens_are_read_by_output_and_many_by_expert(
     shapes = PRESETS["qwen3_30b_a3b"]
     assert choose_layout("NVIDIA H20", shapes, T).layout == auto
     assert choose_layout("NVIDIA H20", shapes, T, "invariant").layout == invariant
+    assert choose_layout("cpu", shapes, T).layout != "streamed"
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H20", "NVIDIA B200", "cpu"])
