@@ -1,7 +1,7 @@
 """The expert-major layout (the conventional path): tiles of routed tokens, each with one expert.
 
-    group     the assignments (t, k) of each expert fill tiles of N rows   (grouping.py)
-    gather    rows[p] = x[token_of[p]]                                     (XLA)
+    group     the assignments (t, k) of each expert fill tiles of N rows
+    gather    rows[p] = x[t] of the assignment that owns row p             (both in gather_rows.py)
     gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p] * w[p]
     down      program (tile, R neurons)    outputs[p] = down_e hidden[p]
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]      (XLA)
@@ -32,12 +32,19 @@ from pallas_kernels.decode_experts.configs import (
     largest_divisor,
     valid_configs,
 )
+from pallas_kernels.decode_experts.gather_rows import (
+    MOST_ASSIGNMENTS,
+    Gathered,
+    gather_grouped,
+    gather_rows,
+)
 from pallas_kernels.decode_experts.grouping import (
     LARGEST_TOKEN_TILE,
     Grouping,
     fitting_token_tile,
     group,
 )
+from pallas_kernels.decode_experts.tiles import Tiles
 from pallas_kernels.decode_experts.weights import (
     ExpertShapes,
     ExpertWeights,
@@ -148,24 +155,27 @@ def run(
 ) -> jax.Array:
     """Groups, runs both launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
-    if grouping is None:
-        tile = fitting_token_tile(*expert_ids.shape, E)  # changes no sum, so T may decide it
-        grouping = group(expert_ids, expert_weights, E, token_tile=tile)
-    # A row that nobody owns gets some token's values: the columns of a product do not mix, and
-    # nothing reads that column.
-    rows = x[jnp.maximum(grouping.token_of, 0)]  # [P, H]
+    (T, K), N = expert_ids.shape, fitting_token_tile(*expert_ids.shape, E)  # N changes no sum
+    if grouping is None and T * K <= MOST_ASSIGNMENTS:
+        tiles = Tiles(T=T, K=K, E=E, N=N)
+        gathered = gather_rows(x, expert_ids, expert_weights, tiles, interpret)
+    else:
+        if grouping is None:
+            grouping = group(expert_ids, expert_weights, E, token_tile=N)
+        gathered, N = gather_grouped(x, grouping), grouping.token_tile
     gate_up = weights.gate_up.reshape(E * 2 * I, H)
-    hidden = _gate_up(grouping, rows, gate_up, I, config, interpret)
-    outputs = _down(grouping, hidden, weights.down.reshape(E * H, I), H, config, interpret)
-    return combine(outputs, grouping.row_of).astype(out_dtype)
+    hidden = _gate_up(gathered, gate_up, N, I, config, interpret)
+    down = weights.down.reshape(E * H, I)
+    outputs = _down(gathered.expert_of, hidden, down, N, H, config, interpret)
+    return combine(outputs, gathered.row_of).astype(out_dtype)
 
 
-def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpret) -> jax.Array:
+def _gate_up(gathered: Gathered, gate_up, N: int, I: int, config: Config, interpret) -> jax.Array:
     """silu(gate_e rows[p]) * up_e rows[p] * weight_of[p]: [2P, I] bf16.
 
     Tile by tile N rows of hi and N of lo.
     """
-    N, (P, H) = grouping.token_tile, rows.shape
+    P, H = gathered.rows.shape
     columns, slots = config.gate_up_columns, config.gate_up_slots
 
     def kernel(
@@ -173,7 +183,7 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
         gate_smem, up_smem, rows_smem, hidden_smem, barrier,
     ):  # fmt: skip
         tile, block = tile_program(lax.axis_index("program"), I // GATE_UP_ROWS)
-        expert = expert_gmem[tile * N]
+        expert = expert_gmem[tile]
 
         def multiply(gate_acc, up_acc):
             gate_row, up_row = gate_and_up_rows(expert, block, GATE_UP_ROWS, I)
@@ -232,15 +242,15 @@ def _gate_up(grouping: Grouping, rows, gate_up, I: int, config: Config, interpre
         ],
         kernel_name="expert_major_gate_up",
         interpret=interpret_params(interpret),
-    )(grouping.expert_of, grouping.weight_of, rows, gate_up)
+    )(gathered.expert_of, gathered.weight_of, gathered.rows, gate_up)
 
 
-def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -> jax.Array:
+def _down(expert_of, hidden, down, N: int, H: int, config: Config, interpret) -> jax.Array:
     """outputs[p] = down_e (hi[p] + lo[p]): [P, H] float32.
 
     The rows of unused tiles stay unwritten; combine does not read them.
     """
-    N, (P2, I) = grouping.token_tile, hidden.shape
+    P2, I = hidden.shape
     R, columns, slots = config.down_rows, config.down_columns, config.down_slots
 
     def kernel(
@@ -248,7 +258,7 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
         down_smem, hidden_smem, barrier,
     ):  # fmt: skip
         tile, block = tile_program(lax.axis_index("program"), H // R)
-        expert = expert_gmem[tile * N]
+        expert = expert_gmem[tile]
 
         def multiply(acc):
             weight_rows = pl.ds(down_rows(expert, block, R, H), R)
@@ -295,7 +305,7 @@ def _down(grouping: Grouping, hidden, down, H: int, config: Config, interpret) -
         ],
         kernel_name="expert_major_down",
         interpret=interpret_params(interpret),
-    )(grouping.expert_of, hidden, down)
+    )(expert_of, hidden, down)
 
 
 def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:

@@ -1,16 +1,21 @@
 """The output-major layout (warp decode): one worker for a few neurons of one token.
 
     gate/up   worker (token t, its k-th expert, R neurons) reads 2 R rows of gate_up[e]
-              hidden[t, k, rows] = silu(gate_e x_t) * up_e x_t             float32, written once
+              hidden[t, k, rows] = w[t, k] * silu(gate_e x_t) * up_e x_t   float32, written once
     down      worker (token t, R output neurons) reads R rows of down[e] for each k
-              out[t, rows] = sum over k of w[t, k] * down_e hidden[t, k]   one float32 accumulator
+              out[t, rows] = sum over k of down_e hidden[t, k]             float32 throughout
 
 No sorting, no scatter, no combine buffer: a worker knows its weight rows from the expert id alone.
 An expert that several tokens share is read again for each of them. Workers that could share a read
 are neighbours in the launch order (same neurons, next token), so that the second read may hit L2.
 
 A worker is one warpgroup (128 lanes). Weight rows stream through a TMA ring in shared memory; the
-products run on the CUDA cores, since one vector has no use for the tensor cores' tile.
+products run on the CUDA cores, since one vector has no use for the tensor cores' tile. A row's sum
+is 64 sums, of the columns that agree modulo 64, kept in registers over all steps and experts; they
+are added up once, at the end:
+
+    row r of the weights   | 0 .. 63 | 64 .. 127 | ...        acc[r, c] += row[c] * vector[c]
+    acc[r, 0 .. 63]            +=         +=                  sum of acc[r, :], once
 """
 
 import dataclasses
@@ -37,7 +42,7 @@ from pallas_kernels.decode_experts.weights import (
 from pallas_kernels.mosaic import interpret_params, tma_ring
 
 # How a weight tile lies in registers: 4 warps by 4 rows, 8 lanes along a row, 8 neighbouring
-# columns (16 bytes of bf16) in each lane. A row's sum then ends in three shuffles among 8 lanes.
+# columns (16 bytes of bf16) in each lane. A row's last sum is three shuffles among 8 lanes.
 _TILE = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
 )
@@ -50,16 +55,18 @@ _ROWS = (16, 32, 64)
 _COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
 
 SUM_ORDER = "by_lane"
-# Rows stay out: a row's sum does not know them, but another tile is another compilation, which may
-# fuse a product and an addition or not.
-FREE_FIELDS = ("gate_up_slots", "down_slots")
+# A row's sums know neither how many rows nor how many columns came with them.
+FREE_FIELDS = (
+    "gate_up_rows", "gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots",
+)  # fmt: skip
+_PIECE = 64  # columns whose products go to sums of their own
 # Beyond so many tokens this layout reads experts so often that no config can make up for it.
 _TUNED_UP_TO = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How output_major cuts the work. Only slots may depend on T: the rest sets the order of sums.
+    """How output_major cuts the work; nothing here changes a bit of a result on a GPU.
 
     Attributes:
       gate_up_rows: R of the gate/up launch; 16, 32 or 64.
@@ -156,28 +163,35 @@ def run(
     E, _, I, _ = weights.gate_up.shape
     K = expert_ids.shape[1]
     ids = expert_ids.reshape(T * K)
-    hidden = _gate_up(ids, x, weights.gate_up.reshape(E * 2 * I, H), K, I, config, interpret)
-    down = weights.down.reshape(E * H, I)
     routing_weights = expert_weights.reshape(T * K)
-    return _down(ids, routing_weights, hidden, down, T, H, config, out_dtype, interpret)
+    gate_up = weights.gate_up.reshape(E * 2 * I, H)
+    hidden = _gate_up(ids, routing_weights, x, gate_up, K, I, config, interpret)
+    down = weights.down.reshape(E * H, I)
+    return _down(ids, hidden, down, T, H, config, out_dtype, interpret)
 
 
-def _gate_up(ids, x, gate_up, K: int, I: int, config: Config, interpret) -> jax.Array:
-    """hidden[a] = silu(gate_e x_t) * up_e x_t for each assignment a = t * K + k: [TK, I] float32.
+def _gate_up(
+    ids, routing_weights, x, gate_up, K: int, I: int, config: Config, interpret
+) -> jax.Array:
+    """hidden[a] = w[a] * silu(gate_e x_t) * up_e x_t of each assignment a = t * K + k.
 
-    The rows of a padded assignment stay unwritten; _down does not read them.
+    [TK, I] float32. The rows of a padded assignment stay unwritten; _down does not read them.
     """
     TK, H = ids.shape[0], x.shape[1]
     E = gate_up.shape[0] // (2 * I)
     R, columns, slots = config.gate_up_rows, config.gate_up_columns, config.gate_up_slots
 
-    def kernel(ids_gmem, x_gmem, gate_up_gmem, hidden_gmem, gate_smem, up_smem, x_smem, barrier):
+    def kernel(
+        ids_gmem, weights_gmem, x_gmem, gate_up_gmem, hidden_gmem,
+        gate_smem, up_smem, x_smem, barrier,
+    ):  # fmt: skip
         assignment, block = gate_up_worker(lax.axis_index("worker"), TK)
         token = assignment // K
         expert = ids_gmem[assignment]
 
         @pl.when((expert >= 0) & (expert < E))
         def _():
+            weight = weights_gmem[assignment]
             gate_row, up_row = gate_and_up_rows(expert, block, R, I)
             gate_rows, up_rows = pl.ds(gate_row, R), pl.ds(up_row, R)
 
@@ -189,10 +203,11 @@ def _gate_up(ids, x, gate_up, K: int, I: int, config: Config, interpret) -> jax.
 
             def consume(_, slot, sums):
                 gate, up = sums
-                x_part = plgpu.load(x_smem.at[slot], layout=_ALONG_COLUMNS)
-                gate += _rows_times_vector(gate_smem.at[slot], x_part)
-                up += _rows_times_vector(up_smem.at[slot], x_part)
-                return gate, up  # [R] each
+                for piece in _pieces(columns):
+                    x_piece = plgpu.load(x_smem.at[slot, piece], layout=_ALONG_COLUMNS)
+                    gate += _products(gate_smem.at[slot, :, piece], x_piece)
+                    up += _products(up_smem.at[slot, :, piece], x_piece)
+                return gate, up  # [R, _PIECE] each
 
             gate, up = tma_ring(
                 H // columns,
@@ -202,7 +217,9 @@ def _gate_up(ids, x, gate_up, K: int, I: int, config: Config, interpret) -> jax.
                 consume=consume,
                 init=(_zeros(R), _zeros(R)),
             )
-            hidden_gmem[assignment, pl.ds(block * R, R)] = gate / (1 + jnp.exp(-gate)) * up
+            gate, up = _along_rows(gate), _along_rows(up)
+            hidden = gate / (1 + jnp.exp(-gate)) * up * weight
+            hidden_gmem[assignment, pl.ds(block * R, R)] = hidden
 
     return plgpu.kernel(
         kernel,
@@ -217,21 +234,17 @@ def _gate_up(ids, x, gate_up, K: int, I: int, config: Config, interpret) -> jax.
         ],
         kernel_name="output_major_gate_up",
         interpret=interpret_params(interpret),
-    )(ids, x, gate_up)
+    )(ids, routing_weights, x, gate_up)
 
 
-def _down(
-    ids, routing_weights, hidden, down, T: int, H: int, config: Config, out_dtype, interpret
-) -> jax.Array:
-    """out[t] = sum over k of w[t, k] * down_e hidden[t, k]: [T, H], each element written once."""
+def _down(ids, hidden, down, T: int, H: int, config: Config, out_dtype, interpret) -> jax.Array:
+    """out[t] = sum over k of down_e hidden[t, k]: [T, H], each element written once."""
     I = hidden.shape[1]
     K, E = ids.shape[0] // T, down.shape[0] // H
     R, columns, slots = config.down_rows, config.down_columns, config.down_slots
     steps_an_expert = I // columns
 
-    def kernel(
-        ids_gmem, weights_gmem, hidden_gmem, down_gmem, out_gmem, down_smem, hidden_smem, barrier
-    ):
+    def kernel(ids_gmem, hidden_gmem, down_gmem, out_gmem, down_smem, hidden_smem, barrier):
         token, block = down_worker(lax.axis_index("worker"), T)
 
         def assignment_of(step):
@@ -248,11 +261,14 @@ def _down(
             plgpu.copy_gmem_to_smem(down_gmem.at[rows, at], down_smem.at[slot], arrived)
             plgpu.copy_gmem_to_smem(hidden_gmem.at[assignment, at], hidden_smem.at[slot], arrived)
 
-        def consume(step, slot, sums):
-            # 8 float32 in a lane are two loads, which Mosaic does not count as optimised.
-            hidden_part = plgpu.load(hidden_smem.at[slot], layout=_ALONG_COLUMNS, optimized=False)
-            product = _rows_times_vector(down_smem.at[slot], hidden_part)
-            return sums + weights_gmem[assignment_of(step)] * product  # [R]
+        def consume(_, slot, sums):
+            for piece in _pieces(columns):
+                # 8 float32 in a lane are two loads, which Mosaic does not count as optimised.
+                hidden_piece = plgpu.load(
+                    hidden_smem.at[slot, piece], layout=_ALONG_COLUMNS, optimized=False
+                )
+                sums += _products(down_smem.at[slot, :, piece], hidden_piece)
+            return sums  # [R, _PIECE]
 
         sums = tma_ring(
             K * steps_an_expert,
@@ -263,7 +279,7 @@ def _down(
             init=_zeros(R),
             active=active,
         )
-        out_gmem[token, pl.ds(block * R, R)] = sums.astype(out_dtype)
+        out_gmem[token, pl.ds(block * R, R)] = _along_rows(sums).astype(out_dtype)
 
     return plgpu.kernel(
         kernel,
@@ -277,15 +293,24 @@ def _down(
         ],
         kernel_name="output_major_down",
         interpret=interpret_params(interpret),
-    )(ids, routing_weights, hidden, down)
+    )(ids, hidden, down)
+
+
+def _pieces(columns: int) -> list:
+    return [pl.ds(start, _PIECE) for start in range(0, columns, _PIECE)]
 
 
 def _zeros(R: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((R,), jnp.float32), _ALONG_ROWS)
+    return plgpu.layout_cast(jnp.zeros((R, _PIECE), jnp.float32), _TILE)
 
 
-def _rows_times_vector(rows_smem, vector: jax.Array) -> jax.Array:
-    """[R, columns] bf16 in shared memory times [columns] in registers: [R] float32."""
+def _products(rows_smem, vector: jax.Array) -> jax.Array:
+    """[R, _PIECE] bf16 in shared memory times [_PIECE] in registers: [R, _PIECE] float32."""
     rows = plgpu.load(rows_smem, layout=_TILE).astype(jnp.float32)
     spread = lax.broadcast_in_dim(vector.astype(jnp.float32), rows.shape, (1,))
-    return plgpu.layout_cast(jnp.sum(rows * plgpu.layout_cast(spread, _TILE), axis=1), _ALONG_ROWS)
+    return rows * plgpu.layout_cast(spread, _TILE)
+
+
+def _along_rows(sums: jax.Array) -> jax.Array:
+    """[R, _PIECE] to [R]."""
+    return plgpu.layout_cast(jnp.sum(sums, axis=1), _ALONG_ROWS)

@@ -1,6 +1,6 @@
 """The streamed layout: each unique expert read once, in one launch, at any number of tokens.
 
-    tiles      N columns of one expert each, found by every program from the ids  (streamed_tiles)
+    tiles      N columns of one expert each, found by every program from the ids  (tiles.py)
     gather     each assignment's row of its tile: its token's x                   (phase 0)
     ---------- barrier of the whole grid, the first gate and up weights on their way ---------------
     gate/up    unit (tile, 32 neurons): hidden = w * silu(gate_e rows) * up_e rows    (phase 1)
@@ -39,15 +39,15 @@ from pallas_kernels.decode_experts.configs import (
     valid_configs,
 )
 from pallas_kernels.decode_experts.expert_major import combine
+from pallas_kernels.decode_experts.gather_rows import gather_rows
 from pallas_kernels.decode_experts.grouping import fitting_token_tile
 from pallas_kernels.decode_experts.streamed_phases import OPERAND, ROWS, Refs, Work
 from pallas_kernels.decode_experts.streamed_program import (
     run_all,
     run_down_alone,
     run_gate_up_alone,
-    run_gather_alone,
 )
-from pallas_kernels.decode_experts.streamed_tiles import IDS_MULTIPLE, Tiles
+from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 CAPABILITIES = (9,)  # wgmma
@@ -179,21 +179,14 @@ def _routed_outputs(x, gate_up, down, expert_ids, expert_weights, config: Config
         slots=_slots(config, tiles),
         num_programs=_INTERPRETED_PROGRAMS if interpret else mosaic.core_count(),
     )
-    inputs = {
-        "ids": jnp.pad(expert_ids.reshape(T * K), (0, -T * K % IDS_MULTIPLE), constant_values=-1),
-        "x": x,
-        "weights": expert_weights.reshape(T * K),
-        "gate_up": gate_up.reshape(E * 2 * I, H),
-        "down": down.reshape(E * H, I),
-    }
+    gate_up, down = gate_up.reshape(E * 2 * I, H), down.reshape(E * H, I)
     if work.slots < _LEAST_SLOTS:
         raise NotImplementedError(
             f"streamed keeps what it knows of {T} tokens with {K} of {E} experts each in shared "
             f"memory, where no room is left for {_LEAST_SLOTS} slots of weights; expert_major can"
         )
     run = _in_three_launches if interpret else _in_one_launch
-    made = run(work, inputs, interpret)
-    return made["outputs"], made["row_of"].reshape(T, K)
+    return run(work, x, gate_up, down, expert_ids, expert_weights, interpret)
 
 
 def _output_types(work: Work) -> dict[str, jax.ShapeDtypeStruct]:
@@ -245,32 +238,45 @@ def _launch(work: Work, body, name: str, inputs: dict, outputs: list[str], inter
     return dict(zip(outputs, results, strict=True))
 
 
-def _in_one_launch(work: Work, inputs: dict, interpret) -> dict[str, jax.Array]:
-    """What the phases write, by the names of Refs."""
+def _in_one_launch(work: Work, x, gate_up, down, expert_ids, expert_weights, interpret):
     del interpret
 
     def body(refs):
         barrier = functools.partial(grid.barrier, refs.counter, work.num_programs)
         run_all(work, refs, barrier)
 
-    inputs = inputs | {"counter": grid.counters()}
-    return _launch(work, body, "streamed", inputs, list(_output_types(work)), False)
+    inputs = {
+        "ids": pad_ids(expert_ids),
+        "x": x,
+        "weights": expert_weights.reshape(-1),
+        "gate_up": gate_up,
+        "down": down,
+        "counter": grid.counters(),
+    }
+    made = _launch(work, body, "streamed", inputs, list(_output_types(work)), False)
+    return made["outputs"], made["row_of"].reshape(expert_ids.shape)
 
 
-def _in_three_launches(work: Work, inputs: dict, interpret) -> dict[str, jax.Array]:
+def _in_three_launches(work: Work, x, gate_up, down, expert_ids, expert_weights, interpret):
     """The same for interpret mode, which has no barrier of the whole grid."""
-    known = dict(inputs)
+    gathered = gather_rows(x, expert_ids, expert_weights, work.tiles, interpret)
+    known = {
+        "ids": pad_ids(expert_ids),
+        "rows": gathered.rows,
+        "weight_of": gathered.weight_of,
+        "gate_up": gate_up,
+        "down": down,
+    }
     for phase, needs, makes in (
-        (run_gather_alone, ["ids", "x", "weights"], ["rows", "weight_of", "row_of"]),
-        (run_gate_up_alone, ["ids", "rows", "weight_of", "gate_up"], ["hidden"]),
-        (run_down_alone, ["ids", "hidden", "down"], ["outputs"]),
+        (run_gate_up_alone, ["ids", "rows", "weight_of", "gate_up"], "hidden"),
+        (run_down_alone, ["ids", "hidden", "down"], "outputs"),
     ):
         known |= _launch(
             work,
             lambda refs, phase=phase: phase(work, refs),
-            f"streamed_{makes[-1]}",
+            f"streamed_{makes}",
             {field: known[field] for field in needs},
-            makes,
+            [makes],
             interpret,
         )
-    return known
+    return known["outputs"], gathered.row_of

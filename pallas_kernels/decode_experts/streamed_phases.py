@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.streamed_shares import Share
-from pallas_kernels.decode_experts.streamed_tiles import Tiles, Unit
+from pallas_kernels.decode_experts.tiles import Tiles, Unit
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic import drain_ring
 

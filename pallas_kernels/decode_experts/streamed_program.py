@@ -1,6 +1,7 @@
 """One program of the streamed layout, from the first to the last phase.
 
-Interpret mode has no barrier of the whole grid: there each phase is a kernel of its own.
+Interpret mode has no barrier of the whole grid: there each phase is a kernel of its own, and phase
+0 is gather_rows.
 """
 
 import functools
@@ -55,21 +56,6 @@ class Stream(NamedTuple):
                 self.tokens(work, refs, self.share.unit(index), step, slot)
 
 
-def start_gather(work: Work, refs: Refs) -> Callable[[], None]:
-    """Starts phase 0, the rows of the program's assignments; returns its rest."""
-    return work.tiles.gather(
-        refs.tables, lax.axis_index("program"), work.num_programs,
-        refs.x, refs.weights, refs.rows, refs.weight_of, refs.row_of,
-    )  # fmt: skip
-
-
-def run_gather_alone(work: Work, refs: Refs) -> None:
-    """Phase 0 as a whole kernel."""
-    finish_gather = start_gather(work, refs)
-    work.tiles.find(refs.ids, refs.tables)
-    finish_gather()
-
-
 def run_gate_up_alone(work: Work, refs: Refs) -> None:
     """Phase 1 as a whole kernel."""
     units, _ = work.shares(refs, work.tiles.find(refs.ids, refs.tables))
@@ -91,7 +77,10 @@ def run_down_alone(work: Work, refs: Refs) -> None:
 def run_all(work: Work, refs: Refs, barrier) -> None:
     """All phases in one kernel and one ring; `barrier(program)` waits for the whole grid."""
     program = lax.axis_index("program")
-    finish_gather = start_gather(work, refs)
+    finish_gather = work.tiles.gather(
+        refs.tables, program, work.num_programs,
+        refs.x, refs.weights, refs.rows, refs.weight_of, refs.row_of,
+    )  # fmt: skip
     units, items = work.shares(refs, work.tiles.find(refs.ids, refs.tables))
     units.prepare()
     items.prepare()

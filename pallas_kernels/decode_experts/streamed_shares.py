@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grid
-from pallas_kernels.decode_experts.streamed_tiles import Tiles, Unit
+from pallas_kernels.decode_experts.tiles import Tiles, Unit
 
 PHASES = 2
 # Units of one program that are known at once: those in the ring and those asked for.

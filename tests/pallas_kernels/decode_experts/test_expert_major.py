@@ -15,13 +15,16 @@ _STEPS = re.compile(
 
 class TestExpertMajor(LayoutSuite):
     layout = "expert_major"
+    launches_to_group = 1
     small_rings = ExpertMajorConfig(
         gate_up_columns=64, gate_up_slots=2, down_rows=64, down_columns=64, down_slots=2
     )
 
     def check_kernels(self, modules):
         super().check_kernels(modules)
-        for module in modules:
+        products = [module for module in modules if "wgmma.mma_async" in module]
+        assert len(products) == self.launches
+        for module in products:
             assert_waits_before_refill(module)
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.decode_experts import (
     group,
     streamed,
 )
-from pallas_kernels.decode_experts.streamed_tiles import IDS_MULTIPLE, Tiles
+from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
 from pallas_kernels.mosaic import interpret_params
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
@@ -145,9 +145,8 @@ def test_tiles_are_those_of_a_grouping(T, K, E, N, seed):
     # A popular expert with several tiles; padding on both sides.
     ids = np.where(rng.random((T, K)) < 0.5, 1, rng.integers(-1, E + 2, (T, K))).astype(np.int32)
     blocks = 3
-    padded = np.pad(ids.ravel(), (0, -ids.size % IDS_MULTIPLE), constant_values=-1)
     find = functools.partial(_find, Tiles(T=T, K=K, E=E, N=N), blocks=blocks)
-    [count], units = jax.device_get(find(jnp.asarray(padded)))
+    [count], units = jax.device_get(find(pad_ids(jnp.asarray(ids))))
 
     grouping = group(jnp.asarray(ids), jnp.ones((T, K)), E, token_tile=N)
     experts = np.asarray(grouping.expert_of)[::N]

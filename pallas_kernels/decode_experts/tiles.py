@@ -26,7 +26,14 @@ _COPIED_IDS = 256  # a TMA box has at most 256 elements a side
 # Elements of x that a program holds in registers while it waits for the rest.
 _EARLY_ELEMENTS = 16384
 # Ids are copied 16 bytes at a time.
-IDS_MULTIPLE = 4
+_IDS_MULTIPLE = 4
+
+
+def pad_ids(expert_ids: jax.Array) -> jax.Array:
+    """[T, K] to [T * K], filled up to a multiple of 4 with padding: what Tiles.find takes."""
+    return jnp.pad(
+        expert_ids.reshape(-1), (0, -expert_ids.size % _IDS_MULTIPLE), constant_values=-1
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -93,7 +100,7 @@ class Tiles:
         }
 
     def find(self, ids_gmem, scratch) -> jax.Array:
-        """Fills the tables; returns the number of tiles. ids_gmem: [T * K], a multiple of 4."""
+        """Fills the tables; returns the number of tiles. ids_gmem: as pad_ids makes them."""
         for start in range(0, self.assignments, _COPIED_IDS):
             part = pl.ds(start, min(_COPIED_IDS, ids_gmem.shape[0] - start))
             plgpu.copy_gmem_to_smem(
@@ -129,6 +136,12 @@ class Tiles:
         scratch["first_of"][...] = first_of
         scratch["expert_of"][...] = expert_of
         return num_tiles
+
+    def store_experts(self, scratch, expert_of) -> None:
+        """Writes the expert of each tile, -1 for those that nobody fills."""
+        layout = _one_a_lane(expert_of.shape[0])
+        found = plgpu.load(scratch["expert_of"], layout=layout)
+        expert_of[...] = jnp.where(found < self.E, found, -1)
 
     def unit(self, scratch, index, blocks: int) -> Unit:
         """The index-th unit, where each tile has so many blocks."""

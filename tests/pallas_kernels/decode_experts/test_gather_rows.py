@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode_experts import group
+from pallas_kernels.decode_experts.gather_rows import gather_grouped, gather_rows
+from pallas_kernels.decode_experts.tiles import Tiles
+from tests.pallas_kernels.machine import INTERPRET, ON_GPU
+
+_SIZES = [(1, 2, 3, 8), (20, 2, 5, 8), (7, 3, 130, 16)]
+if ON_GPU:
+    _SIZES += [(T, 8, 128, N) for T in (1, 8, 64, 128) for N in (8, 64)]
+
+
+@pytest.mark.parametrize("T, K, E, N", _SIZES)
+def test_the_same_as_by_a_grouping(T, K, E, N, seed):
+    rng = np.random.default_rng(seed)
+    # A popular expert with several tiles; padding on both sides.
+    ids = np.where(rng.random((T, K)) < 0.5, 1, rng.integers(-1, E + 2, (T, K))).astype(np.int32)
+    ids = jnp.asarray(ids)
+    x = jax.random.normal(jax.random.key(seed), (T, 192), jnp.bfloat16)
+    weights = jnp.asarray(rng.random((T, K)), jnp.float32)
+
+    found = gather_rows(x, ids, weights, Tiles(T=T, K=K, E=E, N=N), INTERPRET)
+    grouping = group(ids, weights, E, token_tile=N)
+    expected = gather_grouped(x, grouping)
+
+    tiles = len(expected.expert_of)
+    np.testing.assert_array_equal(found.expert_of[:tiles], expected.expert_of)
+    np.testing.assert_array_equal(found.row_of, expected.row_of)
+    owned = np.asarray(grouping.token_of) >= 0
+    assert owned.sum() == ((ids >= 0) & (ids < E)).sum()
+    for field in ("rows", "weight_of"):
+        np.testing.assert_array_equal(
+            np.asarray(getattr(found, field), np.float32)[owned],
+            np.asarray(getattr(expected, field), np.float32)[owned],
+        )
