@@ -22,11 +22,16 @@ from rich.console import Console
 from experiments.compare import candidates, on_cpu, on_gpu, settings
 from experiments.compare.presets import PRESETS
 from experiments.compare.routings import ACCEPTED
-from pallas_kernels.decode_experts import LAYOUTS
+from pallas_kernels.decode_experts import LAYOUTS, MODES
 
 _PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"The layer: {', '.join(PRESETS)}.")
 _TOKENS = flags.DEFINE_list("tokens", "1,2,4,8,16,32,64", "Tokens in the batch, as in 1,2,4.")
-_LAYOUTS = flags.DEFINE_list("layouts", ",".join(LAYOUTS), f"Of {', '.join(LAYOUTS)}.")
+_LAYOUTS = flags.DEFINE_list(
+    "layouts",
+    ",".join(LAYOUTS),
+    f"Of {', '.join(LAYOUTS)}, each with its default config, and {', '.join(MODES)}, with what the "
+    "tuned table says.",
+)
 _ROUTING = flags.DEFINE_string("routing", "uniform", f"{ACCEPTED}.")
 _BASELINES = flags.DEFINE_list(
     "baselines",

@@ -11,7 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.compare import baselines, peers, timing
-from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes, decode_experts
+from pallas_kernels import mosaic
+from pallas_kernels.decode_experts import (
+    LAYOUTS,
+    MODES,
+    ExpertShapes,
+    choose_layout,
+    decode_experts,
+)
 
 BASELINES = (*baselines.XLA_BASELINES, "tokamax", "vllm")
 
@@ -22,7 +29,7 @@ class Candidate:
 
     Attributes:
       kind: "layout" or "baseline".
-      name: a layout's or a baseline's name.
+      name: a layout's, a mode's or a baseline's name.
       backend: what runs it, in a few words.
       layer: the layer with its output in the asked dtype.
       config: at T tokens, what it was configured with, as plain JSON values; None if nothing.
@@ -46,7 +53,14 @@ class Candidate:
 def make_layouts(
     names: Sequence[str], shapes: ExpertShapes, out_dtype, interpret: bool
 ) -> list[Candidate]:
-    """The layouts by name; `interpret` runs them on a CPU."""
+    """The layouts and modes by name; `interpret` runs them on a CPU."""
+
+    def config(name, T):
+        if name not in MODES:
+            return dataclasses.asdict(LAYOUTS[name].default_config(shapes, T))
+        choice = choose_layout(mosaic.device_kind(), shapes, T, name)
+        chosen = choice.config or LAYOUTS[choice.layout].default_config(shapes, T)
+        return {"layout": choice.layout} | dataclasses.asdict(chosen)
 
     def make(name):
         run = functools.partial(decode_experts, layout=name, interpret=interpret)
@@ -56,7 +70,7 @@ def make_layouts(
             backend="mosaic_gpu interpreter" if interpret else "mosaic_gpu",
             layer=functools.partial(run, out_dtype=out_dtype),
             layer_float32=functools.partial(run, out_dtype=jnp.float32),
-            config=lambda T: dataclasses.asdict(LAYOUTS[name].default_config(shapes, T)),
+            config=functools.partial(config, name),
             timed=not interpret,
         )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments.compare import candidates, routings
 from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes
+from pallas_kernels.decode_experts import LAYOUTS, MODES, ExpertShapes
 
 DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 
@@ -68,7 +68,7 @@ def parse(
     _expect("preset", preset, PRESETS)
     _expect("dtype", dtype, DTYPES)
     for name in layouts:
-        _expect("layouts", name, LAYOUTS)
+        _expect("layouts", name, (*LAYOUTS, *MODES))
     for name in baselines:
         _expect("baselines", name, candidates.BASELINES)
     if not layouts and not baselines:

@@ -81,12 +81,12 @@ class Bench:
             self._say(f"{self._name}: {line}")
 
     def build(self, candidate: Candidate) -> "DeviceTrial":
-        """Compiles the layer and the chain; may be called from several threads."""
+        """Compiles the chain; may be called from several threads."""
         return DeviceTrial(self, candidate)
 
 
 class DeviceTrial:
-    """A compiled candidate; see sweep.Trial."""
+    """A candidate whose chain is compiled; see sweep.Trial."""
 
     def __init__(self, bench: Bench, candidate: Candidate):
         self._bench, self._candidate = bench, candidate
@@ -97,16 +97,14 @@ class DeviceTrial:
             out_dtype=jnp.bfloat16,
             interpret=bench.interpret,
         )
-        x, routing = bench.accuracy_xs[0], bench.accuracy_routings[0]
-        arguments = x, bench.weights[0], *map(jnp.asarray, routing)
-        self._layer = jax.jit(layer).lower(*arguments).compile()
+        self._layer = layer
         self._chain = timing.JaxChain(layer, bench.weights, bench.routings, bench.x, bench.steps)
         self._first: np.ndarray | None = None
 
     def check(self) -> float:
         bench = self._bench
         errors = accuracy.measure(
-            self._layer,
+            jax.jit(self._layer),
             bench.weights[0],
             bench.accuracy_xs,
             bench.accuracy_routings,

@@ -68,8 +68,8 @@ def _sweep(settings, layer: Layer, T: int, bench_at, store: Store, bar, deadline
     A function of its own, so that nothing of a sweep outlives it: its trials hold on to weights.
     """
     asked = candidates(settings.layouts, layer.shapes, T, settings.most_configs)
-    # The defaults and the other configs have a first round each.
-    bar.start(f"{layer.of}, T = {T}", len(asked) + settings.rounds + 1)
+    # The defaults and the other configs have a first round each; two orders of sums are checked.
+    bar.start(f"{layer.of}, T = {T}", len(asked) + settings.rounds + 3)
     begun = time.monotonic()
     sweep = Sweep(
         bench_at(T).build,

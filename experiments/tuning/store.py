@@ -38,7 +38,7 @@ class Row(NamedTuple):
     layout: str
     config: Any
     us: float
-    rel_error: float
+    rel_error: float | None
     run: dict[str, Any]
 
 

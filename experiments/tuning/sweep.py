@@ -1,10 +1,12 @@
 """One sweep: which of the candidates run, are right, and how long each takes.
 
-1. Every layout's default is built, checked and timed once. A layout whose default is far behind the
-   best one is not swept further: no config of ours has moved a time by so much.
-2. The others' configs are built, checked and timed once; what is far behind is left at that.
+1. Every layout's default is built and timed once. A layout whose default is far behind the best one
+   is not swept further: no config of ours has moved a time by so much.
+2. The others' configs are built and timed once; what is far behind is left at that.
 3. The rest is timed in rounds, each round once through all of them, so that a clock that drifts
    moves all alike; every other round goes backwards. The median over rounds counts.
+4. Whoever would win is checked against float32. If that fails it is dropped, and the next one is
+   checked: compiling the layer once more for each candidate would take half of the time.
 
 Nothing is compiled while anything is timed.
 """
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from experiments.tuning import winners
 from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes
 
 # Times the best one, beyond which a candidate is not timed again.
@@ -47,12 +50,23 @@ class Trial(Protocol):
 
 
 class Measured(NamedTuple):
-    """What a sweep found: microseconds (the median over rounds), the range, the relative error."""
+    """What a sweep found: microseconds (the median over rounds), the range, the relative error.
+
+    The error is None where nothing was at stake.
+    """
 
     candidate: Candidate
     us: float
     spread_us: float
-    rel_error: float
+    rel_error: float | None
+
+    @property
+    def layout(self) -> str:
+        return self.candidate.layout
+
+    @property
+    def config(self) -> Any:
+        return self.candidate.config
 
 
 class Dropped(NamedTuple):
@@ -98,7 +112,7 @@ class Sweep:
         self.dropped: list[Dropped] = []
 
     def run(self, asked: Sequence[Candidate], rounds: int) -> list[Measured]:
-        """Runs all three steps; the result is in the order of `asked`, without what was dropped.
+        """Runs all steps; the result is in the order of `asked`, without what was dropped.
 
         Raises:
           OutOfTime: the deadline has passed.
@@ -117,34 +131,43 @@ class Sweep:
             self._round(last[:: -1 if index % 2 == 0 else 1])
         for candidate in list(self._samples):
             self._try(candidate, self._trials[candidate].finish)
-        return [self._measured(c) for c in asked if c in self._samples]
+        while unchecked := [
+            m.candidate
+            for m in winners.contenders(self._all_measured(asked))
+            if m.candidate not in self._errors
+        ]:
+            self._check(unchecked[0])
+        return self._all_measured(asked)
 
     def _prepare(self, some: Sequence[Candidate]) -> None:
-        """Builds and checks; what runs in threads is the building alone."""
+        """Builds, in threads."""
         with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             futures = {c: pool.submit(self._build_in_time, c) for c in some}
             for candidate, future in futures.items():
                 self._advance(f"building {candidate}")
                 trial = self._try(candidate, future.result)
-                if trial is None:
-                    continue
-                self._trials[candidate] = trial
-                error = self._try(candidate, trial.check)
-                if error is not None:
-                    self._errors[candidate] = error
+                if trial is not None:
+                    self._trials[candidate] = trial
 
     def _build_in_time(self, candidate: Candidate) -> Trial:
         self._check_time()
         return self._build(candidate)
 
     def _round(self, some: Sequence[Candidate]) -> None:
-        timed = [c for c in some if c in self._errors]
+        timed = [c for c in some if c in self._trials]
         self._advance(f"timing {len(timed)} candidates")
         for candidate in timed:
             self._check_time()
             us = self._try(candidate, self._trials[candidate].sample)
             if us is not None:
                 self._samples.setdefault(candidate, []).append(us)
+
+    def _check(self, candidate: Candidate) -> None:
+        self._check_time()
+        self._advance(f"checking {candidate}")
+        error = self._try(candidate, self._trials[candidate].check)
+        if error is not None:
+            self._errors[candidate] = error
 
     def _near(self, some: Sequence[Candidate]) -> list[Candidate]:
         first = {c: self._samples[c][0] for c in some if c in self._samples}
@@ -161,12 +184,15 @@ class Sweep:
             self._say(f"dropped {candidate}: {why}")
             self.dropped.append(Dropped(candidate, why))
             self._samples.pop(candidate, None)
-            self._errors.pop(candidate, None)
+            self._trials.pop(candidate, None)
             return None
 
     def _check_time(self) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTime
+
+    def _all_measured(self, asked: Sequence[Candidate]) -> list[Measured]:
+        return [self._measured(c) for c in asked if c in self._samples]
 
     def _measured(self, candidate: Candidate) -> Measured:
         samples = self._samples[candidate]
@@ -174,5 +200,5 @@ class Sweep:
             candidate,
             us=statistics.median(samples),
             spread_us=max(samples) - min(samples),
-            rel_error=self._errors[candidate],
+            rel_error=self._errors.get(candidate),
         )

@@ -24,6 +24,17 @@ def fastest[M: Timed](measured: Sequence[M]) -> M:
     return next(m for m in measured if m.us <= limit)
 
 
+def contenders[M: Timed](measured: Sequence[M]) -> list[M]:
+    """Who of one T may get into the table: the fastest, and the fastest of each order of sums."""
+    found: list[M] = []
+    groups = [measured] if measured else []
+    groups += [_of_order(measured, order) for order in dict.fromkeys(_orders(measured))]
+    for group in groups:
+        if (winner := fastest(group)) not in found:
+            found.append(winner)
+    return found
+
+
 def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     """For each T the one that "invariant" takes: all of one order of sums.
 
@@ -38,10 +49,7 @@ def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     """
     choices: list[dict[int, M]] = []
     for order in dict.fromkeys(_orders(m for some in measured.values() for m in some)):
-        of_order = {
-            T: [m for m in some if sum_order(m.layout, m.config) == order]
-            for T, some in measured.items()
-        }
+        of_order = {T: _of_order(some, order) for T, some in measured.items()}
         if all(of_order.values()):
             choices.append({T: fastest(some) for T, some in of_order.items()})
     if not choices:
@@ -52,6 +60,10 @@ def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
         for choice, total in zip(choices, totals, strict=True)
         if total <= _EQUAL * min(totals)
     )
+
+
+def _of_order[M: Timed](measured: Sequence[M], order: tuple) -> list[M]:
+    return [m for m in measured if sum_order(m.layout, m.config) == order]
 
 
 def _orders(measured: Iterable[Timed]) -> list[tuple]:

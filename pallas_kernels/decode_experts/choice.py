@@ -19,15 +19,10 @@ MODES = {
 # and results/compare_layouts.
 _FASTEST = (
     (8, "output_major", "its second reads of shared experts cost less than grouping tokens does"),
-    (128, "streamed", "tokens share so many experts that reading each one once pays; one launch"),
-    (math.inf, "expert_major", "streamed would read the experts again for each 128 tokens"),
+    (math.inf, "expert_major", "tokens share so many experts that reading each one once pays"),
 )
 # The same among layouts that give a token the same bits.
-_INVARIANT = (
-    (4, "expert_major", "two launches cost less than barriers of the whole grid"),
-    (128, "streamed", "one launch costs less than grouping tokens ahead of two"),
-    (math.inf, "expert_major", "streamed would read the experts again for each 128 tokens"),
-)
+_INVARIANT = ((math.inf, "expert_major", "its sums do not know the batch"),)
 _ONE_LAUNCH = "streamed"
 
 _log = logging.getLogger(__name__)
@@ -68,16 +63,14 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
         capability = capability_of(device)
         if capability not in (None, HOPPER):
             return LayoutChoice("output_major", f"{device} has no wgmma, which the others need")
-        return _by_heuristic(mode, T, device)
+        return _by_heuristic(mode, T)
     return LayoutChoice(
         found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", found.entry.config
     )
 
 
-def _by_heuristic(mode: str, T: int, device: str) -> LayoutChoice:
+def _by_heuristic(mode: str, T: int) -> LayoutChoice:
     steps = _FASTEST if mode == "auto" else _INVARIANT
-    if device == "cpu":  # interpreted, streamed is three kernels to compile, which takes longest
-        steps = [step for step in steps if step[1] != "streamed"]
     layout, why = next((layout, why) for up_to, layout, why in steps if up_to >= T)
     return LayoutChoice(layout, f"T = {T} takes {MODES[mode]}: {why}, as measured on an H100")
 

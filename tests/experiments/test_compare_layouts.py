@@ -80,7 +80,7 @@ def test_script_on_a_cpu(tmp_path, monkeypatch, capsys):
     _run_script(
         monkeypatch,
         "--tokens=1,64",
-        "--layouts=expert_major",
+        "--layouts=expert_major,auto",
         "--baselines=xla_dense,bf16_rounding",
         "--repeats=2",
         f"--out={tmp_path}",
@@ -93,7 +93,8 @@ def test_script_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert "--tokens=1,64 --layouts=expert_major" in environment.command
     assert environment.read_ceiling_tbps is None
     by_name = {m.name: m for m in measurements}
-    assert set(by_name) == {"expert_major", "xla_dense", "bf16_rounding"}
+    assert set(by_name) == {"expert_major", "auto", "xla_dense", "bf16_rounding"}
+    assert by_name["auto"].config["layout"] == "output_major"
     layout = by_name["expert_major"]
     assert (layout.tokens, layout.chain_us, layout.unique_tbps) == (1, None, None)
     assert layout.rel_error_before_rounding < 1e-4

@@ -80,14 +80,19 @@ def test_a_config_far_behind_is_timed_once():
 @pytest.mark.parametrize("which", [0, 1])
 def test_what_fails_is_dropped_with_a_line(how, why, which):
     asked = candidates(["expert_major"], SHAPES, 1, 3)
-    bench = FakeBench(**{how: (asked[which],)})
+    # It would win.
+    us = lambda candidate, count: 9.0 if candidate == asked[which] else 10.0  # noqa: E731
+    bench = FakeBench(us=us, **{how: (asked[which],)})
     measured, sweep, said = _run(bench, asked)
     assert [m.candidate for m in measured] == [c for c in asked if c != asked[which]]
     assert [d.candidate for d in sweep.dropped] == [asked[which]]
     (line,) = said
     assert line.startswith(f"dropped {asked[which]}: {why}")
-    if how != "changing":
+    if how == "broken":
         assert asked[which] not in bench.sampled
+    else:  # the next one was checked in its place
+        assert [m.rel_error for m in measured].count(None) == 1
+        assert winners.fastest(measured).rel_error is not None
 
 
 def test_nothing_is_left_where_all_fail():
@@ -145,7 +150,20 @@ def _times(rows, *times):
     return [row._replace(us=us) for row, us in zip(rows, times, strict=True)]
 
 
-def test_invariant_takes_the_order_of_sums_with_the_least_total():
+def test_each_order_of_sums_has_a_contender():
+    rows = [
+        _timed("output_major", 10.0),
+        _timed("streamed", 10.04),
+        _timed("expert_major", 9.95),
+        _timed("expert_major", 9.0, down_rows=64),
+    ]
+    assert winners.contenders(rows) == [rows[3], rows[0]]
+    assert winners.contenders(rows[:3]) == [rows[0], rows[1]]
+    assert winners.contenders([]) == []
+
+
+def test_invariant_takes_the_order_of_sums_with_the_least_total(monkeypatch):
+    monkeypatch.setattr(LAYOUTS["output_major"], "FREE_FIELDS", ("down_slots",))
     rows = [
         _timed("output_major", 10.0),
         _timed("output_major", 14.0, down_columns=64, down_slots=5),
@@ -153,7 +171,7 @@ def test_invariant_takes_the_order_of_sums_with_the_least_total():
         _timed("output_major", 12.0, down_rows=32),
     ]
     measured = {1: rows, 64: _times(rows, 900.0, 100.0, 110.0, 120.0)}
-    # down_slots is free to change with T; down_columns and down_rows are not.
+    # As if down_slots alone were free to change with T.
     assert winners.invariant(measured) == {1: rows[2], 64: measured[64][1]}
     assert winners.fastest(rows) == rows[0]
 

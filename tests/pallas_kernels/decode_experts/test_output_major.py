@@ -1,5 +1,16 @@
-from pallas_kernels.decode_experts import OutputMajorConfig
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.decode_experts import OutputMajorConfig, decode_experts
+from pallas_kernels.decode_experts.output_major import candidate_configs
+from tests.pallas_kernels.decode_experts.cases import (
+    Size,
+    assert_right,
+    assert_same_bits,
+    make_case,
+)
 from tests.pallas_kernels.decode_experts.layout_suite import LayoutSuite
+from tests.pallas_kernels.machine import ON_GPU
 
 
 class TestOutputMajor(LayoutSuite):
@@ -14,3 +25,16 @@ class TestOutputMajor(LayoutSuite):
     )
     # No grouping and no combine: nothing but the two kernels.
     forbidden_operations = ("sort", "scatter", "gather", "reduce", "dot_general", "while")
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU may fuse a product and an addition or not")
+@pytest.mark.parametrize("T", [1, 7, 16])
+def test_same_bits_whatever_the_config(T, seed):
+    size = Size(T=T, E=128, K=8, H=2048, I=768)
+    case = make_case(size, seed)
+    expected = TestOutputMajor().run(case)
+    assert_right(expected, case)
+    narrow = OutputMajorConfig(gate_up_rows=64, gate_up_columns=64, down_rows=64, down_columns=64)
+    for config in (*candidate_configs(size.shapes, T), narrow):
+        out = decode_experts(*case, layout="output_major", config=config, out_dtype=jnp.float32)
+        assert_same_bits(out, expected)

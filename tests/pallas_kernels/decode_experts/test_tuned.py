@@ -172,10 +172,6 @@ BAD = {
         make_table([], [make_row(1, "output_major"), make_row(8)]),
         "invariant has different orders of sums",
     ),
-    "two orders of a layout": (
-        make_table([], [make_row(1, "output_major"), make_row(8, "output_major", down_columns=64)]),
-        "invariant has different orders of sums",
-    ),
 }
 
 
