@@ -2,7 +2,7 @@
 
     group     the assignments (t, k) of each expert fill tiles of N rows
     gather    rows[p] = x[t] of the assignment that owns row p             (both in gather_rows.py)
-    gate/up   program (tile, 64 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p] * w[p]
+    gate/up   program (tile, 32 neurons)   hidden[p] = silu(gate_e rows[p]) * up_e rows[p] * w[p]
     down      program (tile, R neurons)    outputs[p] = down_e hidden[p]
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]      (XLA)
 
@@ -26,12 +26,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_experts import gated
 from pallas_kernels.decode_experts.configs import (
     check_slots,
     check_tile,
     largest_divisor,
     valid_configs,
 )
+from pallas_kernels.decode_experts.gated import NEURONS, OPERAND, ROWS, exchange_type
 from pallas_kernels.decode_experts.gather_rows import (
     MOST_ASSIGNMENTS,
     Gathered,
@@ -55,45 +57,45 @@ from pallas_kernels.mosaic import interpret_params, tma_ring
 
 CAPABILITIES = (9,)  # wgmma
 
-# Intermediate neurons of a gate/up program: the 64 rows of weights that one wgmma takes, twice.
-GATE_UP_ROWS = 64
-# How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
-_OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_ALONG_TOKENS = plgpu.Layout.WGMMA.reduce(0)
 _TILES = (64, 128)
+_COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
 # Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
 # the tiles are; streamed's as well.
 SUM_ORDER = "by_expert"
-FREE_FIELDS = ("gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots")
+FREE_FIELDS = (
+    "gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots",
+    "token_tile_factor",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """How expert_major cuts the work; nothing here changes a bit of a result on a GPU.
 
-    The rows N of a token tile belong to the Grouping; they change no sum.
-
     Attributes:
-      gate_up_columns: columns of x and gate_up in a ring slot; 64 or 128, divides H.
+      gate_up_columns: columns of x and gate_up in a ring slot; 64, 128 or 256, divides H.
       gate_up_slots: slots in the gate/up ring.
       down_rows: R, output neurons of a down program; 64 or 128, divides H.
-      down_columns: columns of hidden and down in a ring slot; 64 or 128, divides I.
+      down_columns: columns of hidden and down in a ring slot; 64, 128 or 256, divides I.
       down_slots: slots in the down ring.
+      token_tile_factor: N is so many times fitting_token_tile, but at most 64; 1, 2 or 4. A
+        Grouping that is passed in has its own N.
     """
 
-    gate_up_columns: int = 128
+    gate_up_columns: int = 256
     gate_up_slots: int = 3
     down_rows: int = 128
     down_columns: int = 128
     down_slots: int = 3
+    token_tile_factor: int = 1
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
-    """The heuristic: slots of 128 x 128 weights, few enough that two programs share an SM."""
+    """The heuristic: slots of 32 KB of weights, few enough that two programs share an SM."""
     del T
     return Config(
-        gate_up_columns=largest_divisor(shapes.H, _TILES),
+        gate_up_columns=largest_divisor(shapes.H, _COLUMNS),
         down_rows=largest_divisor(shapes.H, _TILES),
         down_columns=largest_divisor(shapes.I, _TILES),
     )
@@ -102,12 +104,16 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
 def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
     """Configs worth measuring, the default first, then what has won before.
 
-    2 or 3 slots let several programs share an SM, 4 have one program stream further ahead; 64 rows
-    of output neurons make twice the programs, for few tokens.
+    64 rows of output neurons make twice the programs, for few tokens; narrow slots let more
+    programs share an SM. Where an expert's mean nearly fills a tile, the weights of many are read
+    again for a second one, unless tiles are wider.
     """
     default = default_config(shapes, T)
-    longer, short_down = {"gate_up_slots": 4}, {"down_rows": 64, "down_slots": 4}
-    changes = [longer, longer | short_down, short_down, {"gate_up_slots": 2}, {"down_slots": 2}]
+    short_down = {"down_rows": 64, "down_slots": 4}
+    narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES), "gate_up_slots": 4}
+    changes = [short_down, narrow | short_down]
+    if shapes.E * fitting_token_tile(T, shapes.K, shapes.E) < 2 * T * shapes.K:
+        changes = [{"token_tile_factor": 2}, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
     return valid_configs(check_config, configs, shapes)
 
@@ -115,14 +121,16 @@ def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
 def check_config(config: Config, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_tile("gate_up_columns", c.gate_up_columns, _TILES, "H", H)
+    check_tile("gate_up_columns", c.gate_up_columns, _COLUMNS, "H", H)
     check_tile("down_rows", c.down_rows, _TILES, "H", H)
-    check_tile("down_columns", c.down_columns, _TILES, "I", I)
+    check_tile("down_columns", c.down_columns, _COLUMNS, "I", I)
     # Both in bf16, with the largest token tile.
-    gate_up_slot = 2 * c.gate_up_columns * (2 * GATE_UP_ROWS + LARGEST_TOKEN_TILE)
+    gate_up_slot = 2 * c.gate_up_columns * (ROWS + LARGEST_TOKEN_TILE)
     down_slot = 2 * c.down_columns * (c.down_rows + 2 * LARGEST_TOKEN_TILE)
     check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=2)
     check_slots("down_slots", c.down_slots, down_slot, least=2)
+    if c.token_tile_factor not in (1, 2, 4):
+        raise ValueError(f"config.token_tile_factor is {c.token_tile_factor!r}; expected 1, 2 or 4")
 
 
 def tile_program(program, num_blocks: int):
@@ -147,7 +155,8 @@ def run(
 ) -> jax.Array:
     """Groups, runs both launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
-    (T, K), N = expert_ids.shape, fitting_token_tile(*expert_ids.shape, E)  # N changes no sum
+    T, K = expert_ids.shape
+    N = min(LARGEST_TOKEN_TILE, config.token_tile_factor * fitting_token_tile(T, K, E))
     if grouping is None and T * K <= MOST_ASSIGNMENTS:
         tiles = Tiles(T=T, K=K, E=E, N=N)
         gathered = gather_rows(x, expert_ids, expert_weights, tiles, interpret)
@@ -172,26 +181,25 @@ def _gate_up(gathered: Gathered, gate_up, N: int, I: int, config: Config, interp
 
     def kernel(
         expert_gmem, weight_gmem, rows_gmem, gate_up_gmem, hidden_gmem,
-        gate_smem, up_smem, rows_smem, hidden_smem, barrier,
+        weights_smem, rows_smem, exchange_smem, barrier,
     ):  # fmt: skip
-        tile, block = tile_program(lax.axis_index("program"), I // GATE_UP_ROWS)
+        tile, block = tile_program(lax.axis_index("program"), I // NEURONS)
         expert = expert_gmem[tile]
 
-        def multiply(gate_acc, up_acc):
-            gate_row, up_row = gate_and_up_rows(expert, block, GATE_UP_ROWS, I)
-            gate_rows, up_rows = pl.ds(gate_row, GATE_UP_ROWS), pl.ds(up_row, GATE_UP_ROWS)
+        def multiply(acc):
+            gate_row, up_row = gate_and_up_rows(expert, block, NEURONS, I)
             tile_rows = pl.ds(tile * N, N)
 
             def copy(step, slot, arrived):
                 at = pl.ds(step * columns, columns)
-                plgpu.copy_gmem_to_smem(gate_up_gmem.at[gate_rows, at], gate_smem.at[slot], arrived)
-                plgpu.copy_gmem_to_smem(gate_up_gmem.at[up_rows, at], up_smem.at[slot], arrived)
+                for half, row in enumerate((gate_row, up_row)):
+                    part = weights_smem.at[slot, pl.ds(half * NEURONS, NEURONS)]
+                    plgpu.copy_gmem_to_smem(gate_up_gmem.at[pl.ds(row, NEURONS), at], part, arrived)
                 plgpu.copy_gmem_to_smem(rows_gmem.at[tile_rows, at], rows_smem.at[slot], arrived)
 
             def consume(_, slot, carry):
                 tokens = rows_smem.at[slot].transpose((1, 0))  # [columns, N]
-                plgpu.wgmma(gate_acc, gate_smem.at[slot], tokens)
-                plgpu.wgmma(up_acc, up_smem.at[slot], tokens)
+                plgpu.wgmma(acc, weights_smem.at[slot], tokens)
                 return carry
 
             tma_ring(
@@ -201,35 +209,25 @@ def _gate_up(gathered: Gathered, gate_up, N: int, I: int, config: Config, interp
                 copy=copy,
                 consume=consume,
                 init=(),
-                wgmmas_in_flight=2,
+                wgmmas_in_flight=1,
             )
-            gate, up = gate_acc[...], up_acc[...]  # [64, N]
-            tile_weights = weight_gmem.at[tile_rows]
-            weights = plgpu.load(tile_weights, layout=_ALONG_TOKENS, optimized=False)
-            weights = lax.broadcast_in_dim(weights, (GATE_UP_ROWS, N), (1,))
-            hidden = gate / (1 + jnp.exp(-gate)) * up * weights
-            hi = hidden.astype(jnp.bfloat16)
-            lo = (hidden - hi.astype(jnp.float32)).astype(jnp.bfloat16)
-            hidden_smem.at[pl.ds(0, N)].transpose((1, 0))[...] = hi
-            hidden_smem.at[pl.ds(N, N)].transpose((1, 0))[...] = lo
-            plgpu.commit_smem()
-            at = pl.ds(tile * (2 * N), 2 * N), pl.ds(block * GATE_UP_ROWS, GATE_UP_ROWS)
-            plgpu.copy_smem_to_gmem(hidden_smem, hidden_gmem.at[at])
-            plgpu.wait_smem_to_gmem(0)
+            weights = gated.load_weights(weight_gmem.at[tile_rows])
+            for half, values in enumerate(gated.hidden(acc[...], weights, exchange_smem)):
+                rows = pl.ds(tile * (2 * N) + half * N, N)
+                hidden_gmem[rows, pl.ds(block * NEURONS, NEURONS)] = values
 
-        accumulator = plgpu.ACC((GATE_UP_ROWS, N), jnp.float32)
-        pl.when(expert >= 0)(lambda: pl.run_scoped(multiply, accumulator, accumulator))
+        accumulator = plgpu.ACC((ROWS, N), jnp.float32)
+        pl.when(expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((2 * P, I), jnp.bfloat16),
-        grid=(P // N * (I // GATE_UP_ROWS),),
+        grid=(P // N * (I // NEURONS),),
         grid_names=("program",),
         scratch_types=[
-            plgpu.SMEM((slots, GATE_UP_ROWS, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((slots, GATE_UP_ROWS, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((slots, N, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((2 * N, GATE_UP_ROWS), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, ROWS, columns), jnp.bfloat16, transforms=OPERAND),
+            plgpu.SMEM((slots, N, columns), jnp.bfloat16, transforms=OPERAND),
+            exchange_type(N),
             plgpu.Barrier(num_arrivals=3, num_barriers=slots),
         ],
         kernel_name="expert_major_gate_up",
@@ -291,8 +289,8 @@ def _down(expert_of, hidden, down, N: int, H: int, config: Config, interpret) ->
         grid=(P2 // (2 * N) * (H // R),),
         grid_names=("program",),
         scratch_types=[
-            plgpu.SMEM((slots, R, columns), jnp.bfloat16, transforms=_OPERAND),
-            plgpu.SMEM((slots, 2 * N, columns), jnp.bfloat16, transforms=_OPERAND),
+            plgpu.SMEM((slots, R, columns), jnp.bfloat16, transforms=OPERAND),
+            plgpu.SMEM((slots, 2 * N, columns), jnp.bfloat16, transforms=OPERAND),
             plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         ],
         kernel_name="expert_major_down",

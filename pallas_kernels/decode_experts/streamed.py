@@ -39,9 +39,10 @@ from pallas_kernels.decode_experts.configs import (
     valid_configs,
 )
 from pallas_kernels.decode_experts.expert_major import combine
+from pallas_kernels.decode_experts.gated import OPERAND, ROWS, exchange_type
 from pallas_kernels.decode_experts.gather_rows import gather_rows
 from pallas_kernels.decode_experts.grouping import fitting_token_tile
-from pallas_kernels.decode_experts.streamed_phases import OPERAND, ROWS, Refs, Work
+from pallas_kernels.decode_experts.streamed_phases import Refs, Work
 from pallas_kernels.decode_experts.streamed_program import (
     run_all,
     run_down_alone,
@@ -213,7 +214,7 @@ def _scratch_types(work: Work) -> dict:
         "ring": operand(work.slots, ROWS, work.columns),
         "tokens": operand(work.slots, 2 * work.N, work.columns),
         "ring_arrived": plgpu.Barrier(num_arrivals=3, num_barriers=work.slots),
-        "gate_and_up": plgpu.SMEM((work.N, ROWS), jnp.float32),
+        "gate_and_up": exchange_type(work.N),
         "products": plgpu.SMEM((work.N, ROWS), jnp.float32),
     }
 

@@ -3,26 +3,18 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_experts import gated
+from pallas_kernels.decode_experts.gated import NEURONS, ROWS
 from pallas_kernels.decode_experts.streamed_shares import Share
 from pallas_kernels.decode_experts.tiles import Tiles, Unit
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic import drain_ring
 
-ROWS = 64  # rows of weights that one wgmma takes
-NEURONS = ROWS // 2  # of a gate/up unit, with two rows each
-# How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
-OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-# [N, NEURONS] in registers: 4 warps by 2 tokens, 16 lanes along a token's neurons.
-_BY_TOKEN = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, NEURONS), (2, 2))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
-)
-_TOKENS = _BY_TOKEN.reduce(1)
 # Of a ring whose copies know by themselves where it ends.
 NO_END = 1 << 30
 
@@ -183,8 +175,7 @@ def gate_up_phase(work: Work, refs: Refs, units: Share, copy) -> None:
     def one_unit(index):
         unit = units.unit(index)
         # Read here, so that it need not be waited for after the products.
-        weights = refs.weight_of.at[pl.ds(unit.tile * work.N, work.N)]
-        weights = plgpu.load(weights, layout=_TOKENS, optimized=False)
+        weights = gated.load_weights(refs.weight_of.at[pl.ds(unit.tile * work.N, work.N)])
 
         def multiply(acc):
             def consume(_, slot, carry):
@@ -197,17 +188,9 @@ def gate_up_phase(work: Work, refs: Refs, units: Share, copy) -> None:
             return acc[...]  # [ROWS, N]
 
         both = pl.run_scoped(multiply, plgpu.ACC((ROWS, work.N), jnp.float32))
-        _store_transposed(refs.gate_and_up, both)
-        gate, up = (
-            plgpu.load(
-                refs.gate_and_up.at[:, pl.ds(half * NEURONS, NEURONS)],
-                layout=_BY_TOKEN,
-                optimized=False,
-            )
-            for half in range(2)
-        )  # [N, NEURONS]
-        weights = lax.broadcast_in_dim(weights, (work.N, NEURONS), (0,))
-        _store_hidden(work, refs, unit, gate / (1 + jnp.exp(-gate)) * up * weights)
+        for half, values in enumerate(gated.hidden(both, weights, refs.gate_and_up)):
+            rows = pl.ds(unit.tile * (2 * work.N) + half * work.N, work.N)
+            refs.hidden[rows, pl.ds(unit.block * NEURONS, NEURONS)] = values
 
     units.for_each(one_unit)
 
@@ -223,23 +206,6 @@ def _drain(work: Work, first, count, copy, consume) -> None:
         init=(),
         wgmmas_in_flight=0,
     )
-
-
-def _store_transposed(smem, products: jax.Array) -> None:
-    """Stores [ROWS, N] the other way around, once nobody reads what is there any more."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    products = plgpu.layout_cast(products, plgpu.Layout.WGMMA_TRANSPOSED)
-    smem.transpose((1, 0))[...] = products
-    plgpu.commit_smem()
-
-
-def _store_hidden(work: Work, refs: Refs, unit, hidden: jax.Array) -> None:
-    """Stores hidden [N, NEURONS] as two bf16 numbers, 16 bits of mantissa between them."""
-    hi = hidden.astype(jnp.bfloat16)
-    lo = (hidden - hi.astype(jnp.float32)).astype(jnp.bfloat16)
-    for half, values in enumerate((hi, lo)):
-        rows = pl.ds(unit.tile * (2 * work.N) + half * work.N, work.N)
-        refs.hidden[rows, pl.ds(unit.block * NEURONS, NEURONS)] = values
 
 
 def down_phase(work: Work, refs: Refs, items: Share, first_step, copy) -> None:
@@ -265,7 +231,7 @@ def down_phase(work: Work, refs: Refs, items: Share, first_step, copy) -> None:
             return acc[...]  # [ROWS, 2N]
 
         hi_lo = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * work.N), jnp.float32))
-        _store_transposed(refs.products, hi_lo[:, : work.N] + hi_lo[:, work.N :])
+        gated.store_transposed(refs.products, hi_lo[:, : work.N] + hi_lo[:, work.N :])
         at = pl.ds(item.tile * work.N, work.N), pl.ds(item.block * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(refs.products, refs.outputs.at[at])
 
