@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import (
     LAYOUTS,
     StreamedConfig,
@@ -58,6 +59,21 @@ class TestStreamed(StreamedSuite):
 @pytest.mark.skipif(ON_GPU, reason="TestStreamed has them all there")
 class TestStreamedAtLength(StreamedSuite):
     pass
+
+
+@pytest.mark.parametrize(
+    ("T", "others"),
+    [
+        (64, [(256, 4), (128, 8), (128, 10)]),
+        (128, [(128, 8)]),  # 6 slots and 4 of 256 columns are both cut to 4
+        (1000, [(128, 8)]),
+    ],
+)
+def test_candidates_have_no_more_slots_than_fit(T, others):
+    shapes = PRESETS["qwen3_30b_a3b"]
+    configs = streamed.candidate_configs(shapes, T)
+    others = [StreamedConfig(columns=columns, slots=slots) for columns, slots in others]
+    assert configs == [streamed.default_config(shapes, T), *others]
 
 
 def test_more_tokens_than_one_kernel_takes(seed, monkeypatch):
