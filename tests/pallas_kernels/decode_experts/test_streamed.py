@@ -77,11 +77,11 @@ def test_candidates_have_no_more_slots_than_fit(T, others):
 
 
 def test_more_tokens_than_one_kernel_takes(seed, monkeypatch):
-    monkeypatch.setattr(streamed, "MOST_TOKENS", 3)
-    jax.clear_caches()
-    case = make_case(Size(T=7 if ON_GPU else 4, E=4, K=2, H=64, I=64), seed)
-    assert_right(TestStreamed().run(case), case)
-    jax.clear_caches()
+    monkeypatch.setattr(streamed, "MOST_TOKENS", 3 if ON_GPU else 2)
+    # Traced by this test alone, or the other tests would have to compile anew.
+    monkeypatch.setattr(streamed, "run", streamed.run.__wrapped__)
+    case = make_case(Size(T=7 if ON_GPU else 3, E=4, K=2, H=64, I=64), seed)
+    assert_right(jax.jit(TestStreamed().run)(case), case)
 
 
 def test_routed_outputs_are_what_run_combines(seed):
