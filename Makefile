@@ -39,7 +39,7 @@ generate: $(RUN_ENV) ## generate text; ARGS are flags of experiments.generate, e
 	$(PYTHON) -m experiments.generate $(or $(ARGS),--preset=tiny --random --prompt=hello --max_new_tokens=32)
 
 test: $(DEV_ENV) ## run the tests; ARGS go to pytest (-m "" for the slow ones too)
-	JAX_PLATFORMS='$(JAX_PLATFORMS)' $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
+	JAX_PLATFORMS='$(JAX_PLATFORMS)' $(PYTHON) -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)
 
 parity: $(DEV_ENV) $(ORACLE)/.ready ## check the model on fresh goldens from transformers; SEED=N draws those of N
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && seed=$${SEED:-$$(date +%s)} && \

@@ -108,7 +108,6 @@ def drain_ring(
     consume: Callable[[Any, Any, Any], Any],
     init: Any,
     wgmmas_in_flight: int | None = None,
-    at_once: int = 1,
 ) -> Any:
     """Consumes steps first to first + count - 1 of a filled ring, keeping it filled up to `end`.
 
@@ -124,13 +123,11 @@ def drain_ring(
       consume: consume(step, slot, carry) -> carry waits until the slot has arrived, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in tma_ring. At the end nothing is in flight any more.
-      at_once: how many steps one call of `consume` takes; divides `count`. If not 1, consume gets
-        the first of them and a list of their slots, and they are refilled together.
 
     Returns:
       The last carry.
     """
-    lag = at_once if wgmmas_in_flight else 0
+    lag = 1 if wgmmas_in_flight else 0
     slots = jnp.int32(num_slots)
 
     def refill_after(step, condition):
@@ -141,22 +138,18 @@ def drain_ring(
             copy(step + num_slots, lax.rem(step, slots))
 
     def body(index, carry):
-        steps = [first + index * at_once + ahead for ahead in range(at_once)]
-        slots_of_steps = [lax.rem(step, slots) for step in steps]
-        carry = consume(steps[0], slots_of_steps if at_once > 1 else slots_of_steps[0], carry)
+        step = first + index
+        carry = consume(step, lax.rem(step, slots), carry)
         if wgmmas_in_flight is not None:
             plgpu.wgmma_wait(wgmmas_in_flight)
-        for step in steps:
-            refill_after(step - lag, step - lag >= first)
+        refill_after(step - lag, step - lag >= first)
         return carry
 
-    rounds = count if at_once == 1 else lax.div(jnp.int32(count), jnp.int32(at_once))
-    carry = lax.fori_loop(0, rounds, body, init)
+    carry = lax.fori_loop(0, count, body, init)
     if lag:
         plgpu.wgmma_wait(0)
         if not isinstance(end, int):  # else this stretch is the last one
-            for behind in reversed(range(at_once)):
-                refill_after(first + count - 1 - behind, count > 0)
+            refill_after(first + count - 1, count > 0)
     return carry
 
 

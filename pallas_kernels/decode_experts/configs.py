@@ -40,8 +40,9 @@ def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, s
 def check_slots(field: str, slots: int, bytes_a_slot: int, least: int) -> None:
     """Raises a ValueError unless a ring has at least `least` slots and fits in shared memory."""
     most = SHARED_MEMORY_BYTES // bytes_a_slot
-    if not isinstance(slots, int) or not least <= slots <= most:
+    # True is an int to Python.
+    if isinstance(slots, bool) or not isinstance(slots, int) or not least <= slots <= most:
         raise ValueError(
-            f"config.{field} is {slots!r}; expected {least} to {most}: a slot takes up to "
-            f"{bytes_a_slot} of {SHARED_MEMORY_BYTES} bytes of shared memory"
+            f"config.{field} is {slots!r}; expected an integer from {least} to {most}: a slot "
+            f"takes up to {bytes_a_slot} of {SHARED_MEMORY_BYTES} bytes of shared memory"
         )

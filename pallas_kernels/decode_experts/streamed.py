@@ -84,10 +84,19 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
 
 
 def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
-    """Configs worth measuring, the default first: shorter rings, and narrower slots."""
+    """Configs worth measuring, the default first: shorter rings, and narrower slots.
+
+    The others have no more slots than fit, so that no two are the same kernel.
+    """
     default = default_config(shapes, T)
+    tiles = _tiles(min(T, MOST_TOKENS), shapes)
+
+    def fitting(config):
+        return dataclasses.replace(config, slots=_slots(config, tiles))
+
     changes = [{"slots": 4}, {"columns": 128, "slots": 8}, {"columns": 128, "slots": 12}]
-    configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
+    others = [fitting(dataclasses.replace(default, **fields)) for fields in changes]
+    configs = [default, *(config for config in others if config != fitting(default))]
     return valid_configs(check_config, configs, shapes)
 
 
@@ -109,12 +118,13 @@ def _slots(config: Config, tiles: Tiles) -> int:
     return min(config.slots, (mosaic.SHARED_MEMORY_BYTES - rest) // a_slot)
 
 
-def _token_tile(T: int, shapes: ExpertShapes) -> int:
-    """Columns of a tile, which change no sum: twice an expert's mean.
+def _tiles(T: int, shapes: ExpertShapes) -> Tiles:
+    """The tiles of T tokens, with as many columns as twice an expert's mean: they change no sum.
 
     So few experts have a second tile that their weights are read from L2 again hardly ever.
     """
-    return min(32, fitting_token_tile(2 * T, shapes.K, shapes.E))
+    N = min(32, fitting_token_tile(2 * T, shapes.K, shapes.E))
+    return Tiles(T=T, K=shapes.K, E=shapes.E, N=N)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -171,7 +181,7 @@ def routed_outputs(
 
 def _routed_outputs(x, gate_up, down, expert_ids, expert_weights, config: Config, interpret):
     (E, _, I, H), (T, K) = gate_up.shape, expert_ids.shape
-    tiles = Tiles(T=T, K=K, E=E, N=_token_tile(T, ExpertShapes(E=E, K=K, H=H, I=I)))
+    tiles = _tiles(T, ExpertShapes(E=E, K=K, H=H, I=I))
     work = Work(
         H=H,
         I=I,

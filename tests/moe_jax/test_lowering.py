@@ -22,8 +22,7 @@ def kernels_of(lowered: str) -> list[str]:
     ("B", "kernels"),
     [
         (1, ["output_major_gate_up", "output_major_down"]),
-        (16, ["streamed"]),
-        (130, ["expert_major_gate_up", "expert_major_down"]),
+        (16, ["gather_rows", "expert_major_gate_up", "expert_major_down"]),
     ],
 )
 def test_a_decode_step_takes_the_kernels_on_cuda(B, kernels):

@@ -86,8 +86,13 @@ def test_replay_of_what_was_routed_is_the_same_routing():
 def test_statistics_count_what_numpy_counts(T, E, seed, padded):
     K = seed % E + 1
     valid = np.arange(T) >= padded
-    routing = route(random_logits(T, E, seed), K, norm_topk_prob=True, valid=jnp.asarray(valid))
-    found = routing_statistics(routing)
+
+    @jax.jit  # one program to compile for each shape
+    def run(logits, valid):
+        routing = route(logits, K, norm_topk_prob=True, valid=valid)
+        return routing, routing_statistics(routing)
+
+    routing, found = run(random_logits(T, E, seed), valid)
     load = np.bincount(np.asarray(routing.ids)[valid].ravel(), minlength=E)
     assert found.load.tolist() == load.tolist()
     assert load.sum() == K * valid.sum()

@@ -13,7 +13,8 @@ from pallas_kernels.decode_experts import (
     decode_experts,
 )
 from pallas_kernels.decode_experts.layouts import sum_order
-from tests.pallas_kernels.decode_experts.cases import Size, assert_same_bits, make_case
+from tests.pallas_kernels.decode_experts.cases import assert_same_bits, make_case
+from tests.pallas_kernels.decode_experts.layout_suite import USUAL
 from tests.pallas_kernels.machine import INTERPRET
 
 
@@ -55,8 +56,7 @@ def test_where_nobody_measured_invariant_keeps_to_one_order_of_sums(device, pres
 
 
 def test_auto_runs_the_layout_that_is_chosen(monkeypatch):
-    size = Size(T=3, E=4, K=2, H=64, I=64)
-    case = make_case(size, 0)
+    case = make_case(USUAL, 0)
     outputs = {
         layout: decode_experts(*case, layout=layout, out_dtype=jnp.float32, interpret=INTERPRET)
         for layout in LAYOUTS
@@ -82,5 +82,5 @@ def test_auto_runs_the_layout_that_is_chosen(monkeypatch):
         out = decode_experts(*case, out_dtype=jnp.float32, interpret=INTERPRET)
         assert_same_bits(out, outputs[layout])
     assert ran == list(LAYOUTS)
-    assert asked == [(jax.devices()[0].device_kind, size.shapes, size.T, "auto")] * len(LAYOUTS)
+    assert asked == [(jax.devices()[0].device_kind, USUAL.shapes, USUAL.T, "auto")] * len(LAYOUTS)
     chex.assert_tree_all_finite(outputs)

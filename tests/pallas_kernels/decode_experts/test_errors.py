@@ -294,6 +294,17 @@ def test_config_value(case, layout, value):
         assert_raises(ValueError, fragments, case, layout=layout, config=config)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_true_is_no_number_of_slots(case, layout):
+    kernel = LAYOUTS[layout]
+    default = kernel.default_config(SIZE.shapes, SIZE.T)
+    for field in vars(default):
+        if field.endswith("slots"):
+            config = dataclasses.replace(default, **{field: True})
+            fragments = (f"config.{field} is True", "expected an integer from")
+            assert_raises(ValueError, fragments, case, layout=layout, config=config)
+
+
 @pytest.mark.parametrize(
     ("layout", "field", "letter"),
     [

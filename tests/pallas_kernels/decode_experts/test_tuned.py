@@ -266,7 +266,7 @@ def test_invariant_gives_a_token_the_same_bits_at_every_T(on_this_device, layout
     case = make_case(SIZE, seed)
     expected = _run(case, layout="invariant")
     assert_same_bits(expected, _run(case, layout=layout))
-    for T in (1, 2, 3):
+    for T in (1, 2, 3) if ON_GPU else (1, 2):
         for start in range(0, SIZE.T - T + 1, 3):
             some = slice(start, start + T)
             assert_same_bits(_run(case.tokens(some), layout="invariant"), expected[some])
@@ -277,7 +277,7 @@ def test_invariant_gives_a_token_the_same_bits_at_every_T(on_this_device, layout
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_free_fields_change_no_bit(layout, seed):
-    size = Size(T=3, E=4, K=2, H=256, I=256)
+    size = Size(T=3 if ON_GPU else 1, E=4, K=2, H=256, I=256)
     case = make_case(size, seed)
     kernel = LAYOUTS[layout]
     default = kernel.default_config(size.shapes, size.T)
