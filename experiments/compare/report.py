@@ -165,10 +165,15 @@ def crossovers(measurements: Sequence[Measurement]) -> list[Crossover]:
     """Where one layout overtakes another, in order of T."""
     fastest = list(fastest_layouts(measurements).items())
     return [
-        Crossover(T, next_T, m.name, next_m.name)
+        Crossover(T, next_T, layout_of(m), layout_of(next_m))
         for (T, m), (next_T, next_m) in itertools.pairwise(fastest)
-        if m.name != next_m.name
+        if layout_of(m) != layout_of(next_m)
     ]
+
+
+def layout_of(m: Measurement) -> str:
+    """The layout that ran; where a mode was asked for, what it chose."""
+    return (m.config or {}).get("layout", m.name)
 
 
 def remarks(environment: Environment, measurements: Sequence[Measurement]) -> list[str]:
@@ -180,9 +185,20 @@ def remarks(environment: Environment, measurements: Sequence[Measurement]) -> li
             f"{c.before} is the fastest layout up to T = {c.below}, "
             f"{c.after} from T = {c.above} on."
         )
+    chosen: dict[str, dict[str, list[int]]] = {}
+    for m in measurements:
+        if m.kind == "layout" and layout_of(m) != m.name:
+            chosen.setdefault(m.name, {}).setdefault(layout_of(m), []).append(m.tokens)
+    for mode, by_layout in chosen.items():
+        taken = [f"{name} at T = {', '.join(map(str, Ts))}" for name, Ts in by_layout.items()]
+        lines.append(f"{mode} takes {'; '.join(taken)}.")
     fastest = fastest_layouts(measurements)
-    if fastest and not found and len({m.name for m in measurements if m.kind == "layout"}) > 1:
-        name = next(iter(fastest.values())).name
+    if (
+        fastest
+        and not found
+        and len({layout_of(m) for m in measurements if m.kind == "layout"}) > 1
+    ):
+        name = layout_of(next(iter(fastest.values())))
         lines.append(f"{name} is the fastest layout at every T measured: no crossover.")
     floors = floor_at(environment, measurements)
     if fastest and floors:

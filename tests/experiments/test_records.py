@@ -149,6 +149,20 @@ def test_crossover_and_remarks():
     assert "xla_gather error: it broke (T = 4)" in text
 
 
+def test_a_mode_goes_by_the_layout_that_it_took():
+    run = [
+        _measurement("auto", 1, 40.0, config={"layout": "output_major"}),
+        _measurement("invariant", 1, 50.0, config={"layout": "expert_major"}),
+        _measurement("auto", 4, 125.0, config={"layout": "expert_major"}),
+        _measurement("invariant", 4, 120.0, config={"layout": "expert_major"}),
+    ]
+    assert report.crossovers(run) == [report.Crossover(1, 4, "output_major", "expert_major")]
+    text = "\n".join(report.remarks(ENVIRONMENT, run))
+    assert "auto takes output_major at T = 1; expert_major at T = 4." in text
+    assert "invariant takes expert_major at T = 1, 4." in text
+    assert report.crossovers(run[2:]) == []
+
+
 def test_markdown_and_picture(tmp_path):
     text = report.to_markdown(ENVIRONMENT, _run(), ["chain_us"])
     assert "| output_major | 40.0 | 160.0 |" in text
