@@ -39,7 +39,7 @@ def decode_experts(
       the one with the least total time over the measured T, in whichever of its layouts is the
       fastest at this T. Another table, or another device, may have another.
     - "one_launch" is the layout that does all in one kernel, for callers to whom that matters.
-    - a layout's name: the same bits at every T, for a given config.
+    - a layout's name: the same bits at every T, on a GPU with any config.
 
     All of these may take "streamed", whose programs wait for each other on all cores at once. Where
     other kernels could hold cores for as long as they wait for this GPU, name another layout.
