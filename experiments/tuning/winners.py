@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from pallas_kernels.decode_experts.layouts import sum_order
+from pallas_kernels.decode_experts import LAYOUTS
 
 # Times so near are taken for equal: compiled twice, one kernel differs by more. The earlier of the
 # candidates wins then, a layout's default before its other configs.
@@ -38,8 +38,8 @@ def contenders[M: Timed](measured: Sequence[M]) -> list[M]:
 def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     """For each T the one that "invariant" takes: all of one order of sums.
 
-    Of the orders that were measured at every T, the one with the least total; within it, layouts
-    and config fields that set no order of sums are the fastest ones of each T.
+    Of the orders that were measured at every T, the one with the least total; within it, the
+    fastest layout and config of each T.
 
     Args:
       measured: for each T what was measured there.
@@ -62,9 +62,9 @@ def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     )
 
 
-def _of_order[M: Timed](measured: Sequence[M], order: tuple) -> list[M]:
-    return [m for m in measured if sum_order(m.layout, m.config) == order]
+def _of_order[M: Timed](measured: Sequence[M], order: str) -> list[M]:
+    return [m for m in measured if order == LAYOUTS[m.layout].SUM_ORDER]
 
 
-def _orders(measured: Iterable[Timed]) -> list[tuple]:
-    return [sum_order(m.layout, m.config) for m in measured]
+def _orders(measured: Iterable[Timed]) -> list[str]:
+    return [LAYOUTS[m.layout].SUM_ORDER for m in measured]

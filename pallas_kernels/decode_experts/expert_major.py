@@ -63,10 +63,6 @@ _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 # Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
 # the tiles are; streamed's as well.
 SUM_ORDER = "by_expert"
-FREE_FIELDS = (
-    "gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots",
-    "token_tile_factor",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,11 +54,8 @@ CAPABILITIES = (9, 10)  # the copy engine, and no tensor cores
 _ROWS = (16, 32, 64)
 _COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
 
-SUM_ORDER = "by_lane"
 # A row's sums know neither how many rows nor how many columns came with them.
-FREE_FIELDS = (
-    "gate_up_rows", "gate_up_columns", "gate_up_slots", "down_rows", "down_columns", "down_slots",
-)  # fmt: skip
+SUM_ORDER = "by_lane"
 _PIECE = 64  # columns whose products go to sums of their own
 # Beyond so many tokens this layout reads experts so often that no config can make up for it.
 _TUNED_UP_TO = 8

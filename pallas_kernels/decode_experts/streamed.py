@@ -60,7 +60,6 @@ _INTERPRETED_PROGRAMS = 2
 _COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 # As in expert_major: no tile or slot changes a sum.
 SUM_ORDER = "by_expert"
-FREE_FIELDS = ("columns", "slots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 import re
 
+import jax
 import pytest
 
-from pallas_kernels.decode_experts import ExpertMajorConfig
-from tests.pallas_kernels.decode_experts.layout_suite import LayoutSuite
+from pallas_kernels.decode_experts import ExpertMajorConfig, expert_major
+from tests.pallas_kernels.decode_experts.cases import assert_right, assert_same_bits, make_case
+from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
 
 # In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
 _STEPS = re.compile(
@@ -26,6 +28,19 @@ class TestExpertMajor(LayoutSuite):
         assert len(products) == self.launches
         for module in products:
             assert_waits_before_refill(module)
+
+
+def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
+    """Then XLA groups and gathers, and no bit changes."""
+    case = make_case(USUAL, seed)
+    expected = TestExpertMajor().run(case)
+    monkeypatch.setattr(expert_major, "MOST_ASSIGNMENTS", USUAL.T * USUAL.K - 1)
+    monkeypatch.setattr(expert_major, "gather_rows", None)
+    # Traced by this test alone, or the other tests would have to compile anew.
+    monkeypatch.setattr(expert_major, "run", expert_major.run.__wrapped__)
+    out = jax.jit(TestExpertMajor().run)(case)
+    assert_right(out, case)
+    assert_same_bits(out, expected)
 
 
 def assert_waits_before_refill(module: str) -> None:
