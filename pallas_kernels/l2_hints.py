@@ -1,0 +1,90 @@
+"""Copies to shared memory that tell the L2 cache which lines to give up first.
+
+Weights are read once and are many times what L2 holds: as ordinary lines they push out what the
+next launch wants, tokens and hidden, which then go to memory and come back. A hint changes when
+bytes move, never which.
+
+    copy_once   evict_first: for weights        copy_kept   evict_last: for what many programs read
+
+PTX has had the hints since the copy engine, Mosaic GPU has no argument for them. So each copy is
+made under a named scope, which lowering keeps as the operation's location, and Mosaic's rule for
+asynchronous copies is wrapped here by one that adds the hint. A compiler that loses the scope loses
+the hint and nothing else; the lowering tests count them.
+"""
+
+import functools
+
+from jax import named_scope
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import dialect_lowering
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, nvvm
+
+_SCOPE = "l2_"
+_POLICIES = ("evict_first", "evict_last")
+_COPY = mgpu.dialect.AsyncLoadOp.OPERATION_NAME
+
+
+def copy_once(source, destination, arrived) -> None:
+    """plgpu.copy_gmem_to_smem of what nobody reads again for a long time."""
+    with named_scope(_SCOPE + "evict_first"):
+        plgpu.copy_gmem_to_smem(source, destination, arrived)
+
+
+def copy_kept(source, destination, arrived) -> None:
+    """plgpu.copy_gmem_to_smem of a few megabytes at most, which others read soon."""
+    with named_scope(_SCOPE + "evict_last"):
+        plgpu.copy_gmem_to_smem(source, destination, arrived)
+
+
+def _add_hint(copy, policy: str) -> None:
+    """Puts another operation, with the hint, in the place of a lowered copy."""
+    with ir.InsertionPoint(copy), copy.location:
+        hint = llvm.inline_asm(
+            ir.IntegerType.get_signless(64),
+            [],
+            f"createpolicy.fractional.L2::{policy}.b64 $0, 1.0;",
+            "=l",
+        )
+        nvvm.cp_async_bulk_tensor_shared_cluster_global(
+            copy.dstMem,
+            copy.tmaDescriptor,
+            copy.coordinates,
+            copy.mbar,
+            copy.im2colOffsets,
+            multicast_mask=copy.multicastMask,
+            l2_cache_hint=hint,
+            predicate=copy.predicate,
+        )
+    copy.operation.erase()
+
+
+def _hinting(rule):
+    """Mosaic's rule for a copy, followed by the hint that the copy's scope asks for."""
+
+    @functools.wraps(rule)
+    def lower(context, operation):
+        results = rule(context, operation)
+        location = str(operation.location)
+        for policy in _POLICIES:
+            if _SCOPE + policy in location:
+                _add_hint(_last_copy_before(operation), policy)
+        return results
+
+    return lower
+
+
+def _last_copy_before(operation) -> nvvm.CpAsyncBulkTensorGlobalToSharedClusterOp:
+    found = None
+    for other in operation.operation.block:
+        if other.operation == operation.operation:
+            break
+        if isinstance(other.opview, nvvm.CpAsyncBulkTensorGlobalToSharedClusterOp):
+            found = other.opview
+    if found is None:
+        raise NotImplementedError(f"no TMA copy was found for {operation.location}")
+    return found
+
+
+dialect_lowering._lowerings[_COPY] = _hinting(dialect_lowering._lowerings[_COPY])

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.l2_hints import copy_kept, copy_once
+from pallas_kernels.mosaic import interpret_params
+from tests.pallas_kernels.machine import INTERPRET, lower_for_cuda, mosaic_modules
+
+
+def _through_shared_memory(copies, x, interpret=False):
+    """x, each row brought by one of the copies."""
+
+    def kernel(x_gmem, y_gmem, smem, barrier):
+        for row, copy in enumerate(copies):
+            copy(x_gmem.at[row], smem.at[row], barrier)
+        plgpu.barrier_wait(barrier)
+        plgpu.copy_smem_to_gmem(smem, y_gmem)
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(1,),
+        grid_names=("program",),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier(num_arrivals=len(copies))],
+        interpret=interpret_params(interpret),
+    )(x)
+
+
+def test_values_arrive():
+    x = jnp.arange(256, dtype=jnp.float32).reshape(2, 128)
+    y = _through_shared_memory([copy_once, copy_kept], x, INTERPRET)
+    assert jnp.array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("copies", "policies"),
+    [
+        ([plgpu.copy_gmem_to_smem], []),
+        ([copy_once], ["evict_first"]),
+        ([copy_kept, plgpu.copy_gmem_to_smem], ["evict_last"]),
+        ([copy_once, copy_kept, copy_once], ["evict_first", "evict_last", "evict_first"]),
+    ],
+)
+def test_each_copy_has_its_own_hint(copies, policies):
+    x = jax.ShapeDtypeStruct((len(copies), 128), jnp.float32)
+    lowered = lower_for_cuda(lambda x: _through_shared_memory(copies, x), x)
+    [module] = mosaic_modules(lowered)
+    lines = module.splitlines()
+    loads = [line for line in lines if "cp.async.bulk.tensor.shared" in line]
+    assert len(loads) == len(copies)
+    made = [line for line in lines if "createpolicy" in line]
+    assert [
+        policy for line in made for policy in ("evict_first", "evict_last") if policy in line
+    ] == (policies)
+    # Each is the operand of one copy, in the same order.
+    names = [line.split("=")[0].strip() for line in made]
+    users = [load for load in loads if any(f"{name}," in load for name in names)]
+    assert len(users) == len(names)
+    for name, user in zip(names, users, strict=True):
+        assert f"{name}," in user
