@@ -170,6 +170,18 @@ def count_up(count: int, several: int, body: Callable[[Any, Any], Any], carry: A
     return carry
 
 
+def store_rows(smem: Any, gmem: Any, rows: Sequence[Any]) -> None:
+    """Starts to copy row n of `smem` to row rows[n] of `gmem`, except where rows[n] is negative.
+
+    What lanes have stored in `smem` must be committed; plgpu.wait_smem_to_gmem waits for the end.
+    """
+    for n, row in enumerate(rows):
+
+        @pl.when(row >= 0)
+        def _(n=n, row=row):
+            plgpu.copy_smem_to_gmem(smem.at[pl.ds(n, 1)], gmem.at[pl.ds(row, 1)])
+
+
 # 64 elements, in each warp the same.
 _ANY_MULTIPLE_OF_64 = plgpu.Layout.TILED(
     plgpu.Tiling(((64,), (2,))),

@@ -36,12 +36,22 @@ def load_weights(weight_gmem) -> jax.Array:
     return plgpu.load(weight_gmem, layout=_TOKENS, optimized=False)
 
 
+def spread_weights(weights: list[jax.Array]) -> jax.Array:
+    """[N] as load_weights gives them, from N scalars."""
+    shape = (len(weights),)
+    columns = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TOKENS)
+    spread = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _TOKENS)
+    for column, weight in enumerate(weights):
+        spread = jnp.where(columns == column, weight, spread)
+    return spread
+
+
 def hidden(product: jax.Array, weights: jax.Array, exchange) -> tuple[jax.Array, jax.Array]:
     """Weight * silu(gate) * up as hi + lo, 16 bits of mantissa between them: two [N, NEURONS] bf16.
 
     Args:
       product: [ROWS, N] float32.
-      weights: [N], see load_weights.
+      weights: [N], see load_weights and spread_weights.
       exchange: see exchange_type.
     """
     store_transposed(exchange, product)

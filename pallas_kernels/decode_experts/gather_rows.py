@@ -7,7 +7,8 @@ XLA takes six kernels for the same, the Grouping being most of them. No program 
 so this also runs where a barrier of the whole grid would not.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.decode_experts import gated
 from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
+from pallas_kernels.decode_experts.token_tiles import Tile
 
 # Each program looks at all ids, one after the other. Measured up to so many (128 tokens, K = 8);
 # beyond, XLA's kernels for each step of the grouping do it.
@@ -25,31 +28,60 @@ MOST_ASSIGNMENTS = 1024
 _INTERPRETED_PROGRAMS = 2
 
 
-class Gathered(NamedTuple):
-    """Rows of x in tiles of N, P rows in all. A row without an owner may hold anything.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """TokenTiles whose rows of x lie side by side, P of them; one nobody owns may hold anything.
 
     Attributes:
       rows: [P, H] bf16, a token's x for each of its assignments.
       weight_of: [P] float32, the routing weight of each row.
       row_of: [T, K] int32, the row of assignment (t, k); -1 where it is padding.
-      expert_of: [P / N] int32 or longer, the expert of each tile; -1 where it is unused.
+      table: [2 * P / N] int32, of each tile its expert, -1 where it is unused, and how many of its
+        rows, the first ones, have an owner.
+      N: rows of a tile.
     """
 
     rows: jax.Array
     weight_of: jax.Array
     row_of: jax.Array
-    expert_of: jax.Array
+    table: jax.Array
+    N: int
+
+    @property
+    def count(self) -> int:
+        return self.rows.shape[0] // self.N
+
+    @property
+    def num_outputs(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.table, self.weight_of, self.rows
+
+    def find(self, table: Any, index: jax.Array) -> Tile:
+        expert, owned = table[2 * index], table[2 * index + 1]
+        first = index * self.N
+        rows = [jnp.where(column < owned, first + column, -1) for column in range(self.N)]
+        return Tile(expert, first, rows)
+
+    def load_weights(self, weights: Any, tile: Tile) -> jax.Array:
+        return gated.load_weights(weights.at[pl.ds(tile.first_row, self.N)])
 
 
 def gather_grouped(x: jax.Array, grouping: Grouping) -> Gathered:
     """The same by XLA, for any number of tokens, from a Grouping."""
+    N = grouping.token_tile
+    experts = grouping.expert_of.reshape(-1, N)
+    owned = jnp.sum(experts >= 0, axis=1, dtype=jnp.int32)
     return Gathered(
         # A row that nobody owns gets some token's values: the columns of a product do not mix, and
         # nothing reads that column.
         rows=x[jnp.maximum(grouping.token_of, 0)],
         weight_of=grouping.weight_of,
         row_of=grouping.row_of,
-        expert_of=grouping.expert_of[:: grouping.token_tile],
+        table=jnp.stack([experts[:, 0], owned], axis=1).reshape(-1),
+        N=N,
     )
 
 
@@ -70,24 +102,24 @@ def gather_rows(
     num_programs = _INTERPRETED_PROGRAMS if interpret else programs
 
     def kernel(
-        ids_gmem, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem, expert_gmem, tables
+        ids_gmem, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem, table_gmem, tables
     ):  # fmt: skip
         program = lax.axis_index("program")
         finish = tiles.gather(
             tables, program, num_programs, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem
         )
         tiles.find(ids_gmem, tables)
-        pl.when(program == 0)(lambda: tiles.store_experts(tables, expert_gmem))
+        tiles.store_table(tables, program, num_programs, table_gmem)
         finish()
 
     struct = jax.ShapeDtypeStruct
-    rows, weight_of, row_of, expert_of = plgpu.kernel(
+    rows, weight_of, row_of, table = plgpu.kernel(
         kernel,
         out_type=(
             struct((tiles.rows, x.shape[1]), jnp.bfloat16),
             struct((tiles.rows,), jnp.float32),
             struct((T * K,), jnp.int32),
-            struct(tiles.scratch_types()["expert_of"].shape, jnp.int32),
+            struct((2 * tiles.most,), jnp.int32),
         ),
         grid=(num_programs,),
         grid_names=("program",),
@@ -95,4 +127,6 @@ def gather_rows(
         kernel_name="gather_rows",
         interpret=mosaic.interpret_params(interpret),
     )(pad_ids(expert_ids), x, expert_weights.reshape(T * K))
-    return Gathered(rows, weight_of, row_of.reshape(T, K), expert_of)
+    return Gathered(
+        rows=rows, weight_of=weight_of, row_of=row_of.reshape(T, K), table=table, N=tiles.N
+    )

@@ -38,26 +38,29 @@ class Grouping:
     token_tile: int = dataclasses.field(metadata={"static": True})
 
 
+LEAST_TOKEN_TILE = 8
 LARGEST_TOKEN_TILE = 64
 
 
 def check_token_tile(token_tile: int) -> None:
     """Raises a ValueError unless the tensor cores take as many columns."""
-    if not isinstance(token_tile, int) or token_tile not in range(8, LARGEST_TOKEN_TILE + 1, 8):
+    tiles = range(LEAST_TOKEN_TILE, LARGEST_TOKEN_TILE + 1, LEAST_TOKEN_TILE)
+    if not isinstance(token_tile, int) or token_tile not in tiles:
         raise ValueError(
-            f"token_tile is {token_tile}; expected a multiple of 8 from 8 to {LARGEST_TOKEN_TILE}"
+            f"token_tile is {token_tile}; expected a multiple of {LEAST_TOKEN_TILE} from "
+            f"{LEAST_TOKEN_TILE} to {LARGEST_TOKEN_TILE}"
         )
 
 
 def fitting_token_tile(T: int, K: int, E: int) -> int:
-    """The smallest of 8, 16, 32 and 64 rows that holds an expert's mean number of tokens.
+    """The smallest of 8, 16, 32 and 64 rows that is more than an expert's mean number of tokens.
 
     Fewer rows and a popular expert's weights are read again for its further tiles; more, and tiles
-    are padded. Measured at T = 128, 256 and 512, and the fastest of the four at 128 and 512, within
-    1% of it at 256 (H100, Qwen3-30B-A3B's layer, uniform routing: results/designs/token_tile.md).
+    are padded. Measured at T = 96, 128 and 256, and the fastest there (H100, Qwen3-30B-A3B's layer,
+    uniform routing: results/designs/token_tile.md).
     """
     tiles = (8, 16, 32, LARGEST_TOKEN_TILE)
-    return next((tile for tile in tiles if tile * E >= T * K), LARGEST_TOKEN_TILE)
+    return next((tile for tile in tiles if tile * E > T * K), LARGEST_TOKEN_TILE)
 
 
 def tile_capacity(T: int, K: int, E: int, token_tile: int) -> int:

@@ -118,11 +118,8 @@ def _slots(config: Config, tiles: Tiles) -> int:
 
 
 def _tiles(T: int, shapes: ExpertShapes) -> Tiles:
-    """The tiles of T tokens, with as many columns as twice an expert's mean: they change no sum.
-
-    So few experts have a second tile that their weights are read from L2 again hardly ever.
-    """
-    N = min(32, fitting_token_tile(2 * T, shapes.K, shapes.E))
+    """The tiles of T tokens, of 32 columns at most: they change no sum."""
+    N = min(32, fitting_token_tile(T, shapes.K, shapes.E))
     return Tiles(T=T, K=shapes.K, E=shapes.E, N=N)
 
 

@@ -13,7 +13,8 @@ from pallas_kernels.decode_experts.gated import NEURONS, ROWS
 from pallas_kernels.decode_experts.streamed_shares import Share
 from pallas_kernels.decode_experts.tiles import Tiles, Unit
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
-from pallas_kernels.mosaic import drain_ring
+from pallas_kernels.l2_hints import copy_kept, copy_once
+from pallas_kernels.mosaic import drain_ring, store_rows
 
 # Of a ring whose copies know by themselves where it ends.
 NO_END = 1 << 30
@@ -141,7 +142,7 @@ def copy_rows(work: Work, refs: Refs, unit: Unit, step, slot) -> None:
     """Starts the copy of the same step's other operand."""
     at = pl.ds(unit.tile * work.N, work.N), pl.ds(step * work.columns, work.columns)
     to = refs.tokens.at[slot, pl.ds(0, work.N)]
-    plgpu.copy_gmem_to_smem(refs.rows.at[at], to, refs.ring_arrived.at[slot])
+    copy_kept(refs.rows.at[at], to, refs.ring_arrived.at[slot])
 
 
 def copy_down(work: Work, refs: Refs, item: Unit, step, slot) -> None:
@@ -154,11 +155,11 @@ def copy_down(work: Work, refs: Refs, item: Unit, step, slot) -> None:
 def copy_hidden(work: Work, refs: Refs, item: Unit, step, slot) -> None:
     """Starts the copy of the same step's other operand."""
     at = pl.ds(item.tile * (2 * work.N), 2 * work.N), pl.ds(step * work.columns, work.columns)
-    plgpu.copy_gmem_to_smem(refs.hidden.at[at], refs.tokens.at[slot], refs.ring_arrived.at[slot])
+    copy_kept(refs.hidden.at[at], refs.tokens.at[slot], refs.ring_arrived.at[slot])
 
 
 def _copy_half(work: Work, refs: Refs, weights, row, step, slot, half: int) -> None:
-    plgpu.copy_gmem_to_smem(
+    copy_once(
         weights.at[pl.ds(row, NEURONS), pl.ds(step * work.columns, work.columns)],
         refs.ring.at[slot, pl.ds(half * NEURONS, NEURONS)],
         refs.ring_arrived.at[slot],
@@ -232,8 +233,8 @@ def down_phase(work: Work, refs: Refs, items: Share, first_step, copy) -> None:
 
         hi_lo = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * work.N), jnp.float32))
         gated.store_transposed(refs.products, hi_lo[:, : work.N] + hi_lo[:, work.N :])
-        at = pl.ds(item.tile * work.N, work.N), pl.ds(item.block * ROWS, ROWS)
-        plgpu.copy_smem_to_gmem(refs.products, refs.outputs.at[at])
+        rows = [jnp.where(n < item.owned, item.tile * work.N + n, -1) for n in range(work.N)]
+        store_rows(refs.products, refs.outputs.at[:, pl.ds(item.block * ROWS, ROWS)], rows)
 
     items.for_each(one_item)
     plgpu.wait_smem_to_gmem(0)

@@ -32,7 +32,7 @@ _NOT_YET_KNOWN = 1 << 20
 def scratch_types() -> dict[str, Any]:
     """The shared memory in which a program keeps its next units, by phase."""
     return {
-        "known": plgpu.SMEM((PHASES, _KNOWN, 3), jnp.int32),
+        "known": plgpu.SMEM((PHASES, _KNOWN, len(Unit._fields)), jnp.int32),
         "count": plgpu.SMEM((PHASES,), jnp.int32),
         "numbers": plgpu.SMEM((PHASES * _KNOWN,), jnp.int32),
     }
@@ -81,7 +81,7 @@ class Share:
         """The index-th one, which has been learned."""
         known = self.scratch["known"]
         index &= _KNOWN - 1
-        return Unit(*(known[self.phase, index, field] for field in range(3)))
+        return Unit(*(known[self.phase, index, field] for field in range(len(Unit._fields))))
 
     def learn(self, index) -> None:
         """Finds out about the index-th unit, or that there is none."""

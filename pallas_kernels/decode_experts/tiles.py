@@ -54,11 +54,12 @@ def _lanes(length: int) -> jax.Array:
 
 
 class Unit(NamedTuple):
-    """A tile's block of rows of weights."""
+    """A tile's block of rows of weights, and how many of the tile's columns have an owner."""
 
     expert: jax.Array
     tile: jax.Array
     block: jax.Array
+    owned: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,11 +138,25 @@ class Tiles:
         scratch["expert_of"][...] = expert_of
         return num_tiles
 
-    def store_experts(self, scratch, expert_of) -> None:
-        """Writes the expert of each tile, -1 for those that nobody fills."""
-        layout = _one_a_lane(expert_of.shape[0])
-        found = plgpu.load(scratch["expert_of"], layout=layout)
-        expert_of[...] = jnp.where(found < self.E, found, -1)
+    def store_table(self, scratch, program, num_programs: int, table) -> None:
+        """Writes Gathered's table, this program's share of the tiles."""
+
+        def store(index, _):
+            tile = program + index * num_programs
+
+            @pl.when(tile < self.most)
+            def _():
+                found = scratch["expert_of"][tile]
+                expert = jnp.minimum(found, self.E - 1)
+                table[2 * tile] = jnp.where(found < self.E, found, -1)
+                table[2 * tile + 1] = self.owned(scratch, expert, tile)
+
+        lax.fori_loop(0, -(-self.most // num_programs), store, None)
+
+    def owned(self, scratch, expert, tile) -> jax.Array:
+        """How many columns of an expert's tile have an owner."""
+        before = (tile - scratch["first_of"][expert]) * self.N
+        return jnp.minimum(scratch["count_of"][expert] - before, self.N)
 
     def unit(self, scratch, index, blocks: int) -> Unit:
         """The index-th unit, where each tile has so many blocks."""
@@ -150,7 +165,8 @@ class Tiles:
         tiles = scratch["tiles_of"][expert]
         index -= first * blocks
         block = lax.div(index, tiles)
-        return Unit(expert, first + index - block * tiles, block)
+        tile = first + index - block * tiles
+        return Unit(expert, tile, block, self.owned(scratch, expert, tile))
 
     def gather(
         self, scratch, program, num_programs: int, x, weights, rows, weight_of, row_of

@@ -26,10 +26,14 @@ def test_the_same_as_by_a_grouping(T, K, E, N, seed):
     grouping = group(ids, weights, E, token_tile=N)
     expected = gather_grouped(x, grouping)
 
-    tiles = len(expected.expert_of)
-    np.testing.assert_array_equal(found.expert_of[:tiles], expected.expert_of)
+    assert found.N == expected.N == N and found.count == expected.count
+    found_tiles, tiles = (np.reshape(part.table, (-1, 2)) for part in (found, expected))
+    used = tiles[:, 0] >= 0
+    np.testing.assert_array_equal(found_tiles[used], tiles[used])
+    np.testing.assert_array_equal(found_tiles[~used, 0], -1)
     np.testing.assert_array_equal(found.row_of, expected.row_of)
     owned = np.asarray(grouping.token_of) >= 0
+    np.testing.assert_array_equal(tiles[:, 1], owned.reshape(-1, N).sum(axis=1))
     assert owned.sum() == ((ids >= 0) & (ids < E)).sum()
     for field in ("rows", "weight_of"):
         np.testing.assert_array_equal(

@@ -16,7 +16,7 @@ from pallas_kernels.decode_experts import (
     group,
     streamed,
 )
-from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
+from pallas_kernels.decode_experts.tiles import Tiles, Unit, pad_ids
 from pallas_kernels.mosaic import interpret_params
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
@@ -131,7 +131,7 @@ def test_calls_that_do_not_depend_on_each_other(seed):
 
 
 def _find(tiles: Tiles, ids: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
-    """What every program finds: the number of tiles, and (expert, tile, block) of each unit."""
+    """What every program finds: the number of tiles, and the fields of each unit."""
 
     def kernel(ids_gmem, count_gmem, units_gmem, **scratch):
         count_gmem[0] = tiles.find(ids_gmem, scratch)
@@ -146,7 +146,7 @@ def _find(tiles: Tiles, ids: jax.Array, blocks: int) -> tuple[jax.Array, jax.Arr
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((1,), jnp.int32),
-            jax.ShapeDtypeStruct((tiles.most * blocks, 3), jnp.int32),
+            jax.ShapeDtypeStruct((tiles.most * blocks, len(Unit._fields)), jnp.int32),
         ),
         grid=(1,),
         grid_names=("program",),
@@ -165,13 +165,14 @@ def test_tiles_are_those_of_a_grouping(T, K, E, N, seed):
     [count], units = jax.device_get(find(pad_ids(jnp.asarray(ids))))
 
     grouping = group(jnp.asarray(ids), jnp.ones((T, K)), E, token_tile=N)
-    experts = np.asarray(grouping.expert_of)[::N]
-    experts = experts[experts >= 0]
+    experts_of_rows = np.asarray(grouping.expert_of).reshape(-1, N)
+    owned = (experts_of_rows >= 0).sum(axis=1)
+    experts = experts_of_rows[owned > 0, 0]
     assert count == len(experts)
     expected = [
-        (expert, tile, block)
+        (expert, tile, block, owned[tile])
         for expert in np.unique(experts)
         for block in range(blocks)
         for tile in np.flatnonzero(experts == expert)
     ]
-    np.testing.assert_array_equal(units[: count * blocks], np.reshape(expected, (-1, 3)))
+    np.testing.assert_array_equal(units[: count * blocks], np.reshape(expected, (-1, 4)))
