@@ -6,8 +6,9 @@
     down      program (tile, R neurons)    outputs[p] = down_e hidden[c]    column c is row p's
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]       (XLA)
 
-An expert's weights are read once for each of its tiles: once, unless more than N tokens chose it.
-Programs on one expert's tiles are neighbours, so that further reads may hit L2.
+What one program of gate/up or down does is in expert_major_programs.py. An expert's weights are
+read once for each of its tiles: once, unless more than N tokens chose it. Programs on one expert's
+tiles are neighbours, so that further reads may hit L2.
 
 A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
 ("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed. A
@@ -24,10 +25,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts import gated
 from pallas_kernels.decode_experts.batch_tiles import BatchTiles
 from pallas_kernels.decode_experts.configs import (
     check_slots,
@@ -35,7 +34,14 @@ from pallas_kernels.decode_experts.configs import (
     largest_divisor,
     valid_configs,
 )
-from pallas_kernels.decode_experts.gated import NEURONS, OPERAND, ROWS, exchange_type
+from pallas_kernels.decode_experts.expert_major_programs import (
+    COLUMNS,
+    Down,
+    GateUp,
+    fit_ring,
+    slot_bytes,
+)
+from pallas_kernels.decode_experts.gated import ROWS
 from pallas_kernels.decode_experts.gather_rows import (
     MOST_ASSIGNMENTS,
     gather_grouped,
@@ -50,19 +56,12 @@ from pallas_kernels.decode_experts.grouping import (
 )
 from pallas_kernels.decode_experts.tiles import Tiles
 from pallas_kernels.decode_experts.token_tiles import TokenTiles
-from pallas_kernels.decode_experts.weights import (
-    ExpertShapes,
-    ExpertWeights,
-    down_rows,
-    gate_and_up_rows,
-)
-from pallas_kernels.l2_hints import copy_kept, copy_once
-from pallas_kernels.mosaic import SHARED_MEMORY_BYTES, interpret_params, store_rows, tma_ring
+from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+from pallas_kernels.mosaic import interpret_params
 
 CAPABILITIES = (9,)  # wgmma
 
 _TILES = (64, 128)
-_COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
 # Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
 # the tiles are; streamed's as well.
@@ -96,7 +95,7 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
     """The heuristic: slots of 32 KB of weights, few enough that two programs share an SM."""
     del T
     return Config(
-        gate_up_columns=largest_divisor(shapes.H, _COLUMNS),
+        gate_up_columns=largest_divisor(shapes.H, COLUMNS),
         down_rows=largest_divisor(shapes.H, _TILES),
         down_columns=largest_divisor(shapes.I, _TILES),
     )
@@ -122,11 +121,11 @@ def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
 def check_config(config: Config, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_tile("gate_up_columns", c.gate_up_columns, _COLUMNS, "H", H)
+    check_tile("gate_up_columns", c.gate_up_columns, COLUMNS, "H", H)
     check_tile("down_rows", c.down_rows, _TILES, "H", H)
-    check_tile("down_columns", c.down_columns, _COLUMNS, "I", I)
-    gate_up_slot = _slot_bytes(c.gate_up_columns, ROWS + LEAST_TOKEN_TILE)
-    down_slot = _slot_bytes(c.down_columns, c.down_rows + 2 * LEAST_TOKEN_TILE)
+    check_tile("down_columns", c.down_columns, COLUMNS, "I", I)
+    gate_up_slot = slot_bytes(c.gate_up_columns, ROWS + LEAST_TOKEN_TILE)
+    down_slot = slot_bytes(c.down_columns, c.down_rows + 2 * LEAST_TOKEN_TILE)
     check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=2)
     check_slots("down_slots", c.down_slots, down_slot, least=2)
     tiles = range(0, LARGEST_TOKEN_TILE + 1, LEAST_TOKEN_TILE)
@@ -135,14 +134,6 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
             f"config.token_tile is {c.token_tile!r}; expected 0 or a multiple of "
             f"{LEAST_TOKEN_TILE} up to {LARGEST_TOKEN_TILE}"
         )
-
-
-def tile_program(program, num_blocks: int):
-    """Which work a program of either launch does: (tile of tokens, block of weight rows).
-
-    Plain integer arithmetic, for Python ints, numpy arrays and traced scalars alike.
-    """
-    return program // num_blocks, program % num_blocks
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -160,9 +151,19 @@ def run(
     """Runs all launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
     tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret, grouping)
-    hidden = _gate_up(tiles, weights.gate_up.reshape(E * 2 * I, H), I, config, interpret)
-    outputs = _down(tiles, hidden, weights.down.reshape(E * H, I), H, config, interpret)
+    gate_up, down = _products(tiles, H, I, config)
+    stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
+    hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
+    outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)
     return combine(outputs, tiles.row_of).astype(out_dtype)
+
+
+def _products(tiles: TokenTiles, H: int, I: int, config: Config) -> tuple[GateUp, Down]:
+    R, N = config.down_rows, tiles.N
+    columns, slots = fit_ring(config.gate_up_columns, config.gate_up_slots, ROWS + N)
+    gate_up = GateUp(tiles=tiles, H=H, I=I, columns=columns, slots=slots)
+    columns, slots = fit_ring(config.down_columns, config.down_slots, R + 2 * N)
+    return gate_up, Down(tiles=tiles, H=H, I=I, R=R, columns=columns, slots=slots)
 
 
 def _tiles(
@@ -181,155 +182,21 @@ def _tiles(
     return gather_grouped(x, grouping)
 
 
-def _gate_up(tiles: TokenTiles, gate_up, I: int, config: Config, interpret) -> jax.Array:
-    """silu(gate_e x) * up_e x * weight of each tile's columns: [tiles * 2N, I] bf16.
+def _launch(product: GateUp | Down, name: str, operands, interpret) -> jax.Array:
+    """All programs of a product; returns what they write."""
 
-    Tile by tile N rows of hi and N of lo.
-    """
-    N, H = tiles.N, gate_up.shape[1]
-    columns, slots = _ring(config.gate_up_columns, config.gate_up_slots, ROWS + N)
+    def kernel(*refs):
+        product.run(lax.axis_index("program"), *refs)
 
-    def kernel(
-        table_gmem, weight_gmem, x_gmem, gate_up_gmem, hidden_gmem, shared, barrier
-    ):  # fmt: skip
-        (weights_smem, x_smem), (exchange_smem, hidden_smem) = shared
-        index, block = tile_program(lax.axis_index("program"), I // NEURONS)
-        tile = tiles.find(table_gmem, index)
-
-        def multiply(acc):
-            gate_row, up_row = gate_and_up_rows(tile.expert, block, NEURONS, I)
-
-            def copy(step, slot, arrived):
-                at = pl.ds(step * columns, columns)
-                for half, row in enumerate((gate_row, up_row)):
-                    part = weights_smem.at[slot, pl.ds(half * NEURONS, NEURONS)]
-                    copy_once(gate_up_gmem.at[pl.ds(row, NEURONS), at], part, arrived)
-                copy_kept(x_gmem.at[pl.ds(tile.first_row, N), at], x_smem.at[slot], arrived)
-
-            def consume(_, slot, carry):
-                plgpu.wgmma(acc, weights_smem.at[slot], x_smem.at[slot].transpose((1, 0)))
-                return carry
-
-            tma_ring(
-                H // columns,
-                slots,
-                barrier=barrier,
-                copy=copy,
-                consume=consume,
-                init=(),
-                wgmmas_in_flight=1,
-            )
-            weights = tiles.load_weights(weight_gmem, tile)
-            hi_lo = gated.hidden(acc[...], weights, exchange_smem)
-            for half, values in enumerate(hi_lo):
-                hidden_smem[pl.ds(half * N, N), pl.ds(0, NEURONS)] = values
-            plgpu.commit_smem()
-            rows = [
-                jnp.where(row >= 0, index * (2 * N) + half * N + column, -1)
-                for half in range(2)
-                for column, row in enumerate(tile.output_rows)
-            ]
-            neurons = pl.ds(block * NEURONS, NEURONS)
-            store_rows(hidden_smem.at[:, pl.ds(0, NEURONS)], hidden_gmem.at[:, neurons], rows)
-            plgpu.wait_smem_to_gmem(0)
-
-        accumulator = plgpu.ACC((ROWS, N), jnp.float32)
-        pl.when(tile.expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
-
-    ring = [_operand(slots, ROWS, columns), _operand(slots, N, columns)]
-    # A row begins at a multiple of 128 bytes, as the copy engine wants it.
-    after_the_ring = [exchange_type(N), plgpu.SMEM((2 * N, 2 * NEURONS), jnp.bfloat16)]
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tiles.count * 2 * N, I), jnp.bfloat16),
-        grid=(tiles.count * (I // NEURONS),),
+        out_type=product.out_type,
+        grid=(product.programs,),
         grid_names=("program",),
-        scratch_types=[
-            plgpu.RefUnion(ring, after_the_ring),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
-        ],
-        kernel_name="expert_major_gate_up",
+        scratch_types=[plgpu.RefUnion(*product.shared_types()), product.arrived_type()],
+        kernel_name=f"expert_major_{name}",
         interpret=interpret_params(interpret),
-    )(*tiles.operands, gate_up)
-
-
-def _down(tiles: TokenTiles, hidden, down, H: int, config: Config, interpret) -> jax.Array:
-    """Row p = down_e (hi + lo), of the column that row p is: [num_outputs, H] float32.
-
-    The rows of no column stay unwritten; combine does not read them.
-    """
-    N, I = tiles.N, hidden.shape[1]
-    R = config.down_rows
-    columns, slots = _ring(config.down_columns, config.down_slots, R + 2 * N)
-
-    def kernel(table_gmem, hidden_gmem, down_gmem, outputs_gmem, shared, barrier):
-        (down_smem, hidden_smem), outputs_smem = shared
-        index, block = tile_program(lax.axis_index("program"), H // R)
-        tile = tiles.find(table_gmem, index)
-
-        def multiply(acc):
-            weight_rows = pl.ds(down_rows(tile.expert, block, R, H), R)
-            hidden_rows = pl.ds(index * (2 * N), 2 * N)
-
-            def copy(step, slot, arrived):
-                at = pl.ds(step * columns, columns)
-                copy_once(down_gmem.at[weight_rows, at], down_smem.at[slot], arrived)
-                copy_kept(hidden_gmem.at[hidden_rows, at], hidden_smem.at[slot], arrived)
-
-            def consume(_, slot, carry):
-                plgpu.wgmma(acc, down_smem.at[slot], hidden_smem.at[slot].transpose((1, 0)))
-                return carry
-
-            tma_ring(
-                I // columns,
-                slots,
-                barrier=barrier,
-                copy=copy,
-                consume=consume,
-                init=(),
-                wgmmas_in_flight=1,
-            )
-            products = acc[...]  # [R, 2N]
-            gated.store_transposed(outputs_smem, products[:, :N] + products[:, N:])
-            store_rows(outputs_smem, outputs_gmem.at[:, pl.ds(block * R, R)], tile.output_rows)
-            plgpu.wait_smem_to_gmem(0)
-
-        accumulator = plgpu.ACC((R, 2 * N), jnp.float32)
-        pl.when(tile.expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
-
-    ring = [_operand(slots, R, columns), _operand(slots, 2 * N, columns)]
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((tiles.num_outputs, H), jnp.float32),
-        grid=(tiles.count * (H // R),),
-        grid_names=("program",),
-        scratch_types=[
-            plgpu.RefUnion(ring, plgpu.SMEM((N, R), jnp.float32)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        ],
-        kernel_name="expert_major_down",
-        interpret=interpret_params(interpret),
-    )(tiles.operands[0], hidden, down)
-
-
-def _operand(*shape: int):
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=OPERAND)
-
-
-def _ring(columns: int, slots: int, rows: int) -> tuple[int, int]:
-    """Columns and slots of a ring of so many rows, cut so that two programs fit on a core.
-
-    One program's loads go on while the other one stores its results: worth more than a long ring.
-    """
-    room = SHARED_MEMORY_BYTES // 2
-    while columns > min(_COLUMNS) and 2 * _slot_bytes(columns, rows) > room:
-        columns //= 2
-    return columns, max(2, min(slots, room // _slot_bytes(columns, rows)))
-
-
-def _slot_bytes(columns: int, rows: int) -> int:
-    """Of both operands, in bf16."""
-    return 2 * columns * rows
+    )(*operands)
 
 
 def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
