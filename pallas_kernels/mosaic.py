@@ -170,16 +170,12 @@ def count_up(count: int, several: int, body: Callable[[Any, Any], Any], carry: A
     return carry
 
 
-def store_rows(smem: Any, gmem: Any, rows: Sequence[Any]) -> None:
-    """Starts to copy row n of `smem` to row rows[n] of `gmem`, except where rows[n] is negative.
+def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
+    """Starts to copy a row of shared memory to a row of global memory.
 
     What lanes have stored in `smem` must be committed; plgpu.wait_smem_to_gmem waits for the end.
     """
-    for n, row in enumerate(rows):
-
-        @pl.when(row >= 0)
-        def _(n=n, row=row):
-            plgpu.copy_smem_to_gmem(smem.at[pl.ds(n, 1)], gmem.at[pl.ds(row, 1)])
+    plgpu.copy_smem_to_gmem(smem.at[pl.ds(smem_row, 1)], gmem.at[pl.ds(gmem_row, 1)])
 
 
 # 64 elements, in each warp the same.

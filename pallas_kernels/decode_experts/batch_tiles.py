@@ -10,11 +10,14 @@ The programs of the others have nothing to do, and find that out from the ids al
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_experts import gated
 from pallas_kernels.decode_experts.token_tiles import Tile
@@ -94,8 +97,12 @@ class BatchTiles:
             # A number that is known only as the kernel runs: columns from T on are then outside of
             # x, where the copy engine reads zeros, and no error of the compiler's.
             first_row=index * 0,
-            output_rows=[*chosen_by, *[none] * (self.N - T)],
+            owners=chosen_by,
         )
 
+    def for_each_owned(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
+        for column, row in enumerate(tile.owners):
+            pl.when(row >= 0)(functools.partial(do, column, row))
+
     def load_weights(self, weights: Any, tile: Tile) -> jax.Array:
-        return gated.spread_weights([weights[jnp.maximum(row, 0)] for row in tile.output_rows])
+        return gated.spread_weights([weights[jnp.maximum(row, 0)] for row in tile.owners], self.N)

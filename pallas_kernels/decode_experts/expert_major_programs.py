@@ -13,7 +13,7 @@ from pallas_kernels.decode_experts.gated import NEURONS, OPERAND, ROWS, exchange
 from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.l2_hints import copy_kept, copy_once
-from pallas_kernels.mosaic import SHARED_MEMORY_BYTES, store_rows, tma_ring
+from pallas_kernels.mosaic import SHARED_MEMORY_BYTES, store_row, tma_ring
 
 COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
@@ -119,13 +119,14 @@ class GateUp:
             for half, values in enumerate(hi_lo):
                 hidden_smem[pl.ds(half * N, N), pl.ds(0, NEURONS)] = values
             plgpu.commit_smem()
-            rows = [
-                jnp.where(row >= 0, index * (2 * N) + half * N + column, -1)
-                for half in range(2)
-                for column, row in enumerate(tile.output_rows)
-            ]
             neurons = pl.ds(block * NEURONS, NEURONS)
-            store_rows(hidden_smem.at[:, pl.ds(0, NEURONS)], hidden.at[:, neurons], rows)
+
+            def store(column, _):
+                for row in (column, N + column):
+                    part = hidden_smem.at[:, pl.ds(0, NEURONS)]
+                    store_row(part, row, hidden.at[:, neurons], index * (2 * N) + row)
+
+            self.tiles.for_each_owned(tile, store)
             plgpu.wait_smem_to_gmem(0)
 
         accumulator = plgpu.ACC((ROWS, N), jnp.float32)
@@ -200,8 +201,12 @@ class Down:
             )
             products = acc[...]  # [R, 2N]
             gated.store_transposed(outputs_smem, products[:, :N] + products[:, N:])
-            rows = outputs.at[:, pl.ds(block * self.R, self.R)]
-            store_rows(outputs_smem, rows, tile.output_rows)
+            neurons = pl.ds(block * self.R, self.R)
+
+            def store(column, row):
+                store_row(outputs_smem, column, outputs.at[:, neurons], row)
+
+            self.tiles.for_each_owned(tile, store)
             plgpu.wait_smem_to_gmem(0)
 
         accumulator = plgpu.ACC((self.R, 2 * N), jnp.float32)

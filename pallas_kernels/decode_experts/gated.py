@@ -36,11 +36,10 @@ def load_weights(weight_gmem) -> jax.Array:
     return plgpu.load(weight_gmem, layout=_TOKENS, optimized=False)
 
 
-def spread_weights(weights: list[jax.Array]) -> jax.Array:
-    """[N] as load_weights gives them, from N scalars."""
-    shape = (len(weights),)
-    columns = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TOKENS)
-    spread = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _TOKENS)
+def spread_weights(weights: list[jax.Array], N: int) -> jax.Array:
+    """[N] as load_weights gives them, from up to N scalars; zeros behind them."""
+    columns = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=_TOKENS)
+    spread = plgpu.layout_cast(jnp.zeros((N,), jnp.float32), _TOKENS)
     for column, weight in enumerate(weights):
         spread = jnp.where(columns == column, weight, spread)
     return spread

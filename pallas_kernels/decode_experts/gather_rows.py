@@ -8,6 +8,7 @@ so this also runs where a barrier of the whole grid would not.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -61,9 +62,10 @@ class Gathered:
 
     def find(self, table: Any, index: jax.Array) -> Tile:
         expert, owned = table[2 * index], table[2 * index + 1]
-        first = index * self.N
-        rows = [jnp.where(column < owned, first + column, -1) for column in range(self.N)]
-        return Tile(expert, first, rows)
+        return Tile(expert, first_row=index * self.N, owners=owned)
+
+    def for_each_owned(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
+        lax.fori_loop(0, tile.owners, lambda column, _: do(column, tile.first_row + column), None)
 
     def load_weights(self, weights: Any, tile: Tile) -> jax.Array:
         return gated.load_weights(weights.at[pl.ds(tile.first_row, self.N)])

@@ -14,7 +14,7 @@ from pallas_kernels.decode_experts.streamed_shares import Share
 from pallas_kernels.decode_experts.tiles import Tiles, Unit
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.l2_hints import copy_kept, copy_once
-from pallas_kernels.mosaic import drain_ring, store_rows
+from pallas_kernels.mosaic import drain_ring, store_row
 
 # Of a ring whose copies know by themselves where it ends.
 NO_END = 1 << 30
@@ -233,8 +233,13 @@ def down_phase(work: Work, refs: Refs, items: Share, first_step, copy) -> None:
 
         hi_lo = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * work.N), jnp.float32))
         gated.store_transposed(refs.products, hi_lo[:, : work.N] + hi_lo[:, work.N :])
-        rows = [jnp.where(n < item.owned, item.tile * work.N + n, -1) for n in range(work.N)]
-        store_rows(refs.products, refs.outputs.at[:, pl.ds(item.block * ROWS, ROWS)], rows)
+        outputs = refs.outputs.at[:, pl.ds(item.block * ROWS, ROWS)]
+        first = item.tile * work.N
+
+        def store(column, _):
+            store_row(refs.products, column, outputs, first + column)
+
+        lax.fori_loop(0, item.owned, store, None)
 
     items.for_each(one_item)
     plgpu.wait_smem_to_gmem(0)

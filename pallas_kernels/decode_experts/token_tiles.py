@@ -6,6 +6,7 @@ Two kinds of tiles answer, N columns with one expert each:
     batch      all tokens, for every expert: at most 8, and nothing is gathered  (batch_tiles.py)
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,12 +18,12 @@ class Tile(NamedTuple):
     Attributes:
       expert: its expert; -1 for a tile that is not used, or not this program's business.
       first_row: of its N rows in the x operand; a multiple of 8.
-      output_rows: each column's row of outputs, -1 for a column that is nobody's.
+      owners: whose columns they are, as the tiles that found it want to know it.
     """
 
     expert: jax.Array
     first_row: jax.Array
-    output_rows: list[jax.Array]
+    owners: Any
 
 
 class TokenTiles(Protocol):
@@ -49,6 +50,10 @@ class TokenTiles(Protocol):
 
     def find(self, table: Any, index: jax.Array) -> Tile:
         """The index-th tile; `table` is the first operand in global memory."""
+        ...
+
+    def for_each_owned(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
+        """Calls do(column, row of outputs) for each column that has an owner."""
         ...
 
     def load_weights(self, weights: Any, tile: Tile) -> jax.Array:

@@ -10,13 +10,19 @@ from tests.pallas_kernels.machine import INTERPRET
 
 
 def _found(tiles: BatchTiles) -> np.ndarray:
-    """[T * K, 1 + N]: each assignment's expert, and the rows of its columns."""
+    """[T * K, 1 + N]: each assignment's expert, and the rows of its columns, -1 of nobody's."""
 
     def kernel(ids_gmem, found_gmem):
         index = jax.lax.axis_index("assignment")
         tile = tiles.find(ids_gmem, index)
-        for field, value in enumerate([tile.expert, *tile.output_rows]):
-            found_gmem[index, field] = value
+        found_gmem[index, 0] = tile.expert
+        for column in range(tiles.N):
+            found_gmem[index, 1 + column] = jnp.int32(-1)
+
+        def store(column, row):
+            found_gmem[index, 1 + column] = row
+
+        tiles.for_each_owned(tile, store)
 
     return np.asarray(
         plgpu.kernel(
