@@ -62,6 +62,89 @@ def barrier(counter: Any, num_programs: int, program) -> None:
     wait_for_all(counter, share)
 
 
+def count(counters: Any, index) -> None:
+    """Adds one to counters[index], after all that this program has written and waited for.
+
+    Args:
+      counters: int32 in global memory, see tile_counters.
+      index: int32.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def add_one(_, counters, index):
+        mgpu.utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx(
+                """{
+                .reg .b64 at;
+                mad.wide.s32 at, $1, 4, $0;
+                fence.proxy.async;
+                red.add.release.gpu.global.u32 [at], 1;
+                }""",
+                mgpu.utils.memref_ptr(counters),
+                index.registers.item(),
+                has_side_effects=True,
+            )
+
+    add_one(counters, jnp.int32(index))
+
+
+def wait_for_count(counters: Any, index, expected: int, waiting: int) -> None:
+    """Waits until counters[index] has been counted up to `expected`.
+
+    What those who counted had written, this program can copy then. Each who has waited counts, too,
+    and the last of them sets the counter back to zero for the next launch.
+
+    Args:
+      counters: int32 in global memory, see tile_counters.
+      index: int32.
+      expected: how many programs count.
+      waiting: how many programs wait.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait(_, counters, index):
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx(
+                f"""{{
+                .reg .b64 at;
+                .reg .b32 now;
+                .reg .pred waiting;
+                mad.wide.s32 at, $1, 4, $0;
+                again:
+                ld.acquire.gpu.global.u32 now, [at];
+                setp.lt.u32 waiting, now, {expected};
+                @waiting bra again;
+                fence.proxy.async;
+                }}""",
+                mgpu.utils.memref_ptr(counters),
+                index.registers.item(),
+                has_side_effects=True,
+            )
+        mgpu.warpgroup_barrier()
+        # A lane that has nothing else to do, for the answer takes its time.
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .b64 at;
+            .reg .b32 lane, before;
+            .reg .pred counts, last;
+            mov.u32 lane, %tid.x;
+            setp.eq.u32 counts, lane, 127;
+            mad.wide.s32 at, $1, 4, $0;
+            mov.u32 before, 0;
+            @counts atom.add.relaxed.gpu.global.u32 before, [at], 1;
+            setp.eq.and.u32 last, before, {expected + waiting - 1}, counts;
+            @last st.relaxed.gpu.global.u32 [at], 0;
+            }}""",
+            mgpu.utils.memref_ptr(counters),
+            index.registers.item(),
+            has_side_effects=True,
+        )
+
+    wait(counters, jnp.int32(index))
+
+
 def take_number(counter: Any, index: int) -> jax.Array:
     """One lane adds one to counter[index]; returns what it was, which only store_number can use.
 
@@ -143,6 +226,14 @@ def store_number(number: jax.Array, last, counter: Any, index: int, smem: Any, a
 # would be every program's zero of that size, and change under their eyes; the words after it have
 # no meaning but to be unlike any other constant's.
 _COUNTER = np.array([0, 0, 0, *b"counters of pallas_kernels"], np.int32)
+
+
+def tile_counters(count: int) -> jax.Array:
+    """So many counters for `count` and `wait_for_count`, a constant of the program as `counters`.
+
+    All programs on one device with as many share them.
+    """
+    return jnp.asarray(np.concatenate([np.zeros(count, np.int32), _COUNTER]))
 
 
 def counters() -> jax.Array:

@@ -38,7 +38,8 @@ def decode_experts(
     - "invariant" gives a token the same bits at every T: one order of sums for a shape and device,
       the one with the least total time over the measured T, in whichever of its layouts is the
       fastest at this T. Another table, or another device, may have another.
-    - "one_launch" is the layout that does all in one kernel, for callers to whom that matters.
+    - "one_launch" does all but the last sum in one kernel, for callers to whom that matters:
+      expert_major up to 8 tokens, streamed beyond; a token has the same bits in both.
     - a layout's name: the same bits at every T, on a GPU with any config.
 
     All of these may take "streamed", whose programs wait for each other on all cores at once. Where

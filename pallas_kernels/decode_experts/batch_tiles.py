@@ -67,6 +67,10 @@ class BatchTiles:
         rows = jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape)
         return jnp.where((ids >= 0) & (ids < self.E), rows, -1)
 
+    def used(self, ids: Any) -> int:
+        del ids
+        return self.count
+
     def find(self, ids: Any, index: jax.Array) -> Tile:
         """The tile of assignment `index`, if it is the leader.
 

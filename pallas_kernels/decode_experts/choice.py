@@ -5,6 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_experts import tuned
+from pallas_kernels.decode_experts.batch_tiles import BatchTiles
 from pallas_kernels.decode_experts.weights import ExpertShapes
 from pallas_kernels.mosaic import HOPPER, capability_of
 
@@ -12,18 +13,17 @@ from pallas_kernels.mosaic import HOPPER, capability_of
 MODES = {
     "auto": "the fastest at this T",
     "invariant": "layouts with one order of sums for every T of a shape",
-    "one_launch": "the layout that is a single launch, whether or not it is the fastest",
+    "one_launch": "a layout that is a single launch, whether or not it is the fastest",
 }
 
 # Up to which T a layout was the fastest: one H100 80GB HBM3, Qwen3-30B-A3B's layer, results/designs
 # and results/compare_layouts.
 _FASTEST = (
-    (2, "output_major", "tokens share few experts yet, and it is one launch fewer"),
+    (2, "output_major", "tokens share few experts yet, so reading each one once gains little"),
     (math.inf, "expert_major", "tokens share so many experts that reading each one once pays"),
 )
 # The same among layouts that give a token the same bits.
 _INVARIANT = ((math.inf, "expert_major", "its sums do not know the batch"),)
-_ONE_LAUNCH = "streamed"
 
 _log = logging.getLogger(__name__)
 _said: set[tuple[str, ExpertShapes]] = set()
@@ -56,7 +56,9 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
     if mode == "one_launch":
-        return LayoutChoice(_ONE_LAUNCH, f"T = {T} takes {MODES[mode]}")
+        # With the same bits, and where both are one launch the first is faster.
+        layout = "expert_major" if BatchTiles.fit(T, shapes.K) else "streamed"
+        return LayoutChoice(layout, f"T = {T} takes {MODES[mode]}")
     found = tuned.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)

@@ -25,8 +25,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import grid
 from pallas_kernels.decode_experts.batch_tiles import BatchTiles
 from pallas_kernels.decode_experts.configs import (
     check_slots,
@@ -81,6 +83,8 @@ class Config:
       down_slots: slots in the down ring, likewise.
       token_tile: N of gathered tiles, a multiple of 8 up to 64; 0 takes fitting_token_tile. A
         Grouping that is passed in has its own N.
+      grids: 1 for both products in one grid, 2 for two launches, which is also what interpret mode
+        runs; 0 takes one grid for tiles of 8 tokens and two for wider ones.
     """
 
     gate_up_columns: int = 256
@@ -89,6 +93,7 @@ class Config:
     down_columns: int = 128
     down_slots: int = 3
     token_tile: int = 0
+    grids: int = 0
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
@@ -104,14 +109,13 @@ def default_config(shapes: ExpertShapes, T: int) -> Config:
 def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
     """Configs worth measuring, the default first, then what has won before.
 
-    64 rows of output neurons make twice the programs, for few tokens; narrow slots let more
-    programs share an SM. A shard's experts get fewer tokens than T and K let expect, since most
-    ids are other shards': there narrow tiles may do.
+    64 rows of output neurons make twice the programs, for few tokens; with narrow gate/up slots as
+    well, three of them share an SM. A shard's experts get fewer tokens than T and K let expect,
+    since most ids are other shards': there narrow tiles may do.
     """
     default = default_config(shapes, T)
-    short_down = {"down_rows": 64, "down_slots": 4}
-    narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES), "gate_up_slots": 4}
-    changes = [short_down, narrow | short_down]
+    narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES)}
+    changes = [{"down_rows": 64, "down_slots": 4}, narrow | {"down_rows": 64}]
     if fitting_token_tile(T, shapes.K, shapes.E) > LEAST_TOKEN_TILE:
         changes = [{"token_tile": LEAST_TOKEN_TILE}, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
@@ -134,6 +138,8 @@ def check_config(config: Config, shapes: ExpertShapes) -> None:
             f"config.token_tile is {c.token_tile!r}; expected 0 or a multiple of "
             f"{LEAST_TOKEN_TILE} up to {LARGEST_TOKEN_TILE}"
         )
+    if isinstance(c.grids, bool) or c.grids not in (0, 1, 2):
+        raise ValueError(f"config.grids is {c.grids!r}; expected 0, 1 or 2")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -153,8 +159,12 @@ def run(
     tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret, grouping)
     gate_up, down = _products(tiles, H, I, config)
     stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
-    hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
-    outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)
+    grids = config.grids or (1 if tiles.N == LEAST_TOKEN_TILE else 2)
+    if interpret or grids == 2:  # the interpreter cannot wait within a grid
+        hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
+        outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)
+    else:
+        outputs = _one_grid(gate_up, down, *tiles.operands, *stored)
     return combine(outputs, tiles.row_of).astype(out_dtype)
 
 
@@ -197,6 +207,57 @@ def _launch(product: GateUp | Down, name: str, operands, interpret) -> jax.Array
         kernel_name=f"expert_major_{name}",
         interpret=interpret_params(interpret),
     )(*operands)
+
+
+def _one_grid(gate_up: GateUp, down: Down, *operands) -> jax.Array:
+    """Both products' programs in one grid, gate/up first, so that no core waits in between.
+
+    A core takes programs in the order of their numbers. So when a program of `down` waits for the
+    hidden of its tile, those who make it are at work or done, and they wait for nobody.
+    """
+    tiles = gate_up.tiles
+
+    def kernel(
+        table, weight_of, x, gate_up_gmem, down_gmem, counters, hidden, outputs,
+        shared, gate_up_arrived, down_arrived,
+    ):  # fmt: skip
+        program, used = lax.axis_index("program"), tiles.used(table)
+
+        def done(tile):
+            grid.count(counters, tile)
+
+        def ready(tile):
+            grid.wait_for_count(counters, tile, gate_up.blocks, down.blocks)
+
+        @pl.when(program < used * gate_up.blocks)
+        def _():
+            gate_up.run(
+                program, table, weight_of, x, gate_up_gmem, hidden,
+                shared[:2], gate_up_arrived, done,
+            )  # fmt: skip
+
+        program -= used * gate_up.blocks
+
+        @pl.when((program >= 0) & (program < used * down.blocks))
+        def _():
+            down.run(program, table, hidden, down_gmem, outputs, shared[2:], down_arrived, ready)
+
+    @jax.custom_batching.sequential_vmap  # the counters are for one call at a time
+    def call(*operands):
+        return plgpu.kernel(
+            kernel,
+            out_type=(gate_up.out_type, down.out_type),
+            grid=(gate_up.programs + down.programs,),
+            grid_names=("program",),
+            scratch_types=[
+                plgpu.RefUnion(*gate_up.shared_types(), *down.shared_types()),
+                gate_up.arrived_type(),
+                down.arrived_type(),
+            ],
+            kernel_name="expert_major",
+        )(*operands, grid.tile_counters(tiles.count))
+
+    return call(*operands)[1]
 
 
 def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The two products of expert_major, as one program of each does them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,13 @@ from pallas_kernels.decode_experts.gated import NEURONS, OPERAND, ROWS, exchange
 from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.l2_hints import copy_kept, copy_once
-from pallas_kernels.mosaic import SHARED_MEMORY_BYTES, store_row, tma_ring
+from pallas_kernels.mosaic import (
+    SHARED_MEMORY_BYTES,
+    drain_ring,
+    fill_ring,
+    store_row,
+    tma_ring,
+)
 
 COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
@@ -44,6 +51,10 @@ def slot_bytes(columns: int, rows: int) -> int:
 
 def _operand(*shape: int):
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=OPERAND)
+
+
+def _nothing(tile) -> None:
+    del tile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +94,10 @@ class GateUp:
         return plgpu.Barrier(num_arrivals=3, num_barriers=self.slots)
 
     def run(
-        self, program, table, weight_of, x, gate_up, hidden, shared, arrived
+        self, program, table, weight_of, x, gate_up, hidden, shared, arrived,
+        done: Callable[[Any], None] = _nothing,
     ) -> None:  # fmt: skip
-        """All of one program: `hidden` is what it writes."""
+        """All of one program: `hidden` is what it writes; then it calls done(its tile's index)."""
         N, columns = self.tiles.N, self.columns
         (weights_smem, x_smem), (exchange_smem, hidden_smem) = shared
         index, block = tile_program(program, self.blocks)
@@ -128,6 +140,7 @@ class GateUp:
 
             self.tiles.for_each_owned(tile, store)
             plgpu.wait_smem_to_gmem(0)
+            done(index)
 
         accumulator = plgpu.ACC((ROWS, N), jnp.float32)
         pl.when(tile.expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
@@ -170,9 +183,15 @@ class Down:
     def arrived_type(self):
         return plgpu.Barrier(num_arrivals=2, num_barriers=self.slots)
 
-    def run(self, program, table, hidden, down, outputs, shared, arrived) -> None:
-        """All of one program: `outputs` is what it writes."""
-        N, columns = self.tiles.N, self.columns
+    def run(
+        self, program, table, hidden, down, outputs, shared, arrived,
+        ready: Callable[[Any], None] = _nothing,
+    ) -> None:  # fmt: skip
+        """All of one program: `outputs` is what it writes.
+
+        Once ready(its tile's index) returns, hidden may be read.
+        """
+        N, columns, steps = self.tiles.N, self.columns, self.I // self.columns
         (down_smem, hidden_smem), outputs_smem = shared
         index, block = tile_program(program, self.blocks)
         tile = self.tiles.find(table, index)
@@ -181,19 +200,32 @@ class Down:
             weight_rows = pl.ds(down_rows(tile.expert, block, self.R, self.H), self.R)
             hidden_rows = pl.ds(index * (2 * N), 2 * N)
 
-            def copy(step, slot, arrived):
-                at = pl.ds(step * columns, columns)
-                copy_once(down.at[weight_rows, at], down_smem.at[slot], arrived)
-                copy_kept(hidden.at[hidden_rows, at], hidden_smem.at[slot], arrived)
+            def copy_weights(step, slot):
+                part = down.at[weight_rows, pl.ds(step * columns, columns)]
+                copy_once(part, down_smem.at[slot], arrived.at[slot])
+
+            def copy_hidden(step, slot):
+                part = hidden.at[hidden_rows, pl.ds(step * columns, columns)]
+                copy_kept(part, hidden_smem.at[slot], arrived.at[slot])
+
+            def copy(step, slot):
+                copy_weights(step, slot)
+                copy_hidden(step, slot)
 
             def consume(_, slot, carry):
+                plgpu.barrier_wait(arrived.at[slot])
                 plgpu.wgmma(acc, down_smem.at[slot], hidden_smem.at[slot].transpose((1, 0)))
                 return carry
 
-            tma_ring(
-                self.I // columns,
+            # Weights wait for nobody.
+            fill_ring(self.slots, steps, copy_weights)
+            ready(index)
+            fill_ring(self.slots, steps, copy_hidden)
+            drain_ring(
                 self.slots,
-                barrier=arrived,
+                0,
+                steps,
+                steps,
                 copy=copy,
                 consume=consume,
                 init=(),

@@ -37,8 +37,8 @@ class Gathered:
       rows: [P, H] bf16, a token's x for each of its assignments.
       weight_of: [P] float32, the routing weight of each row.
       row_of: [T, K] int32, the row of assignment (t, k); -1 where it is padding.
-      table: [2 * P / N] int32, of each tile its expert, -1 where it is unused, and how many of its
-        rows, the first ones, have an owner.
+      table: [2 * P / N + 1] int32, of each tile its expert, -1 where it is unused, and how many of
+        its rows, the first ones, have an owner; at the end, how many tiles are used.
       N: rows of a tile.
     """
 
@@ -59,6 +59,9 @@ class Gathered:
     @property
     def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.table, self.weight_of, self.rows
+
+    def used(self, table: Any) -> jax.Array:
+        return table[2 * self.count]
 
     def find(self, table: Any, index: jax.Array) -> Tile:
         expert, owned = table[2 * index], table[2 * index + 1]
@@ -82,7 +85,12 @@ def gather_grouped(x: jax.Array, grouping: Grouping) -> Gathered:
         rows=x[jnp.maximum(grouping.token_of, 0)],
         weight_of=grouping.weight_of,
         row_of=grouping.row_of,
-        table=jnp.stack([experts[:, 0], owned], axis=1).reshape(-1),
+        table=jnp.concatenate(
+            [
+                jnp.stack([experts[:, 0], owned], axis=1).reshape(-1),
+                jnp.sum(owned > 0, dtype=jnp.int32)[None],
+            ]
+        ),
         N=N,
     )
 
@@ -110,8 +118,8 @@ def gather_rows(
         finish = tiles.gather(
             tables, program, num_programs, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem
         )
-        tiles.find(ids_gmem, tables)
-        tiles.store_table(tables, program, num_programs, table_gmem)
+        num_tiles = tiles.find(ids_gmem, tables)
+        tiles.store_table(tables, num_tiles, program, num_programs, table_gmem)
         finish()
 
     struct = jax.ShapeDtypeStruct
@@ -121,7 +129,7 @@ def gather_rows(
             struct((tiles.rows, x.shape[1]), jnp.bfloat16),
             struct((tiles.rows,), jnp.float32),
             struct((T * K,), jnp.int32),
-            struct((2 * tiles.most,), jnp.int32),
+            struct((2 * tiles.most + 1,), jnp.int32),
         ),
         grid=(num_programs,),
         grid_names=("program",),

@@ -138,8 +138,12 @@ class Tiles:
         scratch["expert_of"][...] = expert_of
         return num_tiles
 
-    def store_table(self, scratch, program, num_programs: int, table) -> None:
+    def store_table(self, scratch, num_tiles, program, num_programs: int, table) -> None:
         """Writes Gathered's table, this program's share of the tiles."""
+
+        @pl.when(program == 0)
+        def _():
+            table[2 * self.most] = num_tiles
 
         def store(index, _):
             tile = program + index * num_programs

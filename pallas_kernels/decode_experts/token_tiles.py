@@ -48,6 +48,10 @@ class TokenTiles(Protocol):
     @property
     def row_of(self) -> jax.Array: ...
 
+    def used(self, table: Any) -> jax.Array | int:
+        """So many tiles come first, and those after them have no expert."""
+        ...
+
     def find(self, table: Any, index: jax.Array) -> Tile:
         """The index-th tile; `table` is the first operand in global memory."""
         ...

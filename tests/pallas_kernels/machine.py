@@ -72,6 +72,11 @@ def mosaic_modules(stablehlo: str) -> list[str]:
         return [str(ir.Module.parse(_unescape(module))) for module in modules]
 
 
+def kernels_of(stablehlo: str) -> list[str]:
+    """Their names, in the program's order."""
+    return [re.search(r"module @(\w+)", module)[1] for module in mosaic_modules(stablehlo)]
+
+
 def _unescape(text: str) -> bytes:
     def byte(match):
         return bytes([int(match[1], 16)]) if match[1] else match[2]

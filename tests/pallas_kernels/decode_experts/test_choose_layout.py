@@ -12,9 +12,14 @@ from pallas_kernels.decode_experts import (
     choose_layout,
     decode_experts,
 )
-from tests.pallas_kernels.decode_experts.cases import assert_same_bits, make_case
+from tests.pallas_kernels.decode_experts.cases import (
+    Size,
+    assert_same_bits,
+    make_case,
+    struct_case,
+)
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL
-from tests.pallas_kernels.machine import INTERPRET
+from tests.pallas_kernels.machine import INTERPRET, kernels_of, lower_for_cuda
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "cpu"])
@@ -51,6 +56,19 @@ def test_where_nobody_measured_invariant_keeps_to_one_order_of_sums(device, pres
         choice = choose_layout(device, shapes, T, "invariant")
         orders.add(LAYOUTS[choice.layout].SUM_ORDER)
     assert len(orders) == 1
+
+
+@pytest.mark.parametrize(
+    ("T", "layout"), [(1, "expert_major"), (8, "expert_major"), (9, "streamed")]
+)
+def test_one_launch_is_one_launch(T, layout):
+    size = Size(T=T, E=16, K=4, H=256, I=128)
+    assert choose_layout("NVIDIA H100 80GB HBM3", size.shapes, T, "one_launch").layout == layout
+
+    def layer(*case):
+        return decode_experts(*case, layout="one_launch")
+
+    assert kernels_of(lower_for_cuda(layer, *struct_case(size))) == [layout]
 
 
 def test_auto_runs_the_layout_that_is_chosen(monkeypatch):

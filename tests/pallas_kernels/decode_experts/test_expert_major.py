@@ -3,16 +3,18 @@ import re
 import jax
 import pytest
 
-from pallas_kernels.decode_experts import ExpertMajorConfig, expert_major
+from pallas_kernels.decode_experts import ExpertMajorConfig, decode_experts, expert_major
 from pallas_kernels.decode_experts.batch_tiles import BatchTiles
+from pallas_kernels.decode_experts.grouping import fitting_token_tile
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
     assert_right,
     assert_same_bits,
     make_case,
+    struct_case,
 )
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
-from tests.pallas_kernels.machine import ON_GPU
+from tests.pallas_kernels.machine import ON_GPU, kernels_of, lower_for_cuda
 
 # In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
 _STEPS = re.compile(
@@ -22,19 +24,28 @@ _STEPS = re.compile(
 )
 
 
+PRODUCTS = ["expert_major_gate_up", "expert_major_down"]  # in two launches
+
+
 class ExpertMajorSuite(LayoutSuite):
     layout = "expert_major"
-    gathers_beyond = BatchTiles.N
     small_rings = ExpertMajorConfig(
         gate_up_columns=64, gate_up_slots=2, down_rows=64, down_columns=64, down_slots=2
     )
 
+    def kernels(self, size, grouping):
+        gathers = grouping is None and BatchTiles.N < size.T
+        if grouping is None:
+            N = fitting_token_tile(size.T, size.K, size.E)
+        else:
+            N = grouping.token_tile
+        return ["gather_rows"] * gathers + (["expert_major"] if N == 8 else PRODUCTS)
+
     def check_kernels(self, modules):
         super().check_kernels(modules)
-        products = [module for module in modules if "wgmma.mma_async" in module]
-        assert len(products) == self.launches
-        for module in products:
-            assert_waits_before_refill(module)
+        for kernel, module in modules.items():
+            if kernel != "gather_rows":
+                assert_waits_before_refill(module)
 
 
 class TestExpertMajor(ExpertMajorSuite):
@@ -77,6 +88,42 @@ def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
     out = jax.jit(TestExpertMajor().run)(case)
     assert_right(out, case)
     assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("token_tile", [8, 32])
+@pytest.mark.parametrize("T", [2, 20])
+def test_one_grid_or_two_launches(T, token_tile, seed):
+    """No bit changes; interpret mode runs the same either way."""
+    size = Size(T=T, E=6, K=4, H=256, I=128)
+    case = make_case(size, seed)
+    expected = None
+    for grids, products in ((1, ["expert_major"]), (2, PRODUCTS)):
+        config = ExpertMajorConfig(token_tile=token_tile, grids=grids)
+
+        def layer(*case, config=config):
+            return decode_experts(*case, layout="expert_major", config=config)
+
+        gathering = ["gather_rows"] if T > BatchTiles.N else []
+        assert kernels_of(lower_for_cuda(layer, *struct_case(size))) == [*gathering, *products]
+        if ON_GPU:
+            out = TestExpertMajor().run(case, config=config)
+            assert_right(out, case)
+            expected = out if expected is None else expected
+            assert_same_bits(out, expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="interpret mode takes two launches")
+@pytest.mark.parametrize("T", [1, 8, 9, 128])
+def test_one_grid_again_and_again(T, seed):
+    """Each launch leaves its counters as it found them, also for others with as many tiles."""
+    sizes = [Size(T=T, E=128, K=8, H=1024, I=768), Size(T=T, E=128, K=8, H=512, I=256)]
+    cases = [make_case(size, seed) for size in sizes]
+    one, two = (ExpertMajorConfig(grids=grids) for grids in (1, 2))
+    expected = [TestExpertMajor().run(case, config=two) for case in cases]
+    run = jax.jit(lambda case: TestExpertMajor().run(case, config=one))
+    for _ in range(500):
+        for case, out in zip(cases, expected, strict=True):
+            assert_same_bits(run(case), out)
 
 
 def assert_waits_before_refill(module: str) -> None:

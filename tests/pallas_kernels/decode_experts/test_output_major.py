@@ -26,6 +26,9 @@ class TestOutputMajor(LayoutSuite):
     # No grouping and no combine: nothing but the two kernels.
     forbidden_operations = ("sort", "scatter", "gather", "reduce", "dot_general", "while")
 
+    def kernels(self, size, grouping):
+        return ["output_major_gate_up", "output_major_down"]
+
 
 @pytest.mark.skipif(not ON_GPU, reason="a CPU may fuse a product and an addition or not")
 @pytest.mark.parametrize("T", [1, 7, 16])

@@ -32,11 +32,13 @@ from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 class StreamedSuite(LayoutSuite):
     layout = "streamed"
     small_rings = StreamedConfig(columns=64, slots=3)
-    launches = 1
+
+    def kernels(self, size, grouping):
+        return ["streamed"]
 
     def check_kernels(self, modules):
         super().check_kernels(modules)
-        for module in modules:
+        for module in modules.values():
             assert_waits_before_refill(module)
 
 
