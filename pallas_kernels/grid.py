@@ -1,7 +1,14 @@
-"""What programs of one grid share on a GPU: a barrier of them all, and numbers taken in turn.
+"""What programs of one grid share on a GPU, through counters in global memory.
 
-Their counters are set up once and left ready by each use. All programs have to be on the device at
-once, at most one a core, and no other grid that uses the counters beside them.
+    barrier                      all wait for all; at most one program a core, all there at once
+    take_number, store_number    work handed out in turn
+    count, wait_for_count        some wait for others, which have lower numbers: a core takes
+                                 programs in the order of their numbers, as GPUs do and CUDA does
+                                 not promise, so whoever is waited for is at work or done
+
+The counters are set up once and left ready by each use. No other grid may use them at the same
+time: XLA's kernels follow one another, in a CUDA graph too, unless it is told otherwise by
+--xla_gpu_command_buffer_scheduling_mode=CONCURRENT.
 """
 
 from typing import Any
@@ -231,7 +238,7 @@ _COUNTER = np.array([0, 0, 0, *b"counters of pallas_kernels"], np.int32)
 def tile_counters(count: int) -> jax.Array:
     """So many counters for `count` and `wait_for_count`, a constant of the program as `counters`.
 
-    All programs on one device with as many share them.
+    All calls on one device with as many share them.
     """
     return jnp.asarray(np.concatenate([np.zeros(count, np.int32), _COUNTER]))
 

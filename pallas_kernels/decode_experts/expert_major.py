@@ -6,9 +6,10 @@
     down      program (tile, R neurons)    outputs[p] = down_e hidden[c]    column c is row p's
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]       (XLA)
 
-What one program of gate/up or down does is in expert_major_programs.py. An expert's weights are
-read once for each of its tiles: once, unless more than N tokens chose it. Programs on one expert's
-tiles are neighbours, so that further reads may hit L2.
+What one program of gate/up or down does is in expert_major_programs.py. With tiles of 8 both are
+one grid, with wider ones two launches, whichever was faster. An expert's weights are read once for
+each of its tiles: once, unless more than N tokens chose it. Programs on one expert's tiles are
+neighbours, so that further reads may hit L2.
 
 A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
 ("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed. A
@@ -212,8 +213,8 @@ def _launch(product: GateUp | Down, name: str, operands, interpret) -> jax.Array
 def _one_grid(gate_up: GateUp, down: Down, *operands) -> jax.Array:
     """Both products' programs in one grid, gate/up first, so that no core waits in between.
 
-    A core takes programs in the order of their numbers. So when a program of `down` waits for the
-    hidden of its tile, those who make it are at work or done, and they wait for nobody.
+    When a program of `down` waits for the hidden of its tile, those who make it are at work or
+    done, for they have lower numbers, and they wait for nobody (grid.py).
     """
     tiles = gate_up.tiles
 

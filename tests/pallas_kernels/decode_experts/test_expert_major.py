@@ -126,6 +126,20 @@ def test_one_grid_again_and_again(T, seed):
             assert_same_bits(run(case), out)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="interpret mode takes two launches")
+@pytest.mark.parametrize("T", [1, 8, 20])
+def test_calls_that_do_not_depend_on_each_other(T, seed):
+    """They share counters, so no two may run at once, whatever order a program leaves open."""
+    size = Size(T=T, E=128, K=8, H=512, I=256)
+    cases = [make_case(size, seed + index) for index in range(6)]
+    one, two = (ExpertMajorConfig(grids=grids) for grids in (1, 2))
+    expected = [TestExpertMajor().run(case, config=two) for case in cases]
+    together = jax.jit(lambda cases: [TestExpertMajor().run(case, config=one) for case in cases])
+    for _ in range(50):
+        for out, alone in zip(together(cases), expected, strict=True):
+            assert_same_bits(out, alone)
+
+
 def assert_waits_before_refill(module: str) -> None:
     """Interpret mode runs wgmma synchronously, so a refill too early shows only in the code.
 
