@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     deadline = None if asked.budget_s is None else start + asked.budget_s
     missing = tune(asked, console, deadline)
     if missing:
-        sys.exit("not in the table: " + "; ".join(missing))
+        sys.exit("not measured: " + "; ".join(missing))
 
 
 def tune(asked: settings.Settings, console: Console, deadline: float | None) -> list[str]:

@@ -36,7 +36,7 @@ def tune(
       deadline: a time.monotonic(), None for none.
 
     Returns:
-      Lines about what is not in the table: out of time, or no candidate came through.
+      Lines about what was not measured: out of time, or no candidate came through.
     """
     missing: list[str] = []
     for layer in settings.layers:
