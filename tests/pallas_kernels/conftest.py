@@ -6,6 +6,7 @@ import pytest
 pytest.register_assert_rewrite(
     "tests.pallas_kernels.decode_experts.cases",
     "tests.pallas_kernels.decode_experts.layout_suite",
+    "tests.pallas_kernels.decode_experts.lowering_suite",
     "tests.pallas_kernels.router.cases",
 )
 

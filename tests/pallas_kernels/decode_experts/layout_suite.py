@@ -1,8 +1,6 @@
 """What every layout must do: its test file subclasses LayoutSuite and inherits every case."""
 
 import dataclasses
-import functools
-import re
 from typing import Any, ClassVar
 
 import chex
@@ -14,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group
+from pallas_kernels.decode_experts import decode_experts, group
 from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
 from pallas_kernels.races import run_and_assert_no_races
 from tests.pallas_kernels.decode_experts.cases import (
@@ -29,16 +26,13 @@ from tests.pallas_kernels.decode_experts.cases import (
     bits,
     jitted_reference,
     make_case,
-    struct_case,
 )
+from tests.pallas_kernels.decode_experts.lowering_suite import LoweringSuite
 from tests.pallas_kernels.machine import (
     INTERPRET,
     ON_GPU,
     calls_with_poisoned_output,
     examples,
-    kernels_of,
-    lower_for_cuda,
-    mosaic_modules,
 )
 
 # Most cases run at this size: skewed routing gives an expert more assignments than a tile of 8 rows
@@ -73,11 +67,6 @@ GENERATED = Size(T=100, E=9, K=4, H=5, I=5)
 BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 3]
 LARGEST_BATCH = USUAL._replace(T=128) if ON_GPU else USUAL
 
-
-# Of floats: an order that is another one each time.
-_SUM_IN_MEMORY = re.compile(r"atomicrmw|\b(atom|red)\.\S*\.(f|bf)\d\d")
-# Of weights, and of tokens.
-_L2_POLICIES = ("evict_first", "evict_last")
 
 TOKEN_TILES = [16, 24, 32, LARGEST_TOKEN_TILE] if ON_GPU else [16]
 
@@ -146,28 +135,17 @@ def other_value(kernel, field: str, shapes) -> Any:
     raise AssertionError(f"no other value found for {field} = {value!r}: teach other_value one")
 
 
-class LayoutSuite:
+class LayoutSuite(LoweringSuite):
     """Set `layout` and `small_rings`, a Config whose rings come round again at the size DEEP."""
 
-    layout: ClassVar[str]
     small_rings: ClassVar[Any]
     # What most cases run at, and other configs.
     usual: ClassVar[Size] = USUAL
     size_of_config: ClassVar[Size] = Size(T=2, E=3, K=2, H=128, I=128)
-    # StableHLO operations that nothing around the kernels may need.
-    forbidden_operations: ClassVar[tuple[str, ...]] = ("sort", "scatter")
 
     def run(self, case: Case, **keywords) -> jax.Array:
         keywords = {"interpret": INTERPRET, "out_dtype": jnp.float32} | keywords
         return decode_experts(*case, layout=self.layout, **keywords)
-
-    @property
-    def kernel(self):
-        return LAYOUTS[self.layout]
-
-    def kernels(self, size: Size, grouping: Any) -> list[str]:
-        """The names of the kernels that a batch of this size takes."""
-        raise NotImplementedError
 
     # --- right on fresh inputs
 
@@ -396,40 +374,3 @@ class LayoutSuite:
             *case,
         )
         assert_right(out, case)
-
-    @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
-    def test_lowers_for_cuda(self, preset):
-        shapes = PRESETS[preset]
-
-        # The default config does not depend on T, which only sets the grid.
-        assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
-        calls = [(128, None, jnp.float32)]
-        if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
-            calls += [(1, None, jnp.bfloat16), (8, LARGEST_TOKEN_TILE, jnp.bfloat16)]
-        for T, token_tile, out_dtype in calls:
-            size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
-            case, grouping = struct_case(size), None
-            if token_tile:
-                make = functools.partial(group, num_experts=shapes.E, token_tile=token_tile)
-                grouping = jax.eval_shape(make, case.expert_ids, case.expert_weights)
-
-            def function(grouping, *case, out_dtype=out_dtype):
-                layout = self.layout
-                return decode_experts(*case, layout=layout, grouping=grouping, out_dtype=out_dtype)
-
-            text = lower_for_cuda(function, grouping, *case)
-            kernels = self.kernels(size, grouping)
-            assert kernels_of(text) == kernels and text.count("custom_call") == len(kernels)
-            for operation in self.forbidden_operations:
-                assert f"stablehlo.{operation}" not in text
-            modules = dict(zip(kernels, mosaic_modules(text), strict=True))
-            self.check_kernels(modules)
-
-    def check_kernels(self, modules: dict[str, str]) -> None:
-        """What else must hold of the lowered kernels' MLIR."""
-        for kernel, module in modules.items():
-            assert "mbarrier.try_wait" in module
-            assert not _SUM_IN_MEMORY.search(module)
-            if kernel != "gather_rows":  # whose copies are of a few ids
-                weights, tokens = (f"L2::{policy}" in module for policy in _L2_POLICIES)
-                assert weights and tokens

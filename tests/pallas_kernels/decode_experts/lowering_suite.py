@@ -1,0 +1,73 @@
+"""What must hold of every layout's kernels as they are lowered for CUDA, which needs no GPU."""
+
+import functools
+import re
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.compare.presets import PRESETS
+from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group
+from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
+from tests.pallas_kernels.decode_experts.cases import Size, struct_case
+from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modules
+
+# Of floats: an order that is another one each time.
+_SUM_IN_MEMORY = re.compile(r"atomicrmw|\b(atom|red)\.\S*\.(f|bf)\d\d")
+# Of weights, and of tokens.
+_L2_POLICIES = ("evict_first", "evict_last")
+
+
+class LoweringSuite:
+    """Set `layout`, and say which kernels it has."""
+
+    layout: ClassVar[str]
+    # StableHLO operations that nothing around the kernels may need.
+    forbidden_operations: ClassVar[tuple[str, ...]] = ("sort", "scatter")
+
+    @property
+    def kernel(self):
+        return LAYOUTS[self.layout]
+
+    def kernels(self, size: Size, grouping: Any) -> list[str]:
+        """The names of the kernels that a batch of this size takes."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+    def test_lowers_for_cuda(self, preset):
+        shapes = PRESETS[preset]
+
+        # The default config does not depend on T, which only sets the grid.
+        assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
+        calls = [(128, None, jnp.float32)]
+        if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
+            calls += [(1, None, jnp.bfloat16), (8, LARGEST_TOKEN_TILE, jnp.bfloat16)]
+        for T, token_tile, out_dtype in calls:
+            size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
+            case, grouping = struct_case(size), None
+            if token_tile:
+                make = functools.partial(group, num_experts=shapes.E, token_tile=token_tile)
+                grouping = jax.eval_shape(make, case.expert_ids, case.expert_weights)
+
+            def function(grouping, *case, out_dtype=out_dtype):
+                layout = self.layout
+                return decode_experts(*case, layout=layout, grouping=grouping, out_dtype=out_dtype)
+
+            text = lower_for_cuda(function, grouping, *case)
+            kernels = self.kernels(size, grouping)
+            assert kernels_of(text) == kernels and text.count("custom_call") == len(kernels)
+            for operation in self.forbidden_operations:
+                assert f"stablehlo.{operation}" not in text
+            modules = dict(zip(kernels, mosaic_modules(text), strict=True))
+            self.check_kernels(modules)
+
+    def check_kernels(self, modules: dict[str, str]) -> None:
+        """What else must hold of the lowered kernels' MLIR."""
+        for kernel, module in modules.items():
+            assert "mbarrier.try_wait" in module
+            assert not _SUM_IN_MEMORY.search(module)
+            if kernel != "gather_rows":  # whose copies are of a few ids
+                weights, tokens = (f"L2::{policy}" in module for policy in _L2_POLICIES)
+                assert weights and tokens
