@@ -18,38 +18,53 @@ _ALIGNMENT = "--- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- | ---"
 
 
 def floor_us(entry: Entry, run: dict) -> float:
-    """Microseconds to read the unique bytes of the routings that `run` timed the entry with."""
-    preset = entry.of.partition(",")[0]
-    layer = Layer(entry.of, entry.shapes, PRESETS[preset].E)
+    """Microseconds to read the unique bytes of the routings that `run` timed the entry with.
+
+    Raises:
+      ValueError: the entry is of no preset, or the run does not say what it drew and read.
+    """
+    if _preset(entry) not in PRESETS:
+        raise ValueError(f"of is {entry.of!r}; expected one of {sorted(PRESETS)}, or its shard")
+    for field in ("routing", "seed", "read_ceiling_tbps"):
+        if run.get(field) is None:
+            raise ValueError(f"runs[{entry.run}].{field} is missing: no floor is known")
+    layer = Layer(entry.of, entry.shapes, PRESETS[_preset(entry)].E)
     drawn = draw_routings(layer, run["routing"], entry.T, timing.STEPS, run["seed"])
     unique = byte_model.traffic(drawn, entry.shapes).unique_bytes
     return byte_model.floor_us(unique, run["read_ceiling_tbps"])
 
 
+def _preset(entry: Entry) -> str:
+    return entry.of.partition(",")[0]
+
+
 def to_markdown(table: Table) -> str:
-    """The table's entries in the order of the presets, shards behind their layers."""
+    """The table's entries in the order of the presets, shards behind their layers.
+
+    Raises:
+      ValueError: as floor_us.
+    """
     invariant = {(entry.shapes, entry.T): entry for entry in table.invariant}
-    presets = list(PRESETS)
-    ordered = sorted(
-        table.fastest, key=lambda e: (presets.index(e.of.partition(",")[0]), e.of, e.T)
-    )
+    order = {name: index for index, name in enumerate(PRESETS)}
+    ordered = sorted(table.fastest, key=lambda e: (order.get(_preset(e), -1), e.of, e.T))
     lines = [f"| {_COLUMNS} |", f"| {_ALIGNMENT} |"]
     for entry in ordered:
         run = table.runs[entry.run]
         floor = floor_us(entry, run)
         allowed = next(us for most, us in _ALLOWED_US if most >= entry.T)
         over = entry.us - floor
+        same_bits = invariant.get((entry.shapes, entry.T))
         cells = [
             entry.of,
             f"{entry.T}",
             f"{floor:.1f}",
             f"{entry.us:.1f}",
             entry.layout,
-            f"{invariant[entry.shapes, entry.T].us:.1f}",
+            f"{same_bits.us:.1f}" if same_bits else "-",
             f"{over:.1f}",
             f"{entry.us / floor:.2f}",
             "yes" if over <= allowed else "no",
-            run["commit"][:7],
+            run.get("commit", "-")[:7],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

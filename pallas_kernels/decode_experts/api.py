@@ -42,6 +42,7 @@ def decode_experts(
       expert_major up to 8 tokens, streamed beyond; a token has the same bits in both.
     - a layout's name: the same bits at every T, on a GPU with any config.
 
+    Calls on one device must follow one another, as XLA has them by default (grid.py says why).
     All of these may take "streamed", whose programs wait for each other on all cores at once. Where
     other kernels could hold cores for as long as they wait for this GPU, name another layout.
 

@@ -1,10 +1,11 @@
 """Which layout runs where a caller does not name one: measured tables first, else a heuristic."""
 
+import dataclasses
 import logging
 import math
 from typing import Any, NamedTuple
 
-from pallas_kernels.decode_experts import tuned
+from pallas_kernels.decode_experts import expert_major, tuned
 from pallas_kernels.decode_experts.batch_tiles import BatchTiles
 from pallas_kernels.decode_experts.weights import ExpertShapes
 from pallas_kernels.mosaic import HOPPER, capability_of
@@ -56,9 +57,13 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
     if mode == "one_launch":
-        # With the same bits, and where both are one launch the first is faster.
-        layout = "expert_major" if BatchTiles.fit(T, shapes.K) else "streamed"
-        return LayoutChoice(layout, f"T = {T} takes {MODES[mode]}")
+        why = f"T = {T} takes {MODES[mode]}"
+        # With the same bits, and where both are one launch expert_major is faster.
+        if BatchTiles.fit(T, shapes.K):
+            # Whatever tiles a Grouping that is passed in has.
+            config = dataclasses.replace(expert_major.default_config(shapes, T), grids=1)
+            return LayoutChoice("expert_major", why, config)
+        return LayoutChoice("streamed", why)
     found = tuned.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)

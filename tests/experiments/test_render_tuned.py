@@ -46,6 +46,18 @@ def test_within_or_not():
         assert [cell.strip() for cell in line.split("|")][9] == within
 
 
+def test_what_has_no_floor_is_an_error_and_what_is_not_invariant_a_dash():
+    table = _h100()
+    [entry] = [e for e in table.fastest if e.of == "qwen3_30b_a3b" and e.T == 8]
+    run = table.runs[entry.run]
+    with pytest.raises(ValueError, match="of is 'mine'; expected one of"):
+        floors.floor_us(dataclasses.replace(entry, of="mine"), run)
+    with pytest.raises(ValueError, match="read_ceiling_tbps is missing"):
+        floors.floor_us(entry, run | {"read_ceiling_tbps": None})
+    alone = dataclasses.replace(table, fastest=[entry], invariant=[])
+    assert floors.to_markdown(alone).splitlines()[-1].split("|")[6].strip() == "-"
+
+
 def test_the_committed_page_is_what_it_prints(capsys):
     render_tuned.main(["render_tuned", str(_H100)])
     page = (pathlib.Path(__file__).parents[2] / "results" / "tune" / "h100.md").read_text()

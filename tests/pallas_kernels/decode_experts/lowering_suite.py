@@ -15,7 +15,7 @@ from tests.pallas_kernels.decode_experts.cases import Size, struct_case
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modules
 
 # Of floats: an order that is another one each time.
-_SUM_IN_MEMORY = re.compile(r"atomicrmw|\b(atom|red)\.\S*\.(f|bf)\d\d")
+SUM_IN_MEMORY = re.compile(r"atomicrmw|cp\.reduce|\b(atom|red)\.\S*\.(f|bf)\d\d")
 # Of weights, and of tokens.
 _L2_POLICIES = ("evict_first", "evict_last")
 
@@ -67,7 +67,7 @@ class LoweringSuite:
         """What else must hold of the lowered kernels' MLIR."""
         for kernel, module in modules.items():
             assert "mbarrier.try_wait" in module
-            assert not _SUM_IN_MEMORY.search(module)
+            assert not SUM_IN_MEMORY.search(module)
             if kernel != "gather_rows":  # whose copies are of a few ids
                 weights, tokens = (f"L2::{policy}" in module for policy in _L2_POLICIES)
                 assert weights and tokens

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from pallas_kernels.decode_experts import (
     api,
     choose_layout,
     decode_experts,
+    group,
 )
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
@@ -65,10 +68,13 @@ def test_one_launch_is_one_launch(T, layout):
     size = Size(T=T, E=16, K=4, H=256, I=128)
     assert choose_layout("NVIDIA H100 80GB HBM3", size.shapes, T, "one_launch").layout == layout
 
-    def layer(*case):
-        return decode_experts(*case, layout="one_launch")
+    def layer(grouping, *case):
+        return decode_experts(*case, layout="one_launch", grouping=grouping)
 
-    assert kernels_of(lower_for_cuda(layer, *struct_case(size))) == [layout]
+    case = struct_case(size)
+    make = functools.partial(group, num_experts=size.E, token_tile=16)
+    for grouping in (None, jax.eval_shape(make, case.expert_ids, case.expert_weights)):
+        assert kernels_of(lower_for_cuda(layer, grouping, *case)) == [layout]
 
 
 def test_auto_runs_the_layout_that_is_chosen(monkeypatch):

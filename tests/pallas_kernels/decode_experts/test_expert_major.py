@@ -14,6 +14,7 @@ from tests.pallas_kernels.decode_experts.cases import (
     struct_case,
 )
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
+from tests.pallas_kernels.decode_experts.lowering_suite import SUM_IN_MEMORY
 from tests.pallas_kernels.machine import ON_GPU, kernels_of, lower_for_cuda
 
 # In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
@@ -158,6 +159,19 @@ def assert_waits_before_refill(module: str) -> None:
         else:
             assert waited, "a slot is refilled while a wgmma may still read it"
     assert groups > 0 and "cp.async.bulk.tensor.shared" in loop
+
+
+@pytest.mark.parametrize(
+    ("assembly", "caught"),
+    [
+        ("red.global.add.f32 [at], x;", True),
+        ("atom.add.relaxed.gpu.global.noftz.bf16x2 y, [at], x;", True),
+        ("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add", True),
+        ("red.add.release.gpu.global.u32 [at], 1;", False),
+    ],
+)
+def test_a_sum_in_memory_is_caught(assembly, caught):
+    assert bool(SUM_IN_MEMORY.search(assembly)) == caught
 
 
 def test_a_refill_without_the_wait_is_caught():
