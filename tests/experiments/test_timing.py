@@ -58,7 +58,7 @@ class _FakeChain:
         self._pending = 0
 
 
-@pytest.mark.parametrize(("step", "fixed"), [(30e-6, 100e-6), (400e-6, 300e-6)])
+@pytest.mark.parametrize(("step", "fixed"), [(30e-6, 100e-6), (400e-6, 300e-6), (4.8e-3, 1e-3)])
 def test_fixed_costs_are_taken_off(monkeypatch, step, fixed):
     chain = _FakeChain(step, fixed)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: chain.now)
