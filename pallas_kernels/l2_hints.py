@@ -1,13 +1,12 @@
-"""Copies to shared memory that tell the L2 cache which lines to give up first.
+"""Copies to shared memory whose lines the L2 cache gives up first.
 
-Weights are read once and are many times what L2 holds: as ordinary lines they push out what the
-next launch wants, tokens and hidden, which then go to memory and come back. A hint changes when
-bytes move, never which.
+What a launch reads is read by a few programs at about the same time, and by nobody later: weights
+by those of one expert's tiles, tokens by those of one tile. As ordinary lines, weights, many times
+what L2 holds, push out what the next launch wants, and tokens do the same where they are many. A
+hint changes when bytes move, never which.
 
-    copy_once   evict_first: for weights        copy_kept   evict_last: for what many programs read
-
-PTX has had the hints since the copy engine, Mosaic GPU has no argument for them. So each copy is
-made under a named scope, which lowering keeps as the operation's location, and Mosaic's rule for
+PTX has had the hint since the copy engine, Mosaic GPU has no argument for it. So each copy is made
+under a named scope, which lowering keeps as the operation's location, and Mosaic's rule for
 asynchronous copies is wrapped here by one that adds the hint. A compiler that loses the scope loses
 the hint and nothing else; the lowering tests count them.
 """
@@ -21,30 +20,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
 
-_SCOPE = "l2_"
-_POLICIES = ("evict_first", "evict_last")
+_SCOPE = "l2_evict_first"
 _COPY = mgpu.dialect.AsyncLoadOp.OPERATION_NAME
 
 
-def copy_once(source, destination, arrived) -> None:
+def copy_evict_first(source, destination, arrived) -> None:
     """plgpu.copy_gmem_to_smem of what nobody reads again for a long time."""
-    with named_scope(_SCOPE + "evict_first"):
+    with named_scope(_SCOPE):
         plgpu.copy_gmem_to_smem(source, destination, arrived)
 
 
-def copy_kept(source, destination, arrived) -> None:
-    """plgpu.copy_gmem_to_smem of a few megabytes at most, which others read soon."""
-    with named_scope(_SCOPE + "evict_last"):
-        plgpu.copy_gmem_to_smem(source, destination, arrived)
-
-
-def _add_hint(copy, policy: str) -> None:
+def _add_hint(copy) -> None:
     """Puts another operation, with the hint, in the place of a lowered copy."""
     with ir.InsertionPoint(copy), copy.location:
         hint = llvm.inline_asm(
             ir.IntegerType.get_signless(64),
             [],
-            f"createpolicy.fractional.L2::{policy}.b64 $0, 1.0;",
+            "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;",
             "=l",
         )
         nvvm.cp_async_bulk_tensor_shared_cluster_global(
@@ -66,10 +58,8 @@ def _hinting(rule):
     @functools.wraps(rule)
     def lower(context, operation):
         results = rule(context, operation)
-        location = str(operation.location)
-        for policy in _POLICIES:
-            if _SCOPE + policy in location:
-                _add_hint(_last_copy_before(operation), policy)
+        if _SCOPE in str(operation.location):
+            _add_hint(_last_copy_before(operation))
         return results
 
     return lower

@@ -13,7 +13,7 @@ from pallas_kernels.decode_experts import gated
 from pallas_kernels.decode_experts.gated import NEURONS, OPERAND, ROWS, exchange_type
 from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
-from pallas_kernels.l2_hints import copy_kept, copy_once
+from pallas_kernels.l2_hints import copy_evict_first
 from pallas_kernels.mosaic import (
     SHARED_MEMORY_BYTES,
     drain_ring,
@@ -110,8 +110,8 @@ class GateUp:
                 at = pl.ds(step * columns, columns)
                 for half, row in enumerate((gate_row, up_row)):
                     part = weights_smem.at[slot, pl.ds(half * NEURONS, NEURONS)]
-                    copy_once(gate_up.at[pl.ds(row, NEURONS), at], part, arrived)
-                copy_kept(x.at[pl.ds(tile.first_row, N), at], x_smem.at[slot], arrived)
+                    copy_evict_first(gate_up.at[pl.ds(row, NEURONS), at], part, arrived)
+                copy_evict_first(x.at[pl.ds(tile.first_row, N), at], x_smem.at[slot], arrived)
 
             def consume(_, slot, carry):
                 plgpu.wgmma(acc, weights_smem.at[slot], x_smem.at[slot].transpose((1, 0)))
@@ -202,11 +202,11 @@ class Down:
 
             def copy_weights(step, slot):
                 part = down.at[weight_rows, pl.ds(step * columns, columns)]
-                copy_once(part, down_smem.at[slot], arrived.at[slot])
+                copy_evict_first(part, down_smem.at[slot], arrived.at[slot])
 
             def copy_hidden(step, slot):
                 part = hidden.at[hidden_rows, pl.ds(step * columns, columns)]
-                copy_kept(part, hidden_smem.at[slot], arrived.at[slot])
+                copy_evict_first(part, hidden_smem.at[slot], arrived.at[slot])
 
             def copy(step, slot):
                 copy_weights(step, slot)

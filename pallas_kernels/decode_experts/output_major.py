@@ -39,7 +39,7 @@ from pallas_kernels.decode_experts.weights import (
     down_rows,
     gate_and_up_rows,
 )
-from pallas_kernels.l2_hints import copy_kept, copy_once
+from pallas_kernels.l2_hints import copy_evict_first
 from pallas_kernels.mosaic import interpret_params, tma_ring
 
 # How a weight tile lies in registers: 4 warps by 4 rows, 8 lanes along a row, 8 neighbouring
@@ -189,9 +189,9 @@ def _gate_up(
 
             def copy(step, slot, arrived):
                 at = pl.ds(step * columns, columns)
-                copy_once(gate_up_gmem.at[gate_rows, at], gate_smem.at[slot], arrived)
-                copy_once(gate_up_gmem.at[up_rows, at], up_smem.at[slot], arrived)
-                copy_kept(x_gmem.at[token, at], x_smem.at[slot], arrived)
+                copy_evict_first(gate_up_gmem.at[gate_rows, at], gate_smem.at[slot], arrived)
+                copy_evict_first(gate_up_gmem.at[up_rows, at], up_smem.at[slot], arrived)
+                copy_evict_first(x_gmem.at[token, at], x_smem.at[slot], arrived)
 
             def consume(_, slot, sums):
                 gate, up = sums
@@ -250,8 +250,8 @@ def _down(ids, hidden, down, T: int, H: int, config: Config, out_dtype, interpre
             assignment = assignment_of(step)
             rows = pl.ds(down_rows(ids_gmem[assignment], block, R, H), R)
             at = pl.ds(step % steps_an_expert * columns, columns)
-            copy_once(down_gmem.at[rows, at], down_smem.at[slot], arrived)
-            copy_kept(hidden_gmem.at[assignment, at], hidden_smem.at[slot], arrived)
+            copy_evict_first(down_gmem.at[rows, at], down_smem.at[slot], arrived)
+            copy_evict_first(hidden_gmem.at[assignment, at], hidden_smem.at[slot], arrived)
 
         def consume(_, slot, sums):
             for piece in _pieces(columns):

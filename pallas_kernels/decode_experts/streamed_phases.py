@@ -13,7 +13,7 @@ from pallas_kernels.decode_experts.gated import NEURONS, ROWS
 from pallas_kernels.decode_experts.streamed_shares import Share
 from pallas_kernels.decode_experts.tiles import Tiles, Unit
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
-from pallas_kernels.l2_hints import copy_kept, copy_once
+from pallas_kernels.l2_hints import copy_evict_first
 from pallas_kernels.mosaic import drain_ring, store_row
 
 # Of a ring whose copies know by themselves where it ends.
@@ -142,7 +142,7 @@ def copy_rows(work: Work, refs: Refs, unit: Unit, step, slot) -> None:
     """Starts the copy of the same step's other operand."""
     at = pl.ds(unit.tile * work.N, work.N), pl.ds(step * work.columns, work.columns)
     to = refs.tokens.at[slot, pl.ds(0, work.N)]
-    copy_kept(refs.rows.at[at], to, refs.ring_arrived.at[slot])
+    copy_evict_first(refs.rows.at[at], to, refs.ring_arrived.at[slot])
 
 
 def copy_down(work: Work, refs: Refs, item: Unit, step, slot) -> None:
@@ -155,11 +155,11 @@ def copy_down(work: Work, refs: Refs, item: Unit, step, slot) -> None:
 def copy_hidden(work: Work, refs: Refs, item: Unit, step, slot) -> None:
     """Starts the copy of the same step's other operand."""
     at = pl.ds(item.tile * (2 * work.N), 2 * work.N), pl.ds(step * work.columns, work.columns)
-    copy_kept(refs.hidden.at[at], refs.tokens.at[slot], refs.ring_arrived.at[slot])
+    copy_evict_first(refs.hidden.at[at], refs.tokens.at[slot], refs.ring_arrived.at[slot])
 
 
 def _copy_half(work: Work, refs: Refs, weights, row, step, slot, half: int) -> None:
-    copy_once(
+    copy_evict_first(
         weights.at[pl.ds(row, NEURONS), pl.ds(step * work.columns, work.columns)],
         refs.ring.at[slot, pl.ds(half * NEURONS, NEURONS)],
         refs.ring_arrived.at[slot],
