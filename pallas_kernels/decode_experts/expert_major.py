@@ -6,10 +6,10 @@
     down      program (tile, R neurons)    outputs[p] = down_e hidden[c]    column c is row p's
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]       (XLA)
 
-What one program of gate/up or down does is in expert_major_programs.py. With tiles of 8 both are
-one grid, with wider ones two launches, whichever was faster. An expert's weights are read once for
-each of its tiles: once, unless more than N tokens chose it. Programs on one expert's tiles are
-neighbours, so that further reads may hit L2.
+What one program of gate/up or down does is in expert_major_programs.py. Both are one grid or two
+launches, whichever was faster for such tiles. An expert's weights are read once for each of its
+tiles: once, unless more than N tokens chose it. Programs on one expert's tiles are neighbours, so
+that further reads may hit L2.
 
 A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
 ("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed. A
@@ -65,6 +65,7 @@ from pallas_kernels.mosaic import interpret_params
 CAPABILITIES = (9,)  # wgmma
 
 _TILES = (64, 128)
+_LEAST_I_FOR_ONE_GRID = 512
 
 # Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
 # the tiles are; streamed's as well.
@@ -85,7 +86,7 @@ class Config:
       token_tile: N of gathered tiles, a multiple of 8 up to 64; 0 takes fitting_token_tile. A
         Grouping that is passed in has its own N.
       grids: 1 for both products in one grid, 2 for two launches, which is also what interpret mode
-        runs; 0 takes one grid for tiles of 8 tokens and two for wider ones.
+        runs; 0 takes fitting_grids.
     """
 
     gate_up_columns: int = 256
@@ -95,6 +96,15 @@ class Config:
     down_slots: int = 3
     token_tile: int = 0
     grids: int = 0
+
+
+def fitting_grids(N: int, gathered: bool, I: int) -> int:
+    """1 or 2, as was faster for tiles of N tokens (results/designs/expert_major.md).
+
+    Wide tiles' stores of outputs cost more beside gate/up's reads; and where I is small, programs
+    of down are too short for each of them to wait for a counter.
+    """
+    return 2 if gathered and (N > LEAST_TOKEN_TILE or I < _LEAST_I_FOR_ONE_GRID) else 1
 
 
 def default_config(shapes: ExpertShapes, T: int) -> Config:
@@ -112,13 +122,16 @@ def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
 
     64 rows of output neurons make twice the programs, for few tokens; with narrow gate/up slots as
     well, three of them share an SM. A shard's experts get fewer tokens than T and K let expect,
-    since most ids are other shards': there narrow tiles may do.
+    since most ids are other shards': there narrow tiles may do. Of gathered ones, two launches are
+    now faster, now slower than one grid.
     """
     default = default_config(shapes, T)
     narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES)}
     changes = [{"down_rows": 64, "down_slots": 4}, narrow | {"down_rows": 64}]
     if fitting_token_tile(T, shapes.K, shapes.E) > LEAST_TOKEN_TILE:
         changes = [{"token_tile": LEAST_TOKEN_TILE}, *changes]
+    elif not BatchTiles.fit(T, shapes.K):
+        changes = [{"grids": 2}, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
     return valid_configs(check_config, configs, shapes)
 
@@ -160,7 +173,7 @@ def run(
     tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret, grouping)
     gate_up, down = _products(tiles, H, I, config)
     stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
-    grids = config.grids or (1 if tiles.N == LEAST_TOKEN_TILE else 2)
+    grids = config.grids or fitting_grids(tiles.N, not isinstance(tiles, BatchTiles), I)
     if interpret or grids == 2:  # the interpreter cannot wait within a grid
         hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
         outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)

@@ -16,7 +16,7 @@ from tests.pallas_kernels.machine import kernels_of, lower_for_cuda
     ("B", "kernels"),
     [
         (1, ["output_major_gate_up", "output_major_down"]),
-        (16, ["gather_rows", "expert_major"]),
+        (16, ["gather_rows", "expert_major_gate_up", "expert_major_down"]),
     ],
 )
 def test_a_decode_step_takes_the_kernels_on_cuda(B, kernels):

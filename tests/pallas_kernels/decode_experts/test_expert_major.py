@@ -3,8 +3,10 @@ import re
 import jax
 import pytest
 
+from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import ExpertMajorConfig, decode_experts, expert_major
 from pallas_kernels.decode_experts.batch_tiles import BatchTiles
+from pallas_kernels.decode_experts.expert_major import candidate_configs, fitting_grids
 from pallas_kernels.decode_experts.grouping import fitting_token_tile
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
@@ -40,7 +42,8 @@ class ExpertMajorSuite(LayoutSuite):
             N = fitting_token_tile(size.T, size.K, size.E)
         else:
             N = grouping.token_tile
-        return ["gather_rows"] * gathers + (["expert_major"] if N == 8 else PRODUCTS)
+        one = fitting_grids(N, grouping is not None or gathers, size.I) == 1
+        return ["gather_rows"] * gathers + (["expert_major"] if one else PRODUCTS)
 
     def check_kernels(self, modules):
         super().check_kernels(modules)
@@ -89,6 +92,19 @@ def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
     out = jax.jit(TestExpertMajor().run)(case)
     assert_right(out, case)
     assert_same_bits(out, expected)
+
+
+def test_fitting_grids():
+    assert fitting_grids(8, gathered=False, I=192) == 1  # the batch as it is
+    assert fitting_grids(8, gathered=True, I=768) == 1
+    assert fitting_grids(8, gathered=True, I=192) == fitting_grids(16, gathered=True, I=768) == 2
+
+
+@pytest.mark.parametrize(("T", "both"), [(8, False), (64, True), (128, False)])
+def test_both_ways_are_measured_where_either_may_win(T, both):
+    configs = candidate_configs(PRESETS["qwen3_30b_a3b"], T)
+    assert configs[0].grids == 0
+    assert any(config.grids == 2 for config in configs) == both
 
 
 @pytest.mark.parametrize("token_tile", [8, 32])
