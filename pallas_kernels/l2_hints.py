@@ -1,9 +1,9 @@
 """Copies to shared memory whose lines the L2 cache gives up first.
 
 What a launch reads is read by a few programs at about the same time, and by nobody later: weights
-by those of one expert's tiles, tokens by those of one tile. As ordinary lines, weights, many times
-what L2 holds, push out what the next launch wants, and tokens do the same where they are many. A
-hint changes when bytes move, never which.
+by those of one expert's tiles, tokens by those of a tile or of a token. As ordinary lines, weights,
+many times what L2 holds, push out what the next launch wants, and tokens do the same where they are
+many. A hint changes when bytes move, never which.
 
 PTX has had the hint since the copy engine, Mosaic GPU has no argument for it. So each copy is made
 under a named scope, which lowering keeps as the operation's location, and Mosaic's rule for

@@ -122,8 +122,8 @@ def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
 
     64 rows of output neurons make twice the programs, for few tokens; with narrow gate/up slots as
     well, three of them share an SM. A shard's experts get fewer tokens than T and K let expect,
-    since most ids are other shards': there narrow tiles may do. Of gathered ones, two launches are
-    now faster, now slower than one grid.
+    since most ids are other shards': there narrow tiles may do. For gathered tiles of 8, one grid
+    and two launches are within a percent or so, either way.
     """
     default = default_config(shapes, T)
     narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES)}
@@ -131,7 +131,8 @@ def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
     if fitting_token_tile(T, shapes.K, shapes.E) > LEAST_TOKEN_TILE:
         changes = [{"token_tile": LEAST_TOKEN_TILE}, *changes]
     elif not BatchTiles.fit(T, shapes.K):
-        changes = [{"grids": 2}, *changes]
+        other = 1 if fitting_grids(LEAST_TOKEN_TILE, True, shapes.I) == 2 else 2
+        changes = [{"grids": other}, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
     return valid_configs(check_config, configs, shapes)
 

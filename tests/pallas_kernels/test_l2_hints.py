@@ -46,7 +46,7 @@ def test_a_copy_has_its_own_hint_or_none(hinted):
     made = [line for line in lines if "createpolicy" in line]
     assert len(made) == sum(hinted) and all("L2::evict_first" in line for line in made)
     # Each is the operand of one copy, in the same order.
-    names = iter([line.split("=")[0].strip() for line in made])
-    assert all(
-        not hint or f"{next(names)}," in load for hint, load in zip(hinted, loads, strict=True)
-    )
+    names = [line.split("=")[0].strip() for line in made]
+    used = [[name for name in names if f"{name}," in load] for load in loads]
+    assert [len(of_load) == 1 for of_load in used] == hinted
+    assert [name for of_load in used for name in of_load] == names

@@ -31,6 +31,7 @@ from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 
 class StreamedSuite(LayoutSuite):
     layout = "streamed"
+    most_copies_of_ids = 4  # 1024 ids at T = 128, at most 256 a copy
     small_rings = StreamedConfig(columns=64, slots=3)
 
     def kernels(self, size, grouping):
