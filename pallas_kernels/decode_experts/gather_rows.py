@@ -118,7 +118,7 @@ def gather_rows(
         finish = tiles.gather(
             tables, program, num_programs, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem
         )
-        num_tiles = tiles.find(ids_gmem, tables)
+        num_tiles = tiles.find(ids_gmem, tables, interpret)
         tiles.store_table(tables, num_tiles, program, num_programs, table_gmem)
         finish()
 

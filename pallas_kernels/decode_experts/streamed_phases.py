@@ -67,8 +67,10 @@ class Work:
         """Ring steps of a down item."""
         return self.I // self.columns
 
-    def shares(self, refs, num_tiles) -> tuple[Share, Share]:
-        """A program's units and items."""
+    def shares(self, refs, interpret: bool) -> tuple[Share, Share]:
+        """A program's units and items, once it has found the tiles."""
+        num_tiles = self.tiles.find(refs.ids, refs.tables, interpret)
+        self.tiles.find_experts(refs.tables)
         cuts = (self.unit_blocks, self.unit_steps), (self.item_blocks, self.item_steps)
         units, items = (
             Share(

@@ -58,7 +58,7 @@ class Stream(NamedTuple):
 
 def run_gate_up_alone(work: Work, refs: Refs) -> None:
     """Phase 1 as a whole kernel."""
-    units, _ = work.shares(refs, work.tiles.find(refs.ids, refs.tables))
+    units, _ = work.shares(refs, interpret=True)
     units.prepare()
     copy = functools.partial(Stream(units, copy_gate_up, copy_rows).copy, work, refs)
     fill_ring(work.slots, NO_END, copy)
@@ -67,7 +67,7 @@ def run_gate_up_alone(work: Work, refs: Refs) -> None:
 
 def run_down_alone(work: Work, refs: Refs) -> None:
     """Phase 2 as a whole kernel."""
-    _, items = work.shares(refs, work.tiles.find(refs.ids, refs.tables))
+    _, items = work.shares(refs, interpret=True)
     items.prepare()
     copy = functools.partial(Stream(items, copy_down, copy_hidden).copy, work, refs)
     fill_ring(work.slots, NO_END, copy)
@@ -81,7 +81,7 @@ def run_all(work: Work, refs: Refs, barrier) -> None:
         refs.tables, program, work.num_programs,
         refs.x, refs.weights, refs.rows, refs.weight_of, refs.row_of,
     )  # fmt: skip
-    units, items = work.shares(refs, work.tiles.find(refs.ids, refs.tables))
+    units, items = work.shares(refs, interpret=False)
     units.prepare()
     items.prepare()
     unit_stream = Stream(units, copy_gate_up, copy_rows)

@@ -10,6 +10,8 @@ come block by block, so that tiles of one expert, which read the same weights, a
 """
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +20,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_experts.count_ids import count_ids
 from pallas_kernels.decode_experts.grouping import tile_capacity
 from pallas_kernels.mosaic import count_up, row_layout
 
 _LANES = 128
 _COPIED_IDS = 256  # a TMA box has at most 256 elements a side
-# Elements of x that a program holds in registers while it waits for the rest.
-_EARLY_ELEMENTS = 16384
+# Elements of x that a program loads before it stores the first of them, in registers.
+_ELEMENTS_AT_ONCE = 16384
 # Ids are copied 16 bytes at a time.
 _IDS_MULTIPLE = 4
 
@@ -51,6 +54,18 @@ def _one_a_lane(length: int):
 def _lanes(length: int) -> jax.Array:
     """[length]: each element's index."""
     return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=_one_a_lane(length))
+
+
+def _sum_of_each(count: int, like: jax.Array, term: Callable[[Any], jax.Array]) -> jax.Array:
+    """The sum of term(index), an array like `like`, for each index below `count`, a multiple of 4.
+
+    Four sums by turns, for an addition waits for the one before.
+    """
+
+    def add(index, sums):
+        return [total + term(index * 4 + turn) for turn, total in enumerate(sums)]
+
+    return sum(count_up(count // 4, 4, add, [jnp.zeros_like(like)] * 4))
 
 
 class Unit(NamedTuple):
@@ -100,62 +115,68 @@ class Tiles:
             "expert_of": plgpu.SMEM((_round_up(self.most, _LANES),), jnp.int32),  # of each tile
         }
 
-    def find(self, ids_gmem, scratch) -> jax.Array:
-        """Fills the tables; returns the number of tiles. ids_gmem: as pad_ids makes them."""
+    def find(self, ids_gmem, scratch, interpret) -> jax.Array:
+        """Fills all tables but expert_of; returns the number of tiles. ids_gmem: from pad_ids."""
         for start in range(0, self.assignments, _COPIED_IDS):
             part = pl.ds(start, min(_COPIED_IDS, ids_gmem.shape[0] - start))
             plgpu.copy_gmem_to_smem(
                 ids_gmem.at[part], scratch["ids"].at[part], scratch["ids_arrived"]
             )
+        count_of, tiles_of = scratch["count_of"], scratch["tiles_of"]
+        count_of[...] = jnp.zeros(count_of.shape, count_of.dtype)
         plgpu.barrier_wait(scratch["ids_arrived"])
+        count_ids(scratch["ids"], self.assignments, self.E, count_of, interpret)
+        counts = plgpu.load(count_of, layout=_one_a_lane(count_of.shape[0]))
+        tiles_of[...] = _div(counts + (self.N - 1), self.N)
 
-        # An expert a lane: each lane counts for itself, with nothing exchanged between them.
-        experts = _lanes(scratch["count_of"].shape[0])
+        # An expert a lane: its first tile comes after all those of lower experts.
+        experts = _lanes(tiles_of.shape[0])
+        scratch["first_of"][...] = _sum_of_each(
+            _round_up(self.E, 4), experts, lambda e: jnp.where(e < experts, tiles_of[e], 0)
+        )
+        return scratch["first_of"][self.E - 1] + tiles_of[self.E - 1]
 
-        def count(index, counts):
-            # Four sums by turns, for an addition waits for the one before.
-            ids = [scratch["ids"][index * 4 + ahead] for ahead in range(4)]
-            return [c + jnp.where(i == experts, 1, 0) for c, i in zip(counts, ids, strict=True)]
-
-        counts = [jnp.zeros_like(experts)] * 4
-        counts = sum(count_up(ids_gmem.shape[0] // 4, 4, count, counts))
-        counts = jnp.where(experts < self.E, counts, 0)  # an id of E or more is padding
-        scratch["count_of"][...] = counts
-        scratch["tiles_of"][...] = _div(counts + (self.N - 1), self.N)
-
-        # Then a tile a lane: its expert is the number of those whose tiles end at or before it.
+    def find_experts(self, scratch) -> None:
+        """Fills expert_of, which `unit` needs, once the other tables are filled."""
+        first_of, tiles_of = scratch["first_of"], scratch["tiles_of"]
+        # A tile a lane: its expert is the number of those whose tiles end at or before it.
         tiles = _lanes(scratch["expert_of"].shape[0])
-
-        def pass_expert(index, carry):
-            end, first_of, expert_of = carry
-            first_of = jnp.where(experts == index, end, first_of)
-            end += scratch["tiles_of"][index]
-            return end, first_of, expert_of + jnp.where(tiles >= end, 1, 0)
-
-        init = jnp.int32(0), jnp.zeros_like(experts), jnp.zeros_like(tiles)
-        num_tiles, first_of, expert_of = count_up(self.E, 8, pass_expert, init)
-        scratch["first_of"][...] = first_of
-        scratch["expert_of"][...] = expert_of
-        return num_tiles
+        scratch["expert_of"][...] = _sum_of_each(
+            _round_up(self.E, 4),
+            tiles,
+            lambda e: jnp.where(first_of[e] + tiles_of[e] <= tiles, 1, 0),
+        )
 
     def store_table(self, scratch, num_tiles, program, num_programs: int, table) -> None:
-        """Writes Gathered's table, this program's share of the tiles."""
+        """Writes Gathered's table: this program's share of the experts and of the unused tiles."""
 
         @pl.when(program == 0)
         def _():
             table[2 * self.most] = num_tiles
 
-        def store(index, _):
-            tile = program + index * num_programs
+        def store_expert(index, _):
+            expert = program + index * num_programs
+
+            @pl.when(expert < self.E)
+            def _():
+                first = scratch["first_of"][expert]
+
+                def store(tile, _):
+                    table[2 * tile] = expert
+                    table[2 * tile + 1] = self.owned(scratch, expert, tile)
+
+                lax.fori_loop(first, first + scratch["tiles_of"][expert], store, None)
+
+        def store_unused(index, _):
+            tile = num_tiles + program + index * num_programs
 
             @pl.when(tile < self.most)
             def _():
-                found = scratch["expert_of"][tile]
-                expert = jnp.minimum(found, self.E - 1)
-                table[2 * tile] = jnp.where(found < self.E, found, -1)
-                table[2 * tile + 1] = self.owned(scratch, expert, tile)
+                table[2 * tile] = jnp.int32(-1)
+                table[2 * tile + 1] = jnp.int32(0)
 
-        lax.fori_loop(0, -(-self.most // num_programs), store, None)
+        lax.fori_loop(0, -(-self.E // num_programs), store_expert, None)
+        lax.fori_loop(0, -(-self.most // num_programs), store_unused, None)
 
     def owned(self, scratch, expert, tile) -> jax.Array:
         """How many columns of an expert's tile have an owner."""
@@ -175,9 +196,9 @@ class Tiles:
     def gather(
         self, scratch, program, num_programs: int, x, weights, rows, weight_of, row_of
     ):  # fmt: skip
-        """Fills the rows of this program's share of the assignments; returns the second half of it.
+        """Fills the rows of this program's share of the assignments; returns what does it.
 
-        The first half only starts to read x, before the memory is busy with weights.
+        As much of x as fits in registers is read at once, before the memory is busy with weights.
 
         Args:
           x: [T, H] bf16.
@@ -188,41 +209,67 @@ class Tiles:
         """
         layout = row_layout(x.shape[1])
         share = -(-self.assignments // num_programs)
-        early = min(share, max(1, _EARLY_ELEMENTS // x.shape[1]))
+        several = min(share, max(1, _ELEMENTS_AT_ONCE // x.shape[1]))
 
-        def load(index):
-            assignment = jnp.minimum(program + index * num_programs, self.assignments - 1)
+        def assignments_of(batch):
+            return [program + (batch * several + place) * num_programs for place in range(several)]
+
+        def load(assignment):
+            assignment = jnp.minimum(assignment, self.assignments - 1)
             token = x.at[_div(assignment, self.K)]
             return plgpu.load(token, layout=layout, optimized=False), weights[assignment]
 
-        loaded = [load(jnp.int32(index)) for index in range(early)]
+        def store(assignment, rank, row_of_x, routing_weight):
+            expert = self._expert(scratch, assignment)
+            routed = (expert >= 0) & (expert < self.E)
+
+            @pl.when((assignment < self.assignments) & routed)
+            def _():
+                row = scratch["first_of"][expert] * self.N + rank
+                rows[row] = row_of_x
+                weight_of[row] = routing_weight
+                row_of[assignment] = row
+
+            @pl.when((assignment < self.assignments) & jnp.logical_not(routed))
+            def _():
+                row_of[assignment] = jnp.int32(-1)
+
+        def store_batch(batch, loaded):
+            assignments = assignments_of(batch)
+            ranks = self._ranks(scratch, assignments)
+            for assignment, rank, values in zip(assignments, ranks, loaded, strict=True):
+                store(assignment, rank, *values)
+
+        def load_and_store_batch(batch, _):
+            store_batch(batch, [load(assignment) for assignment in assignments_of(batch)])
+
+        loaded = [load(assignment) for assignment in assignments_of(0)]
 
         def finish():
-            ids = plgpu.load(scratch["ids"], layout=_one_a_lane(scratch["ids"].shape[0]))
-            lanes = _lanes(ids.shape[0])
-
-            def store(index, row_of_x, routing_weight):
-                assignment = program + index * num_programs
-                # Beyond the last assignment there are other numbers, or none.
-                expert = scratch["ids"][jnp.minimum(assignment, self.assignments - 1)]
-
-                routed = (expert >= 0) & (expert < self.E)
-
-                @pl.when((assignment < self.assignments) & routed)
-                def _():
-                    earlier = (ids == expert) & (lanes < assignment)
-                    rank = jnp.sum(jnp.where(earlier, jnp.int32(1), jnp.int32(0)))
-                    row = scratch["first_of"][expert] * self.N + rank
-                    rows[row] = row_of_x
-                    weight_of[row] = routing_weight
-                    row_of[assignment] = row
-
-                @pl.when((assignment < self.assignments) & jnp.logical_not(routed))
-                def _():
-                    row_of[assignment] = jnp.int32(-1)
-
-            for index, values in enumerate(loaded):
-                store(jnp.int32(index), *values)
-            lax.fori_loop(early, share, lambda index, _: store(index, *load(index)), None)
+            store_batch(0, loaded)
+            lax.fori_loop(1, -(-share // several), load_and_store_batch, None)
 
         return finish
+
+    def _expert(self, scratch, assignment) -> jax.Array:
+        """Its id; of one beyond the last, the last one's, for there are other numbers, or none."""
+        return scratch["ids"][jnp.minimum(assignment, self.assignments - 1)]
+
+    def _ranks(self, scratch, assignments: Sequence[Any]) -> list[jax.Array]:
+        """Of each of these assignments, how many earlier ones have its expert.
+
+        A sum over all lanes takes long, so several ranks are the digits of one.
+        """
+        ids = plgpu.load(scratch["ids"], layout=_one_a_lane(scratch["ids"].shape[0]))
+        lanes = _lanes(ids.shape[0])
+        bits = max(1, (self.assignments - 1).bit_length())
+
+        def earlier(assignment):
+            same = (ids == self._expert(scratch, assignment)) & (lanes < assignment)
+            return jnp.where(same, 1, 0)
+
+        ranks, several = [], 31 // bits
+        for some in itertools.batched(assignments, several):
+            number = jnp.sum(sum(earlier(a) << bits * place for place, a in enumerate(some)))
+            ranks += [(number >> bits * place) & ((1 << bits) - 1) for place in range(len(some))]
+        return ranks

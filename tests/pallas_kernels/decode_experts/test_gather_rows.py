@@ -8,18 +8,19 @@ from pallas_kernels.decode_experts.gather_rows import gather_grouped, gather_row
 from pallas_kernels.decode_experts.tiles import Tiles
 from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 
-_SIZES = [(1, 2, 3, 8), (20, 2, 5, 8), (7, 3, 130, 16)]
+# Rows of 2048: more assignments than a program loads at once.
+_SIZES = [(1, 2, 3, 8, 192), (20, 2, 5, 8, 2048), (7, 3, 130, 16, 192)]
 if ON_GPU:
-    _SIZES += [(T, 8, 128, N) for T in (1, 8, 64, 128) for N in (8, 64)]
+    _SIZES += [(T, 8, 128, N, 2048) for T in (1, 8, 64, 128, 256, 512) for N in (8, 64)]
 
 
-@pytest.mark.parametrize("T, K, E, N", _SIZES)
-def test_the_same_as_by_a_grouping(T, K, E, N, seed):
+@pytest.mark.parametrize("T, K, E, N, H", _SIZES)
+def test_the_same_as_by_a_grouping(T, K, E, N, H, seed):
     rng = np.random.default_rng(seed)
     # A popular expert with several tiles; padding on both sides.
     ids = np.where(rng.random((T, K)) < 0.5, 1, rng.integers(-1, E + 2, (T, K))).astype(np.int32)
     ids = jnp.asarray(ids)
-    x = jax.random.normal(jax.random.key(seed), (T, 192), jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(seed), (T, H), jnp.bfloat16)
     weights = jnp.asarray(rng.random((T, K)), jnp.float32)
 
     found = gather_rows(x, ids, weights, Tiles(T=T, K=K, E=E, N=N), INTERPRET)

@@ -141,7 +141,8 @@ def _find(tiles: Tiles, ids: jax.Array, blocks: int) -> tuple[jax.Array, jax.Arr
     """What every program finds: the number of tiles, and the fields of each unit."""
 
     def kernel(ids_gmem, count_gmem, units_gmem, **scratch):
-        count_gmem[0] = tiles.find(ids_gmem, scratch)
+        count_gmem[0] = tiles.find(ids_gmem, scratch, INTERPRET)
+        tiles.find_experts(scratch)
 
         def body(index, _):
             for field, value in enumerate(tiles.unit(scratch, index, blocks)):
