@@ -48,6 +48,9 @@ _REPEATS = flags.DEFINE_integer(
     "candidate would take more than 1.2 s.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights, tokens and routings.")
+_DEVICE_TIMES = flags.DEFINE_boolean(
+    "device_times", True, "Take also the sum of each layer's kernels, by CUPTI, for 90 s at most."
+)
 _OUT = flags.DEFINE_string("out", "out/compare_layouts", "The folder for the JSONL and the PNG.")
 _COMMIT = flags.DEFINE_string("commit", "", "The commit to record where there is no git checkout.")
 
@@ -66,6 +69,7 @@ def main(argv: list[str]) -> None:
             dtype=_DTYPE.value,
             repeats=_REPEATS.value,
             seed=_SEED.value,
+            device_times=_DEVICE_TIMES.value,
             out=_OUT.value,
             commit=_COMMIT.value,
         )

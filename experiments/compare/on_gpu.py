@@ -60,9 +60,10 @@ def compare(settings: Settings, console: Console) -> int:
         save = output.saver(path, environment)
         bar.start("chains", len(plan.tokens) * len(plan.candidates))
         measurements = run.run(plan, bar.advance, bar.say, save)
-        bar.start("device times", sum(m.chain_us is not None for m in measurements))
-        run.run_device_times(plan, measurements, bar.advance, bar.say)
-        save(measurements)
+        if settings.device_times:
+            bar.start("device times", sum(m.chain_us is not None for m in measurements))
+            run.run_device_times(plan, measurements, bar.advance, bar.say)
+            save(measurements)
     console.print(
         f"{count} layers in rotation, {timing.STEPS} steps a program, each with its own routing; "
         f"read ceiling by {ceiling.by}",

@@ -6,6 +6,7 @@ A candidate that fails leaves its error in its record, and the others go on.
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ _ACCURACY_ELEMENTS = 512
 _ACCURACY_SEED = 1_000_003
 # Device times come last and may be cut short; a run's chain times may not.
 _DEVICE_TIME_BUDGET_S = 90.0
+_CHECKED_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,9 @@ def run(
 ) -> list[Measurement]:
     """Errors and chain times, saved after each number of tokens.
 
+    The layouts' errors and bits at once, in threads, for most of that is compiling; then, with
+    nothing beside it, each candidate's chain.
+
     Args:
       plan: what to run.
       advance: called once for each candidate and number of tokens, with what is about to run.
@@ -82,14 +87,19 @@ def run(
     measurements: list[Measurement] = []
     for T in plan.tokens:
         inputs = _make_inputs(plan, T)
+        together = [c for c in plan.candidates if c.kind == "layout" and c.timed and c.is_jax]
+        with ThreadPoolExecutor(_CHECKED_AT_ONCE) as pool:
+            ahead = {c.name: pool.submit(_check, plan, c, inputs) for c in together}
         for candidate in plan.candidates:
             advance(f"T={T} {candidate.name}")
-            measurement = _new_measurement(plan, candidate, inputs)
+            job = ahead.get(candidate.name)
+            measurement, chain = job.result() if job else _check(plan, candidate, inputs)
             measurements.append(measurement)
-            try:
-                _run_one(plan, candidate, inputs, measurement)
-            except Exception as error:
-                _note_failure(candidate, measurement, error)
+            if chain is not None:
+                try:
+                    _time(plan, chain, measurement)
+                except Exception as error:
+                    _note_failure(candidate, measurement, error)
             if measurement.error:
                 say(f"FAILED {candidate.name} at T = {T}: {measurement.error}")
         save(measurements)
@@ -163,28 +173,39 @@ def _new_measurement(plan: Plan, candidate: Candidate, inputs: _Inputs) -> Measu
     )
 
 
-def _run_one(plan: Plan, candidate: Candidate, inputs: _Inputs, m: Measurement) -> None:
-    """Fills in one measurement; raises if the candidate cannot run."""
-    m.config = candidate.config(inputs.T)
+def _check(
+    plan: Plan, candidate: Candidate, inputs: _Inputs
+) -> tuple[Measurement, timing.Chain | None]:
+    """A measurement with everything but times, and the chain to time, if there is one to."""
+    m = _new_measurement(plan, candidate, inputs)
     chain = None
-    if candidate.timed:
-        chain = candidate.chain(candidate.layer, plan.layers, inputs.routings, inputs.x, plan.steps)
-    if isinstance(chain, timing.JaxChain) and candidate.kind == "baseline":
-        m.note(**hlo.inspect(candidate.name, chain, inputs.T, plan.shapes))
-        if why := _does_not_fit(chain):
-            m.note(skipped=why)
-            return
-    _measure_errors(plan, candidate, inputs, m)
-    _compare_bits(plan, candidate, inputs, m)
-    if chain is not None:
-        measured = timing.measure(chain, plan.settings.repeats)
-        m.set_chain(measured.us, measured.spread_us, plan.ceiling_tbps)
-        # On a CPU, where dispatch is synchronous here, issuing is running.
-        if measured.host_bound and jax.default_backend() == "gpu":
-            m.note(warning="the host issued work more slowly than the device ran it")
-        last = chain.result()
-        if not np.isfinite(last).all() or not last.any():
-            raise AssertionError("the chain ended in zeros or in values that are not finite")
+    try:
+        m.config = candidate.config(inputs.T)
+        if candidate.timed:
+            arguments = candidate.layer, plan.layers, inputs.routings, inputs.x, plan.steps
+            chain = candidate.chain(*arguments)
+        if isinstance(chain, timing.JaxChain) and candidate.kind == "baseline":
+            m.note(**hlo.inspect(candidate.name, chain, inputs.T, plan.shapes))
+            if why := _does_not_fit(chain):
+                m.note(skipped=why)
+                return m, None
+        _measure_errors(plan, candidate, inputs, m)
+        _compare_bits(plan, candidate, inputs, m)
+    except Exception as error:
+        _note_failure(candidate, m, error)
+        return m, None
+    return m, chain
+
+
+def _time(plan: Plan, chain: timing.Chain, m: Measurement) -> None:
+    measured = timing.measure(chain, plan.settings.repeats)
+    m.set_chain(measured.us, measured.spread_us, plan.ceiling_tbps)
+    # On a CPU, where dispatch is synchronous here, issuing is running.
+    if measured.host_bound and jax.default_backend() == "gpu":
+        m.note(warning="the host issued work more slowly than the device ran it")
+    last = chain.result()
+    if not np.isfinite(last).all() or not last.any():
+        raise AssertionError("the chain ended in zeros or in values that are not finite")
 
 
 def _measure_errors(plan: Plan, candidate: Candidate, inputs: _Inputs, m: Measurement) -> None:

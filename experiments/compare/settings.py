@@ -26,6 +26,7 @@ class Settings:
     dtype: str
     repeats: int
     seed: int
+    device_times: bool
     out: pathlib.Path
     commit: str
 
@@ -57,6 +58,7 @@ def parse(
     dtype: str,
     repeats: int,
     seed: int,
+    device_times: bool,
     out: str,
     commit: str,
 ) -> Settings:
@@ -104,6 +106,7 @@ def parse(
         dtype=dtype,
         repeats=repeats,
         seed=seed,
+        device_times=device_times,
         out=pathlib.Path(out),
         commit=commit,
     )

@@ -1,5 +1,6 @@
 """The script end to end on a CPU, its flags' errors, and that a failure does not stop the rest."""
 
+import dataclasses
 import json
 import sys
 
@@ -29,6 +30,7 @@ FLAGS = {
     "dtype": "bf16",
     "repeats": 2,
     "seed": 0,
+    "device_times": True,
     "out": "out",
     "commit": "abc",
 }
@@ -172,6 +174,14 @@ def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
     assert baseline["device_us"] is None
     assert "CUPTI" in baseline["config"]["device_us_error"]
     assert "L2 is not cold at T = 1" in (tmp_path / "log").read_text()
+
+    without = dataclasses.replace(asked, device_times=False)
+    with (tmp_path / "log").open("w") as log:
+        assert on_gpu.compare(without, Console(file=log, width=120)) == 1
+    _, [_, baseline] = records.read(tmp_path / "cpu_tiny.jsonl")
+    assert baseline.chain_us > 0
+    assert baseline.device_us is None
+    assert "device_us_error" not in baseline.config
 
 
 @on_a_cpu
