@@ -11,7 +11,7 @@ from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 # Rows of 2048: more assignments than a program loads at once.
 _SIZES = [(1, 2, 3, 8, 192), (20, 2, 5, 8, 2048), (7, 3, 130, 16, 192)]
 if ON_GPU:
-    _SIZES += [(T, 8, 128, N, 2048) for T in (1, 8, 64, 128, 256, 512) for N in (8, 64)]
+    _SIZES += [(T, 8, 128, N, 2048) for T in (1, 8, 64, 128, 256, 512, 1024) for N in (8, 64)]
 
 
 @pytest.mark.parametrize("T, K, E, N, H", _SIZES)
