@@ -23,8 +23,8 @@ from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
 from pallas_kernels.decode_experts.token_tiles import Tile
 
-# Each program looks at all ids. Measured up to so many (1024 tokens, K = 8), where it is still faster
-# than XLA's kernels for each step of the grouping, which do it beyond.
+# Each program looks at all ids. Measured up to so many (1024 tokens, K = 8), where that is still
+# faster than XLA's kernels for each step of the grouping, which do it beyond.
 MOST_ASSIGNMENTS = 8192
 _INTERPRETED_PROGRAMS = 2
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import jax
@@ -94,6 +95,19 @@ def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
     out = jax.jit(TestExpertMajor().run)(case)
     assert_right(out, case)
     assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize(("T", "in_one_launch"), [(512, True), (1032, False)])
+def test_more_tokens_than_decoding_has(T, in_one_launch, seed):
+    """Tiles of 40 and of 64."""
+    shapes = PRESETS["qwen3_30b_a3b"]
+    size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
+    run = functools.partial(decode_experts, layout="expert_major")
+    gathering = ["gather_rows"] if in_one_launch else []
+    assert kernels_of(lower_for_cuda(run, *struct_case(size))) == [*gathering, *PRODUCTS]
+    if ON_GPU:
+        case = make_case(size._replace(H=512), seed)
+        assert_right(jax.jit(run)(*case), case)
 
 
 def test_fitting_grids():

@@ -138,7 +138,7 @@ def test_default_token_tile_is_one_that_group_takes(T):
 
 
 @pytest.mark.parametrize(
-    ("T", "tile"), [(1, 8), (127, 8), (128, 16), (255, 16), (256, 32), (512, 64), (10**5, 64)]
+    ("T", "tile"), [(1, 8), (127, 8), (128, 16), (255, 16), (256, 24), (512, 40), (10**5, 64)]
 )
 def test_token_tile_is_more_than_the_mean_of_an_expert(T, tile):
     assert fitting_token_tile(T, 8, 128) == tile
