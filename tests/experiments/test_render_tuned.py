@@ -58,11 +58,12 @@ def test_what_has_no_floor_is_an_error_and_what_is_not_invariant_a_dash():
     assert floors.to_markdown(alone).splitlines()[-1].split("|")[6].strip() == "-"
 
 
-def test_the_committed_page_is_what_it_prints(capsys):
-    render_tuned.main(["render_tuned", str(_H100)])
-    page = (pathlib.Path(__file__).parents[2] / "results" / "tune" / "h100.md").read_text()
+@pytest.mark.parametrize("device", ["h100", "h200"])
+def test_the_committed_page_is_what_it_prints(device, capsys):
+    render_tuned.main(["render_tuned", str(_H100.with_stem(device))])
+    page = (pathlib.Path(__file__).parents[2] / "results" / "tune" / f"{device}.md").read_text()
     assert capsys.readouterr().out.strip() in page
-    assert "experiments.render_tuned pallas_kernels/decode_experts/data/h100.json" in page
+    assert f"experiments.render_tuned pallas_kernels/decode_experts/data/{device}.json" in page
 
 
 @pytest.mark.parametrize(
