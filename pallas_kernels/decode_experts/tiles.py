@@ -116,7 +116,12 @@ class Tiles:
         }
 
     def find(self, ids_gmem, scratch, interpret) -> jax.Array:
-        """Fills all tables but expert_of; returns the number of tiles. ids_gmem: from pad_ids."""
+        """Fills all tables but expert_of; returns the number of tiles.
+
+        Args:
+          ids_gmem: from pad_ids.
+          interpret: as in decode_experts.
+        """
         for start in range(0, self.assignments, _COPIED_IDS):
             part = pl.ds(start, min(_COPIED_IDS, ids_gmem.shape[0] - start))
             plgpu.copy_gmem_to_smem(
