@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
 from pallas_kernels.decode_experts import gated
+from pallas_kernels.decode_experts.gather_share import gather_share
 from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.tiles import Tiles, pad_ids
 from pallas_kernels.decode_experts.token_tiles import Tile
@@ -115,9 +116,10 @@ def gather_rows(
         ids_gmem, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem, table_gmem, tables
     ):  # fmt: skip
         program = lax.axis_index("program")
-        finish = tiles.gather(
-            tables, program, num_programs, x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem
-        )
+        finish = gather_share(
+            tiles, tables, program, num_programs,
+            x_gmem, weights_gmem, rows_gmem, weight_gmem, row_gmem,
+        )  # fmt: skip
         num_tiles = tiles.find(ids_gmem, tables, interpret)
         tiles.store_table(tables, num_tiles, program, num_programs, table_gmem)
         finish()

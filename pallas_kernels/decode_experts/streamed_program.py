@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.decode_experts.gather_share import gather_share
 from pallas_kernels.decode_experts.streamed_phases import (
     NO_END,
     Refs,
@@ -77,8 +78,8 @@ def run_down_alone(work: Work, refs: Refs) -> None:
 def run_all(work: Work, refs: Refs, barrier) -> None:
     """All phases in one kernel and one ring; `barrier(program)` waits for the whole grid."""
     program = lax.axis_index("program")
-    finish_gather = work.tiles.gather(
-        refs.tables, program, work.num_programs,
+    finish_gather = gather_share(
+        work.tiles, refs.tables, program, work.num_programs,
         refs.x, refs.weights, refs.rows, refs.weight_of, refs.row_of,
     )  # fmt: skip
     units, items = work.shares(refs, interpret=False)

@@ -10,8 +10,7 @@ come block by block, so that tiles of one expert, which read the same weights, a
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.count_ids import count_ids
 from pallas_kernels.decode_experts.grouping import tile_capacity
-from pallas_kernels.mosaic import count_up, row_layout
+from pallas_kernels.mosaic import count_up
 
 _LANES = 128
 _COPIED_IDS = 256  # a TMA box has at most 256 elements a side
-# Elements of x that a program loads before it stores the first of them, in registers.
-_ELEMENTS_AT_ONCE = 16384
 # Ids are copied 16 bytes at a time.
 _IDS_MULTIPLE = 4
 
@@ -47,13 +44,14 @@ def _div(a, b):
     return lax.div(jnp.int32(a), jnp.int32(b))
 
 
-def _one_a_lane(length: int):
+def one_a_lane(length: int):
+    """The layout of a vector whose elements take the 128 lanes by turns."""
     return plgpu.Layout.WG_STRIDED((length,), 1)
 
 
-def _lanes(length: int) -> jax.Array:
+def lanes_of(length: int) -> jax.Array:
     """[length]: each element's index."""
-    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=_one_a_lane(length))
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=one_a_lane(length))
 
 
 def _sum_of_each(count: int, like: jax.Array, term: Callable[[Any], jax.Array]) -> jax.Array:
@@ -131,11 +129,11 @@ class Tiles:
         count_of[...] = jnp.zeros(count_of.shape, count_of.dtype)
         plgpu.barrier_wait(scratch["ids_arrived"])
         count_ids(scratch["ids"], self.assignments, self.E, count_of, interpret)
-        counts = plgpu.load(count_of, layout=_one_a_lane(count_of.shape[0]))
+        counts = plgpu.load(count_of, layout=one_a_lane(count_of.shape[0]))
         tiles_of[...] = _div(counts + (self.N - 1), self.N)
 
         # An expert a lane: its first tile comes after all those of lower experts.
-        experts = _lanes(tiles_of.shape[0])
+        experts = lanes_of(tiles_of.shape[0])
         scratch["first_of"][...] = _sum_of_each(
             _round_up(self.E, 4), experts, lambda e: jnp.where(e < experts, tiles_of[e], 0)
         )
@@ -145,7 +143,7 @@ class Tiles:
         """Fills expert_of, which `unit` needs, once the other tables are filled."""
         first_of, tiles_of = scratch["first_of"], scratch["tiles_of"]
         # A tile a lane: its expert is the number of those whose tiles end at or before it.
-        tiles = _lanes(scratch["expert_of"].shape[0])
+        tiles = lanes_of(scratch["expert_of"].shape[0])
         scratch["expert_of"][...] = _sum_of_each(
             _round_up(self.E, 4),
             tiles,
@@ -197,84 +195,3 @@ class Tiles:
         block = lax.div(index, tiles)
         tile = first + index - block * tiles
         return Unit(expert, tile, block, self.owned(scratch, expert, tile))
-
-    def gather(
-        self, scratch, program, num_programs: int, x, weights, rows, weight_of, row_of
-    ):  # fmt: skip
-        """Fills the rows of this program's share of the assignments; returns what does it.
-
-        As much of x as fits in registers is read at once, before the memory is busy with weights.
-
-        Args:
-          x: [T, H] bf16.
-          weights: [T * K] float32.
-          rows: [P, H] bf16, rows of x; those without an owner stay as they are.
-          weight_of: [P] float32, the routing weight of each row, likewise.
-          row_of: [T * K] int32, each assignment's row, -1 for padding.
-        """
-        layout = row_layout(x.shape[1])
-        share = -(-self.assignments // num_programs)
-        several = min(share, max(1, _ELEMENTS_AT_ONCE // x.shape[1]))
-
-        def assignments_of(batch):
-            return [program + (batch * several + place) * num_programs for place in range(several)]
-
-        def load(assignment):
-            assignment = jnp.minimum(assignment, self.assignments - 1)
-            token = x.at[_div(assignment, self.K)]
-            return plgpu.load(token, layout=layout, optimized=False), weights[assignment]
-
-        def store(assignment, rank, row_of_x, routing_weight):
-            expert = self._expert(scratch, assignment)
-            routed = (expert >= 0) & (expert < self.E)
-
-            @pl.when((assignment < self.assignments) & routed)
-            def _():
-                row = scratch["first_of"][expert] * self.N + rank
-                rows[row] = row_of_x
-                weight_of[row] = routing_weight
-                row_of[assignment] = row
-
-            @pl.when((assignment < self.assignments) & jnp.logical_not(routed))
-            def _():
-                row_of[assignment] = jnp.int32(-1)
-
-        def store_batch(batch, loaded):
-            assignments = assignments_of(batch)
-            ranks = self._ranks(scratch, assignments)
-            for assignment, rank, values in zip(assignments, ranks, loaded, strict=True):
-                store(assignment, rank, *values)
-
-        def load_and_store_batch(batch, _):
-            store_batch(batch, [load(assignment) for assignment in assignments_of(batch)])
-
-        loaded = [load(assignment) for assignment in assignments_of(0)]
-
-        def finish():
-            store_batch(0, loaded)
-            lax.fori_loop(1, -(-share // several), load_and_store_batch, None)
-
-        return finish
-
-    def _expert(self, scratch, assignment) -> jax.Array:
-        """Its id; of one beyond the last, the last one's, for there are other numbers, or none."""
-        return scratch["ids"][jnp.minimum(assignment, self.assignments - 1)]
-
-    def _ranks(self, scratch, assignments: Sequence[Any]) -> list[jax.Array]:
-        """Of each of these assignments, how many earlier ones have its expert.
-
-        A sum over all lanes takes long, so several ranks are the digits of one.
-        """
-        ids = plgpu.load(scratch["ids"], layout=_one_a_lane(scratch["ids"].shape[0]))
-        lanes = _lanes(ids.shape[0])
-        bits = max(1, (self.assignments - 1).bit_length())
-
-        def earlier(assignment):
-            same = (ids == self._expert(scratch, assignment)) & (lanes < assignment)
-            return jnp.where(same, 1, 0)
-
-        ranks, several = [], 31 // bits
-        for some in itertools.batched(assignments, several):
-            number = jnp.sum(sum(earlier(a) << bits * place for place, a in enumerate(some)))
-            ranks += [(number >> bits * place) & ((1 << bits) - 1) for place in range(len(some))]
-        return ranks
