@@ -25,6 +25,7 @@ _ACCURACY_ELEMENTS = 512
 _ACCURACY_SEED = 1_000_003
 # Device times come last and may be cut short; a run's chain times may not.
 _DEVICE_TIME_BUDGET_S = 90.0
+# Threads. What they run, the device runs in turn: JAX gives it one stream.
 _CHECKED_AT_ONCE = 4
 
 
@@ -80,7 +81,7 @@ def run(
 
     Args:
       plan: what to run.
-      advance: called once for each candidate and number of tokens, with what is about to run.
+      advance: called once for each candidate and number of tokens, with what is about to be timed.
       say: prints a line.
       save: called with all measurements so far.
     """

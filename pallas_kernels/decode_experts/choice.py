@@ -71,7 +71,7 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
         if capability not in (None, HOPPER):
             return LayoutChoice("output_major", f"{device} has no wgmma, which the others need")
         return _by_heuristic(mode, T)
-    # Beyond what was measured a config is as good as another, and changes no sum.
+    # A config that won with fewer tokens need not with more, and none changes a sum.
     config = found.entry.config if found.entry.T >= T else None
     return LayoutChoice(found.entry.layout, f"T = {T} takes {MODES[mode]}, {found.why}", config)
 

@@ -1,7 +1,8 @@
 """How many tokens each expert has, from ids in shared memory: one addition an id.
 
-In Pallas alone a lane could only compare every id with its own expert, which takes E times as many
-operations: 1.4 us for 512 ids. Shared memory can add for whichever lane has the id.
+In Pallas alone a lane could only compare every id with its own expert, E times as many operations
+(results/designs/expert_major.md says what that cost). Shared memory can add for whichever lane has
+the id.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_LANES = 128
+LANES = 128  # of a warpgroup
 
 
 def count_ids(ids: Any, length: int, E: int, counts: Any, interpret: Any) -> None:
@@ -42,11 +43,11 @@ def count_ids(ids: Any, length: int, E: int, counts: Any, interpret: Any) -> Non
 
 def _ptx(length: int, E: int) -> str:
     """All loads first, for none of them would be moved up over an addition."""
-    rounds = range(-(-length // _LANES))
+    rounds = range(-(-length // LANES))
     load = "\n".join(
         f"""
-        setp.lt.u32 there{i}, lane, {length - i * _LANES};
-        @there{i} ld.shared.u32 id{i}, [from+{4 * i * _LANES}];"""
+        setp.lt.u32 there{i}, lane, {length - i * LANES};
+        @there{i} ld.shared.u32 id{i}, [from+{4 * i * LANES}];"""
         for i in rounds
     )
     add = "\n".join(

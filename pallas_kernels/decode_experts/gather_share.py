@@ -24,10 +24,10 @@ _ELEMENTS_AT_ONCE = 16384
 def gather_share(
     tiles: Tiles, scratch, program, num_programs: int, x, weights, rows, weight_of, row_of
 ) -> Callable[[], None]:
-    """Fills the rows of this program's share of the assignments; returns what does it.
+    """Starts to read this program's share of x; returns the function that stores it, and the rest.
 
-    It is to be called when `tiles` are found. As much of x as fits in registers is read before that
-    and before the memory is busy with weights.
+    That one is to be called once `tiles` are found. What fits in registers is read before, while
+    the memory is not yet busy with weights.
 
     Args:
       tiles: of the batch.

@@ -19,11 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.count_ids import count_ids
+from pallas_kernels.decode_experts.count_ids import LANES, count_ids
 from pallas_kernels.decode_experts.grouping import tile_capacity
 from pallas_kernels.mosaic import count_up
 
-_LANES = 128
 _COPIED_IDS = 256  # a TMA box has at most 256 elements a side
 # Ids are copied 16 bytes at a time.
 _IDS_MULTIPLE = 4
@@ -103,14 +102,14 @@ class Tiles:
         return self.most * self.N
 
     def scratch_types(self) -> dict[str, Any]:
-        experts = plgpu.SMEM((_round_up(self.E, _LANES),), jnp.int32)
+        experts = plgpu.SMEM((_round_up(self.E, LANES),), jnp.int32)
         return {
-            "ids": plgpu.SMEM((_round_up(self.assignments, _LANES),), jnp.int32),
+            "ids": plgpu.SMEM((_round_up(self.assignments, LANES),), jnp.int32),
             "ids_arrived": plgpu.Barrier(num_arrivals=-(-self.assignments // _COPIED_IDS)),
             "count_of": experts,  # tokens of each expert
             "tiles_of": experts,
             "first_of": experts,  # each expert's first tile
-            "expert_of": plgpu.SMEM((_round_up(self.most, _LANES),), jnp.int32),  # of each tile
+            "expert_of": plgpu.SMEM((_round_up(self.most, LANES),), jnp.int32),  # of each tile
         }
 
     def find(self, ids_gmem, scratch, interpret) -> jax.Array:

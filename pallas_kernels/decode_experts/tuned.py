@@ -5,7 +5,7 @@ The tables are written by `python -m experiments.tune`; tuned_tables.py says wha
 Which entry serves T tokens: that of the smallest measured T which is not below, among the buckets
 1, 2, 4, ..., 128. A table may have measured only some of them for a shape: with entries at 1, 8 and
 64, 8 serves 2 to 8 and 64 serves 9 to 64. Beyond the largest, "auto" has no entry and "invariant"
-takes the largest one's layout, for it must not change the order of sums, with a default config.
+has the largest one's, for it must not change the order of sums; choice.py takes its layout alone.
 """
 
 import functools
