@@ -172,7 +172,7 @@ def run(
     """Runs all launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
     tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret, grouping)
-    gate_up, down = _products(tiles, H, I, config)
+    gate_up, down = _products(tiles, H, I, config, apart=not interpret)
     stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
     grids = config.grids or fitting_grids(tiles.N, not isinstance(tiles, BatchTiles), I)
     if interpret or grids == 2:  # the interpreter cannot wait within a grid
@@ -183,10 +183,12 @@ def run(
     return combine(outputs, tiles.row_of).astype(out_dtype)
 
 
-def _products(tiles: TokenTiles, H: int, I: int, config: Config) -> tuple[GateUp, Down]:
+def _products(
+    tiles: TokenTiles, H: int, I: int, config: Config, apart: bool
+) -> tuple[GateUp, Down]:
     R, N = config.down_rows, tiles.N
     columns, slots = fit_ring(config.gate_up_columns, config.gate_up_slots, ROWS + N)
-    gate_up = GateUp(tiles=tiles, H=H, I=I, columns=columns, slots=slots)
+    gate_up = GateUp(tiles=tiles, H=H, I=I, columns=columns, slots=slots, apart=apart)
     columns, slots = fit_ring(config.down_columns, config.down_slots, R + 2 * N)
     return gate_up, Down(tiles=tiles, H=H, I=I, R=R, columns=columns, slots=slots)
 

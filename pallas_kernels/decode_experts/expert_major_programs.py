@@ -21,6 +21,7 @@ from pallas_kernels.mosaic import (
     store_row,
     tma_ring,
 )
+from pallas_kernels.stagger import begin_apart
 
 COLUMNS = (64, 128, 256)  # a TMA box has at most 256 elements a side
 
@@ -69,6 +70,7 @@ class GateUp:
     I: int
     columns: int
     slots: int
+    apart: bool  # whether programs of one core begin apart (stagger.py)
 
     @property
     def blocks(self) -> int:
@@ -117,6 +119,8 @@ class GateUp:
                 plgpu.wgmma(acc, weights_smem.at[slot], x_smem.at[slot].transpose((1, 0)))
                 return carry
 
+            if self.apart:
+                begin_apart(program, self.programs, slot_bytes(self.H, ROWS))
             tma_ring(
                 self.H // columns,
                 self.slots,
