@@ -3,6 +3,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.compare.presets import PRESETS
@@ -19,7 +20,7 @@ from tests.pallas_kernels.decode_experts.cases import (
 )
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
 from tests.pallas_kernels.decode_experts.lowering_suite import SUM_IN_MEMORY
-from tests.pallas_kernels.machine import ON_GPU, kernels_of, lower_for_cuda
+from tests.pallas_kernels.machine import ON_GPU, kernels_of, lower_for_cuda, mosaic_modules
 
 # In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
 _STEPS = re.compile(
@@ -102,12 +103,23 @@ def test_more_tokens_than_decoding_has(T, in_one_launch, seed):
     """Tiles of 40 and of 64."""
     shapes = PRESETS["qwen3_30b_a3b"]
     size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
-    run = functools.partial(decode_experts, layout="expert_major")
+    run = functools.partial(decode_experts, layout="expert_major", out_dtype=jnp.float32)
     gathering = ["gather_rows"] if in_one_launch else []
     assert kernels_of(lower_for_cuda(run, *struct_case(size))) == [*gathering, *PRODUCTS]
     if ON_GPU:
         case = make_case(size._replace(H=512), seed)
         assert_right(jax.jit(run)(*case), case)
+
+
+@pytest.mark.parametrize("grids", [1, 2])
+@pytest.mark.parametrize(("I", "apart"), [(768, 1), (128, 0)])
+def test_programs_of_a_core_begin_apart_where_more_follow(I, apart, grids):
+    """40 tiles of 24 or of 4 programs; a core gets at most two of the latter."""
+    size = Size(T=16, E=32, K=4, H=128, I=I)
+    config = ExpertMajorConfig(gate_up_columns=128, grids=grids)
+    run = functools.partial(decode_experts, layout="expert_major", config=config)
+    modules = mosaic_modules(lower_for_cuda(run, *struct_case(size)))
+    assert [module.count("%globaltimer") // 2 for module in modules[1:]] == [apart, 0][:grids]
 
 
 def test_fitting_grids():
