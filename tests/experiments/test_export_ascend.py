@@ -182,6 +182,7 @@ def test_forms_that_are_two_modules_are_found(exported, copied):
         run(f"--out={copied}", "--check")
 
 
+@pytest.mark.slow
 def test_a_computation_that_is_not_the_shipped_one_is_found(copied, capsys):
     """The manifest's config has another epsilon than what was exported."""
     path = copied / "manifest.json"
