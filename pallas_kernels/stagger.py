@@ -34,7 +34,8 @@ def begin_apart(program, num_programs: int, bytes_read: int) -> None:
 
     Args:
       program: its number; a core takes programs in the order of their numbers, one, then another.
-      num_programs: of the grid, or of its first part whose programs are alike.
+      num_programs: of the grid, or of its first part whose programs are alike; also those that will
+        find nothing to do, for how many these are is not known before.
       bytes_read: by each program.
     """
     cores = core_count()

@@ -14,7 +14,7 @@ _CORES = 132
 
 
 def _numbers(programs: int, bytes_read: int) -> jax.Array:
-    """[programs * 128]: each program's number, written once it has begun."""
+    """[programs, 128]: each program's number, written once it has begun."""
 
     def kernel(out):
         program = lax.axis_index("program")

@@ -43,7 +43,7 @@ class LoweringSuite:
         assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
         calls = [(128, None, jnp.float32)]
         if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
-            calls += [(8, LARGEST_TOKEN_TILE, jnp.bfloat16)]
+            calls.append((8, LARGEST_TOKEN_TILE, jnp.bfloat16))
         for T, token_tile, out_dtype in calls:
             size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
             case, grouping = struct_case(size), None

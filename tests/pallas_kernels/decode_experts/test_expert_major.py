@@ -114,7 +114,7 @@ def test_more_tokens_than_decoding_has(T, in_one_launch, seed):
 @pytest.mark.parametrize("grids", [1, 2])
 @pytest.mark.parametrize(("I", "apart"), [(768, 1), (128, 0)])
 def test_programs_of_a_core_begin_apart_where_more_follow(I, apart, grids):
-    """40 tiles of 24 or of 4 programs; a core gets at most two of the latter."""
+    """36 tiles of 24 or of 4 programs; a core gets at most two of the latter."""
     size = Size(T=16, E=32, K=4, H=128, I=I)
     config = ExpertMajorConfig(gate_up_columns=128, grids=grids)
     run = functools.partial(decode_experts, layout="expert_major", config=config)

@@ -65,6 +65,7 @@ def assert_same_tokens(found, expected, which) -> None:
 # --- right on fresh inputs
 
 
+# SIZES[1] is test_with_a_norm's.
 @pytest.mark.parametrize("size", [SIZES[0], *SIZES[2:]], ids=str)
 def test_matches_reference(size, seed):
     case = make_case(size, seed)
