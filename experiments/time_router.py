@@ -2,7 +2,7 @@
 
     python -m experiments.time_router --preset=qwen3_30b_a3b --tokens=1,8,64
 
-Each T is checked first: logits, experts, weights and Grouping against the float32 twin, float64
+Each T is checked first: logits, experts and weights against the float32 twin, float64
 being the judge where two logits nearly tie, and each token's bits against the same token alone.
 Then one step is timed inside a jitted chain, with so many layers' gates in rotation that they come
 from memory. A step ends in an elementwise kernel that makes the next one wait for all results; what
@@ -27,7 +27,7 @@ from experiments.compare.layers import make_tokens
 from experiments.compare.presets import PRESETS
 from moe_jax.layers import rms_norm
 from moe_jax.routing import route, router_logits
-from pallas_kernels.decode_experts import ExpertShapes, group
+from pallas_kernels.decode_experts import ExpertShapes
 from pallas_kernels.router import Route, reference_route_tokens, route_tokens
 
 _PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"Whose sizes: {', '.join(PRESETS)}.")
@@ -55,36 +55,20 @@ def _kernel(x, gate, norm_weight, K, interpret=False) -> Route:
 
 
 @_variant
-def _kernel_without_grouping(x, gate, norm_weight, K, interpret=False) -> Route:
-    return route_tokens(x, gate, K=K, norm_weight=norm_weight, token_tile=None, interpret=interpret)
-
-
-def _model(x, gate, norm_weight, K) -> Route:
+def _xla(x, gate, norm_weight, K, interpret=False) -> Route:
+    """The model's router."""
+    del interpret
     normed = None if norm_weight is None else rms_norm(x, norm_weight, 1e-6)
     logits = router_logits(x if normed is None else normed, gate)
     chosen = route(logits, K, norm_topk_prob=True)
-    return Route(chosen.ids, chosen.weights, logits, None, normed)
-
-
-@_variant
-def _xla(x, gate, norm_weight, K, interpret=False) -> Route:
-    """The model's router, and decode_experts' grouping."""
-    del interpret
-    found = _model(x, gate, norm_weight, K)
-    return found._replace(grouping=group(found.ids, found.weights, gate.shape[0]))
-
-
-@_variant
-def _xla_without_grouping(x, gate, norm_weight, K, interpret=False) -> Route:
-    del interpret
-    return _model(x, gate, norm_weight, K)
+    return Route(chosen.ids, chosen.weights, logits, normed)
 
 
 @_variant
 def _empty(x, gate, norm_weight, K, interpret=False) -> Route:
     del norm_weight, interpret
     weights = jnp.broadcast_to(gate[0, :K].astype(jnp.float32), (len(x), K))
-    return Route(weights.astype(jnp.int32), weights, weights, None, None)
+    return Route(weights.astype(jnp.int32), weights, weights, None)
 
 
 def main(argv: list[str]) -> None:
@@ -165,7 +149,7 @@ def _check(shapes: ExpertShapes, T: int, interpret: bool) -> str:
 
     A norm is left to the kernel alone: its own result is what the logits are judged by.
     """
-    E, K = shapes.E, shapes.K
+    K = shapes.K
     x, [gate], norm_weight = _inputs(shapes, T, 1)
     found = jax.block_until_ready(_kernel(x, gate, norm_weight, K, interpret))
     judged = x if found.normed is None else found.normed
@@ -176,12 +160,6 @@ def _check(shapes: ExpertShapes, T: int, interpret: bool) -> str:
     own = jnp.take_along_axis(jax.nn.softmax(found.logits), ids, axis=-1)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.weights, own / own.sum(-1, keepdims=True), rtol=1e-5)
-    for field, expected in zip(
-        ("row_of", "token_of", "expert_of", "weight_of"),
-        jax.tree.leaves(group(found.ids, found.weights, E)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(getattr(found.grouping, field), expected, field)
     same = [set(a) == set(b) for a, b in zip(found.ids.tolist(), twin.ids.tolist(), strict=True)]
     exact = np.asarray(judged, np.float64) @ np.asarray(gate, np.float64).T
     for t in np.flatnonzero(np.logical_not(same)):
@@ -234,9 +212,6 @@ def _step(variant: Callable, x, gate, norm_weight, K: int) -> jax.Array:
     """
     found = lax.optimization_barrier(variant(x, gate, norm_weight, K))
     last = found.weights[:, :1] + found.ids[:, :1]
-    if found.grouping is not None:
-        for leaf in jax.tree.leaves(found.grouping):
-            last += leaf.ravel()[0]
     if found.normed is not None:
         last += found.normed[:, :1]
     # XLA keeps 0 * last, for it might not be finite.

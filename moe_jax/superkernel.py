@@ -8,13 +8,11 @@ it does depends on the platform:
 
     ascend       the region is a StableHLO composite named "superkernel.<label>", with a version and
                  the options as attributes; its decomposition is the plain computation
-    cuda         the region is a named scope, as profiles and HLO metadata show it; in "moe_experts"
-                 the kernels' backend takes the layout that is one launch
-    elsewhere    the region is a named scope
+    elsewhere    the region is a named scope, as profiles and HLO metadata show it
 
-But for that other layout, it changes how kernels are launched and never what they compute: outputs
-are the same, bit for bit, from a compiler that rounds where the program says so. (XLA may leave out
-a rounding to bfloat16 where it sees both sides, unless its xla_allow_excess_precision is off.)
+It changes how kernels are launched and never what they compute: outputs are the same, bit for bit,
+from a compiler that rounds where the program says so. (XLA may leave out a rounding to bfloat16
+where it sees both sides, unless its xla_allow_excess_precision is off.)
 """
 
 import contextlib
@@ -96,11 +94,6 @@ def configured_scope(config, name: str, *, phase: str, platform: str):
     """
     asked_for = config.enable_superkernel and config.superkernel_scope == name
     return superkernel_scope(asked_for and phase == "decode", SCOPES[name], platform=platform)
-
-
-def open_label() -> str | None:
-    """The label of the scope whose region is being traced, None outside of any."""
-    return _open_label.get()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """What programs of one grid share on a GPU, through counters in global memory.
 
     barrier                      all wait for all; at most one program a core, all there at once
-    take_number, store_number    work handed out in turn
     count, wait_for_count        some wait for others, which have lower numbers: a core takes
                                  programs in the order of their numbers, as GPUs do and CUDA does
                                  not promise, so whoever is waited for is at work or done
@@ -152,87 +151,11 @@ def wait_for_count(counters: Any, index, expected: int, waiting: int) -> None:
     wait(counters, jnp.int32(index))
 
 
-def take_number(counter: Any, index: int) -> jax.Array:
-    """One lane adds one to counter[index]; returns what it was, which only store_number can use.
-
-    Nobody waits for the answer until then.
-
-    Args:
-      counter: int32 in global memory.
-      index: of the counter, 1 or more: 0 is the barrier's.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
-    )
-    def take(_, counter, zero):
-        number = mgpu.utils.inline_ptx(
-            f"""{{
-            .reg .b32 lane;
-            .reg .pred is_first;
-            mov.u32 lane, %tid.x;
-            setp.eq.u32 is_first, lane, 0;
-            mov.u32 $0, 0;
-            @is_first atom.add.relaxed.gpu.global.u32 $0, [$1+{4 * index}], 1;
-            }}""",
-            mgpu.utils.memref_ptr(counter),
-            result_types=zero.registers.item().type,
-            has_side_effects=True,
-        )
-        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
-
-    return take(counter, jnp.int32(0))
-
-
-def store_number(number: jax.Array, last, counter: Any, index: int, smem: Any, at) -> None:
-    """Stores take_number's answer in smem[at], where all lanes may read it after a barrier.
-
-    Args:
-      number, counter, index: take_number's.
-      last: int32. Who got this number sets the counter back to zero: it has to be the last one that
-        anybody takes in this launch.
-      smem: int32 in shared memory.
-      at: int32.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.Layout.WG_SPLAT,
-            plgpu.Layout.WG_SPLAT,
-            plgpu.RefType(),
-            plgpu.RefType(),
-            plgpu.Layout.WG_SPLAT,
-        )
-    )
-    def store(_, number, last, counter, smem, at):
-        mgpu.utils.inline_ptx(
-            f"""{{
-            .reg .b32 lane, to;
-            .reg .pred is_first, is_last;
-            mov.u32 lane, %tid.x;
-            setp.eq.u32 is_first, lane, 0;
-            setp.eq.and.u32 is_last, $0, $1, is_first;
-            @is_last st.relaxed.gpu.global.u32 [$2+{4 * index}], 0;
-            mad.lo.s32 to, $4, 4, $3;
-            @is_first st.shared.u32 [to], $0;
-            }}""",
-            number.registers.item(),
-            last.registers.item(),
-            mgpu.utils.memref_ptr(counter),
-            mgpu.utils.memref_ptr(smem),
-            at.registers.item(),
-            has_side_effects=True,
-        )
-
-    store(number, jnp.int32(last), counter, smem, jnp.int32(at))
-
-
 # XLA keeps one copy on the device of all constants that have the same bytes, whichever programs
 # they belong to (its flag xla_gpu_enable_shared_constants). A counter that was 0 and nothing else
 # would be every program's zero of that size, and change under their eyes; the words after it have
 # no meaning but to be unlike any other constant's.
-_COUNTER = np.array([0, 0, 0, *b"counters of pallas_kernels"], np.int32)
+_COUNTER = np.array([0, *b"counters of pallas_kernels"], np.int32)
 
 
 def tile_counters(count: int) -> jax.Array:
@@ -244,7 +167,7 @@ def tile_counters(count: int) -> jax.Array:
 
 
 def counters() -> jax.Array:
-    """Counters: [0] is the barrier's, [1] and [2] are take_number's; a constant of the program.
+    """The barrier's counter, [0]; a constant of the program.
 
     XLA sets them up as the program is loaded, and each use leaves them ready for the next, so
     nobody needs to set them again: fresh zeros would be one more kernel, or a copy, in each call.

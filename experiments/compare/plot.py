@@ -18,7 +18,6 @@ from experiments.compare.report import crossovers, floor_at
 _COLOURS = {
     "output_major": "#0b6e99",
     "expert_major": "#d1495b",
-    "streamed": "#3a7d44",
     "xla_gather": "#8a7fb5",
     "xla_ragged": "#b08a3e",
     "xla_dense": "#7f8c8d",

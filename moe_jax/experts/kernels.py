@@ -5,7 +5,6 @@ import functools
 import jax
 
 from moe_jax.experts.portable import portable_experts
-from moe_jax.superkernel import SCOPES, open_label
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 
 
@@ -20,8 +19,6 @@ def kernel_experts(
 ) -> jax.Array:
     """The op in the layout that pallas_kernels' choose_layout picks for this T.
 
-    Compiled, inside a superkernel scope of the experts, that is the layout which is one launch.
-
     The kernels have no gradient. A gradient of this function is that of portable_experts at the
     same inputs, and costs what that costs, forward and backward.
 
@@ -32,9 +29,7 @@ def kernel_experts(
       interpret: whether to run in Pallas's interpret mode.
     """
     del activation  # the backends declare which
-    fused = not interpret and open_label() == SCOPES["moe"]
-    layout = "one_launch" if fused else "auto"
-    return decode_experts(x, weights, ids, expert_weights, layout=layout, interpret=interpret)
+    return decode_experts(x, weights, ids, expert_weights, interpret=interpret)
 
 
 def _forward(x, weights, ids, expert_weights, activation, interpret):

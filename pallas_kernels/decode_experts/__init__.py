@@ -6,11 +6,9 @@ Start at `api.py` (what a user calls), `reference.py` (what it means) and `layou
 from pallas_kernels.decode_experts.api import decode_experts
 from pallas_kernels.decode_experts.choice import MODES, LayoutChoice, choose_layout
 from pallas_kernels.decode_experts.expert_major import Config as ExpertMajorConfig
-from pallas_kernels.decode_experts.grouping import Grouping, group
 from pallas_kernels.decode_experts.layouts import LAYOUTS
 from pallas_kernels.decode_experts.output_major import Config as OutputMajorConfig
 from pallas_kernels.decode_experts.reference import reference_experts
-from pallas_kernels.decode_experts.streamed import Config as StreamedConfig
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 __all__ = [
@@ -19,12 +17,9 @@ __all__ = [
     "ExpertMajorConfig",
     "ExpertShapes",
     "ExpertWeights",
-    "Grouping",
     "LayoutChoice",
     "OutputMajorConfig",
-    "StreamedConfig",
     "choose_layout",
     "decode_experts",
-    "group",
     "reference_experts",
 ]

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_experts.checks import check_grouping, check_inputs
+from pallas_kernels.decode_experts.checks import check_inputs
 from pallas_kernels.decode_experts.choice import MODES, choose_layout
-from pallas_kernels.decode_experts.grouping import Grouping
 from pallas_kernels.decode_experts.layouts import LAYOUTS
 from pallas_kernels.decode_experts.weights import ExpertWeights
 
@@ -22,7 +21,6 @@ def decode_experts(
     expert_weights: jax.Array,
     *,
     layout: str = "auto",
-    grouping: Grouping | None = None,
     config: Any = None,
     out_dtype: Any = None,
     interpret: Any = False,
@@ -38,13 +36,9 @@ def decode_experts(
     - "invariant" gives a token the same bits at every T: one order of sums for a shape and device,
       the one with the least total time over the measured T, in whichever of its layouts is the
       fastest at this T. Another table, or another device, may have another.
-    - "one_launch" does all but the last sum in one kernel, for callers to whom that matters:
-      expert_major up to 8 tokens, streamed beyond; a token has the same bits in both.
     - a layout's name: the same bits at every T, on a GPU with any config.
 
     Calls on one device must follow one another, as XLA has them by default (grid.py says why).
-    All of these may take "streamed", whose programs wait for each other on all cores at once. Where
-    other kernels could hold cores for as long as they wait for this GPU, name another layout.
 
     Args:
       x: [T, H] bfloat16.
@@ -52,10 +46,8 @@ def decode_experts(
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
-      layout: "auto", "invariant" or "one_launch" (choose_layout says what they take), or a layout's
-        name: "output_major", "expert_major", "streamed".
-      grouping: what group(expert_ids, expert_weights, E) returns, if the caller has it already;
-        only expert_major reads one, and makes its own if None.
+      layout: "auto" or "invariant" (choose_layout says what they take), or a layout's name:
+        "output_major", "expert_major".
       config: the layout's Config; None takes what choose_layout says, or for a layout that is
         named its default for these sizes.
       out_dtype: bfloat16 or float32; None means x.dtype.
@@ -92,11 +84,7 @@ def decode_experts(
     if not isinstance(config, kernel.Config):
         raise TypeError(f"config is {config!r}; layout {layout!r} takes a {kernel.Config.__name__}")
     kernel.check_config(config, shapes)
-    if grouping is not None:
-        check_grouping(grouping, T, shapes)
-    run = functools.partial(
-        kernel.run, config=config, out_dtype=out_dtype, interpret=interpret, grouping=grouping
-    )
+    run = functools.partial(kernel.run, config=config, out_dtype=out_dtype, interpret=interpret)
     return _without_gradient(run, layout)(x, weights, expert_ids, expert_weights)
 
 

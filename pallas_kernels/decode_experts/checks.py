@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_experts.arrays import expect_array
-from pallas_kernels.decode_experts.grouping import Grouping, check_token_tile, tile_capacity
 from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
 
 SIZE_MULTIPLE = 64
@@ -51,24 +50,3 @@ def check_inputs(
         if size % SIZE_MULTIPLE:
             raise ValueError(f"{letter} is {size}; expected a multiple of {SIZE_MULTIPLE}")
     return ExpertShapes(E=E, K=K, H=H, I=I), T
-
-
-def check_grouping(grouping: Grouping, T: int, shapes: ExpertShapes) -> None:
-    """Raises a ValueError or TypeError where a Grouping does not fit these sizes."""
-    if not isinstance(grouping, Grouping):
-        raise TypeError(f"grouping is a {type(grouping).__name__}; expected a Grouping")
-    check_token_tile(grouping.token_tile)
-    rows = tile_capacity(T, shapes.K, shapes.E, grouping.token_tile) * grouping.token_tile
-    for field, letters, shape, dtype in (
-        ("row_of", "[T, K]", (T, shapes.K), jnp.int32),
-        ("token_of", "[P]", (rows,), jnp.int32),
-        ("expert_of", "[P]", (rows,), jnp.int32),
-        ("weight_of", "[P]", (rows,), jnp.float32),
-    ):
-        found = getattr(grouping, field)
-        expect_array(f"grouping.{field}", found, letters, dtype)
-        if found.shape != shape:
-            raise ValueError(
-                f"grouping.{field} has shape {found.shape}; expected {letters} = {shape} for "
-                f"T = {T}, {shapes} and token_tile = {grouping.token_tile}"
-            )

@@ -1,12 +1,10 @@
 """Which layout runs where a caller does not name one: measured tables first, else a heuristic."""
 
-import dataclasses
 import logging
 import math
 from typing import Any, NamedTuple
 
-from pallas_kernels.decode_experts import expert_major, tuned
-from pallas_kernels.decode_experts.batch_tiles import BatchTiles
+from pallas_kernels.decode_experts import tuned
 from pallas_kernels.decode_experts.weights import ExpertShapes
 from pallas_kernels.mosaic import HOPPER, capability_of
 
@@ -14,7 +12,6 @@ from pallas_kernels.mosaic import HOPPER, capability_of
 MODES = {
     "auto": "the fastest at this T",
     "invariant": "layouts with one order of sums for every T of a shape",
-    "one_launch": "a layout that is a single launch, whether or not it is the fastest",
 }
 
 # Up to which T a layout was the fastest: one H100 80GB HBM3, Qwen3-30B-A3B's layer, results/designs
@@ -48,22 +45,13 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
       device: the device's kind, as `jax.devices()[0].device_kind`.
       shapes: the layer's sizes.
       T: tokens in the batch.
-      mode: "auto", the fastest; "invariant", which never changes the order of sums with T; or
-        "one_launch", which no table decides.
+      mode: "auto", the fastest, or "invariant", which never changes the order of sums with T.
 
     Raises:
       ValueError: mode is not one of these.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
-    if mode == "one_launch":
-        why = f"T = {T} takes {MODES[mode]}"
-        # With the same bits, and where both are one launch expert_major is faster.
-        if BatchTiles.fit(T, shapes.K):
-            # Whatever tiles a Grouping that is passed in has.
-            config = dataclasses.replace(expert_major.default_config(shapes, T), grids=1)
-            return LayoutChoice("expert_major", why, config)
-        return LayoutChoice("streamed", why)
     found = tuned.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)

@@ -53,7 +53,6 @@ from pallas_kernels.decode_experts.gather_rows import (
 from pallas_kernels.decode_experts.grouping import (
     LARGEST_TOKEN_TILE,
     LEAST_TOKEN_TILE,
-    Grouping,
     fitting_token_tile,
     group,
 )
@@ -68,7 +67,7 @@ _TILES = (64, 128)
 _LEAST_I_FOR_ONE_GRID = 512
 
 # Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
-# the tiles are; streamed's as well.
+# the tiles are.
 SUM_ORDER = "by_expert"
 
 
@@ -83,8 +82,7 @@ class Config:
       down_rows: R, output neurons of a down program; 64 or 128, divides H.
       down_columns: columns of hidden and down in a ring slot; 64, 128 or 256, divides I.
       down_slots: slots in the down ring, likewise.
-      token_tile: N of gathered tiles, a multiple of 8 up to 64; 0 takes fitting_token_tile. A
-        Grouping that is passed in has its own N.
+      token_tile: N of gathered tiles, a multiple of 8 up to 64; 0 takes fitting_token_tile.
       grids: 1 for both products in one grid, 2 for two launches, which is also what interpret mode
         runs; 0 takes fitting_grids.
     """
@@ -167,11 +165,10 @@ def run(
     config: Config,
     out_dtype,
     interpret,
-    grouping: Grouping | None = None,
 ) -> jax.Array:
     """Runs all launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
-    tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret, grouping)
+    tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret)
     gate_up, down = _products(tiles, H, I, config, apart=not interpret)
     stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
     grids = config.grids or fitting_grids(tiles.N, not isinstance(tiles, BatchTiles), I)
@@ -193,20 +190,16 @@ def _products(
     return gate_up, Down(tiles=tiles, H=H, I=I, R=R, columns=columns, slots=slots)
 
 
-def _tiles(
-    x, expert_ids, expert_weights, E: int, N: int, interpret, grouping: Grouping | None
-) -> TokenTiles:
+def _tiles(x, expert_ids, expert_weights, E: int, N: int, interpret) -> TokenTiles:
     """The batch as it is, or gathered in one launch, or by XLA."""
     T, K = expert_ids.shape
     N = N or fitting_token_tile(T, K, E)
-    if grouping is None:
-        if BatchTiles.fit(T, K):
-            return BatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
-        if T * K <= MOST_ASSIGNMENTS:
-            tiles = Tiles(T=T, K=K, E=E, N=N)
-            return gather_rows(x, expert_ids, expert_weights, tiles, interpret)
-        grouping = group(expert_ids, expert_weights, E, token_tile=N)
-    return gather_grouped(x, grouping)
+    if BatchTiles.fit(T, K):
+        return BatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
+    if T * K <= MOST_ASSIGNMENTS:
+        tiles = Tiles(T=T, K=K, E=E, N=N)
+        return gather_rows(x, expert_ids, expert_weights, tiles, interpret)
+    return gather_grouped(x, group(expert_ids, expert_weights, E, token_tile=N))
 
 
 def _launch(product: GateUp | Down, name: str, operands, interpret) -> jax.Array:

@@ -1,4 +1,4 @@
-"""From a gate/up product on the tensor cores to hidden: what expert_major and streamed share.
+"""From a gate/up product on the tensor cores to hidden: what expert_major does with it.
 
 One product of M = 64 has the gate rows of 32 neurons above their up rows, for N tokens:
 

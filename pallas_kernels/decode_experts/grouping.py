@@ -12,7 +12,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.decode_experts.arrays import expect_array
 
@@ -78,7 +77,6 @@ def group(
     num_experts: int,
     *,
     token_tile: int = 8,
-    num_tiles: int | None = None,
 ) -> Grouping:
     """Compacts the assignments of each expert into tiles.
 
@@ -86,7 +84,7 @@ def group(
     2. row[a] = rank[a] + token_tile * (tiles of all lower experts).
     3. token_of, expert_of and weight_of turn row_of around.
 
-    Few assignments are compared with each other, many are counted: the same integers either way.
+    A running count for each expert gives ranks; a scatter to distinct rows turns them around.
 
     Args:
       expert_ids: [T, K] int32; ids outside [0, num_experts) are padding and get no row.
@@ -95,7 +93,6 @@ def group(
       token_tile: rows in a tile, a multiple of 8 from 8 to 64. More rows read a very popular
         expert's weights less often, and cost more token traffic for all the others; see
         fitting_token_tile.
-      num_tiles: room for so many tiles, at least the capacity; None means the capacity.
 
     Returns:
       The Grouping, with capacity for every routing of this shape.
@@ -112,61 +109,9 @@ def group(
         raise ValueError(
             f"expert_weights has shape {expert_weights.shape}; expected [T, K] = {(T, K)}"
         )
-    if num_tiles is None:
-        num_tiles = tile_capacity(T, K, num_experts, token_tile)
+    E, P = num_experts, token_tile * tile_capacity(T, K, num_experts, token_tile)
     ids = expert_ids.reshape(-1)  # [TK]
-    valid = (ids >= 0) & (ids < num_experts)
-    form = _by_comparison if T * K <= _COMPARED_UP_TO else _by_counting
-    return form(ids, valid, expert_weights, num_experts, token_tile, num_tiles * token_tile)
-
-
-# Assignments. Comparing takes three fused reductions, and time that grows with the square of their
-# number; counting takes more kernels, and time that grows with their number.
-_COMPARED_UP_TO = 4096
-
-
-def _by_comparison(ids, valid, expert_weights, E: int, token_tile: int, P: int) -> Grouping:
-    """Each assignment is compared with each other: no sort, no scatter, nothing quadratic stored.
-
-    Args:
-      ids: [TK] int32.
-      valid: [TK] bool, False for padding.
-      expert_weights: [T, K] float32.
-      E: experts.
-      token_tile: rows in a tile.
-      P: rows in all tiles.
-    """
-    del E
-    T, K = expert_weights.shape
-    index = jnp.arange(T * K, dtype=jnp.int32)
-
-    # Below, axis 0 is the assignment asked about and axis 1 those it is compared with.  [TK, TK]
-    same_and_earlier = (ids[:, None] == ids[None, :]) & (index[None, :] < index[:, None])
-    rank = jnp.sum(same_and_earlier, axis=1, dtype=jnp.int32)
-    # Each assignment whose rank is a multiple of token_tile starts a tile.
-    starts_lower_tile = (ids[None, :] < ids[:, None]) & (valid & (rank % token_tile == 0))[None, :]
-    # Both terms in one sum, and padding's -1 inside it, so that it stays one kernel.
-    terms = token_tile * starts_lower_tile.astype(jnp.int32) + same_and_earlier.astype(jnp.int32)
-    minus_one = jnp.where(index == 0, -1, 0)[None, :]
-    row = jnp.sum(jnp.where(valid[:, None], terms, minus_one), axis=1)  # [TK]
-
-    rows = jnp.arange(P, dtype=jnp.int32)
-    owns = row[None, :] == rows[:, None]  # [P, TK]
-    return Grouping(
-        row_of=row.reshape(T, K),
-        token_of=jnp.max(jnp.where(owns, np.arange(T * K, dtype=np.int32)[None] // K, -1), axis=1),
-        expert_of=jnp.max(jnp.where(owns, ids[None, :], -1), axis=1),
-        weight_of=jnp.sum(jnp.where(owns, expert_weights.reshape(-1)[None, :], 0), axis=1),
-        token_tile=token_tile,
-    )
-
-
-def _by_counting(ids, valid, expert_weights, E: int, token_tile: int, P: int) -> Grouping:
-    """A running count for each expert gives ranks; a scatter to distinct rows turns them around.
-
-    Arguments as in _by_comparison.
-    """
-    T, K = expert_weights.shape
+    valid = (ids >= 0) & (ids < E)
     chosen = ids[:, None] == jnp.arange(E, dtype=jnp.int32)  # [TK, E]
     counts = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
     rank = jnp.sum(jnp.where(chosen, counts, 0), axis=1) - 1

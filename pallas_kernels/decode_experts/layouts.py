@@ -16,10 +16,9 @@ and joins by its line in LAYOUTS.
 
 from types import ModuleType
 
-from pallas_kernels.decode_experts import expert_major, output_major, streamed
+from pallas_kernels.decode_experts import expert_major, output_major
 
 LAYOUTS: dict[str, ModuleType] = {
     "output_major": output_major,
     "expert_major": expert_major,
-    "streamed": streamed,
 }

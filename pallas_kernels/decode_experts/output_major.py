@@ -147,10 +147,8 @@ def run(
     config: Config,
     out_dtype,
     interpret,
-    grouping=None,
 ) -> jax.Array:
-    """Runs both launches on checked inputs; shapes as in decode_experts. Needs no grouping."""
-    del grouping
+    """Runs both launches on checked inputs; shapes as in decode_experts."""
     T, H = x.shape
     E, _, I, _ = weights.gate_up.shape
     K = expert_ids.shape[1]

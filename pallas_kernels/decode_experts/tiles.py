@@ -1,17 +1,11 @@
 """Whose columns an expert's products have: tiles of tokens, found by each program from the ids.
 
-The tiles are grouping.py's: N columns of one expert each, ordered by expert. A tile's units of work
-come block by block, so that tiles of one expert, which read the same weights, are neighbours:
-
-    expert 2 (5 tokens, N = 8)    expert 7 (11 tokens)               expert 9 ...
-    unit 0  1  2  3               4     5     6     7     8 ...      12
-    tile 0  0  0  0               1     2     1     2     1          3
-    block 0 1  2  3               0     0     1     1     2          0
+The tiles are grouping.py's: N columns of one expert each, ordered by expert.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +59,6 @@ def _sum_of_each(count: int, like: jax.Array, term: Callable[[Any], jax.Array]) 
     return sum(count_up(count // 4, 4, add, [jnp.zeros_like(like)] * 4))
 
 
-class Unit(NamedTuple):
-    """A tile's block of rows of weights, and how many of the tile's columns have an owner."""
-
-    expert: jax.Array
-    tile: jax.Array
-    block: jax.Array
-    owned: jax.Array
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """The tiles of a batch, and the shared memory in which a program keeps what it knows of them.
@@ -109,11 +94,10 @@ class Tiles:
             "count_of": experts,  # tokens of each expert
             "tiles_of": experts,
             "first_of": experts,  # each expert's first tile
-            "expert_of": plgpu.SMEM((_round_up(self.most, LANES),), jnp.int32),  # of each tile
         }
 
     def find(self, ids_gmem, scratch, interpret) -> jax.Array:
-        """Fills all tables but expert_of; returns the number of tiles.
+        """Fills all tables; returns the number of tiles.
 
         Args:
           ids_gmem: from pad_ids.
@@ -137,17 +121,6 @@ class Tiles:
             _round_up(self.E, 4), experts, lambda e: jnp.where(e < experts, tiles_of[e], 0)
         )
         return scratch["first_of"][self.E - 1] + tiles_of[self.E - 1]
-
-    def find_experts(self, scratch) -> None:
-        """Fills expert_of, which `unit` needs, once the other tables are filled."""
-        first_of, tiles_of = scratch["first_of"], scratch["tiles_of"]
-        # A tile a lane: its expert is the number of those whose tiles end at or before it.
-        tiles = lanes_of(scratch["expert_of"].shape[0])
-        scratch["expert_of"][...] = _sum_of_each(
-            _round_up(self.E, 4),
-            tiles,
-            lambda e: jnp.where(first_of[e] + tiles_of[e] <= tiles, 1, 0),
-        )
 
     def store_table(self, scratch, num_tiles, program, num_programs: int, table) -> None:
         """Writes Gathered's table: this program's share of the experts and of the unused tiles."""
@@ -184,13 +157,3 @@ class Tiles:
         """How many columns of an expert's tile have an owner."""
         before = (tile - scratch["first_of"][expert]) * self.N
         return jnp.minimum(scratch["count_of"][expert] - before, self.N)
-
-    def unit(self, scratch, index, blocks: int) -> Unit:
-        """The index-th unit, where each tile has so many blocks."""
-        expert = scratch["expert_of"][_div(index, blocks)]
-        first = scratch["first_of"][expert]
-        tiles = scratch["tiles_of"][expert]
-        index -= first * blocks
-        block = lax.div(index, tiles)
-        tile = first + index - block * tiles
-        return Unit(expert, tile, block, self.owned(scratch, expert, tile))

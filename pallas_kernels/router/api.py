@@ -1,4 +1,4 @@
-"""route_tokens: from token activations to routed, grouped tokens in one kernel."""
+"""route_tokens: from token activations to routed tokens in one kernel."""
 
 import functools
 from typing import Any
@@ -7,7 +7,6 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
-from pallas_kernels.decode_experts.grouping import Grouping, tile_capacity
 from pallas_kernels.router import kernel
 from pallas_kernels.router.checks import check_inputs, check_work
 from pallas_kernels.router.reference import Route
@@ -22,10 +21,9 @@ def route_tokens(
     norm_topk_prob: bool = True,
     norm_weight: jax.Array | None = None,
     norm_eps: float = 1e-6,
-    token_tile: int | None = 8,
     interpret: Any = False,
 ) -> Route:
-    """Chooses K of E experts for each token: RMSNorm, logits, softmax, top-k and the Grouping.
+    """Chooses K of E experts for each token: RMSNorm, logits, softmax and top-k.
 
     Logits are float32 sums of bf16 products; of two equal ones the lower index comes first. A
     token's results have the same bits whatever T is and whoever its neighbours are. A token with a
@@ -39,15 +37,12 @@ def route_tokens(
       norm_weight: [H] bfloat16, the weight of an RMSNorm of x that comes first; None for none. The
         variance is float32; the weight multiplies in bf16, after the cast back.
       norm_eps: of that norm.
-      token_tile: rows in a tile of the Grouping, a multiple of 8 from 8 to 64; None for no
-        Grouping, which saves a barrier.
       interpret: True runs the phases one by one in Pallas's interpret mode, on a CPU; an
         InterpretGPUParams does too, with its own options (see decode_experts).
 
     Returns:
-      ids [T, K] int32, weights [T, K] float32, logits [T, E] float32, the Grouping that
-      decode_experts takes (the same integers as group(ids, weights, E)) or None, and normed [T, H]
-      bfloat16 or None.
+      ids [T, K] int32, weights [T, K] float32, logits [T, E] float32, and normed
+      [T, H] bfloat16 or None.
 
     Raises:
       ValueError: a shape, a size or a number does not fit; the message names it.
@@ -55,7 +50,7 @@ def route_tokens(
       NotImplementedError: more tokens or experts than the kernel takes, another float dtype, a
         gradient was asked for, or the GPU is not a Hopper; reference_route_tokens has them.
     """
-    check_inputs(x, gate, K, norm_weight, norm_eps, token_tile)
+    check_inputs(x, gate, K, norm_weight, norm_eps)
     if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
         raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
     (T, H), E = x.shape, gate.shape[0]
@@ -67,8 +62,6 @@ def route_tokens(
         K=K,
         norm_topk_prob=bool(norm_topk_prob),
         norm_eps=None if norm_weight is None else float(norm_eps),
-        token_tile=token_tile,
-        capacity=0 if token_tile is None else tile_capacity(T, K, E, token_tile),
     )
     programs = kernel.num_programs(work(num_programs=1).units, T, interpret)
     work = work(num_programs=programs)
@@ -84,22 +77,14 @@ def _run(x, gate, norm_weight, *, work: Work, interpret) -> Route:
     @jax.custom_batching.sequential_vmap  # a grid that fills the GPU cannot be batched
     def call(x, gate, norm_weight):
         results = kernel.run(work, x, gate, norm_weight, interpret)
-        grouping = None
-        if work.token_tile:
-            fields = ("row_of", "token_of", "expert_of", "weight_of")
-            grouping = {field: results[field] for field in fields}
-        return (
-            results["ids"],
-            results["weights"],
-            results["logits"],
-            grouping,
-            results.get("normed"),
+        return Route(
+            ids=results["ids"],
+            weights=results["weights"],
+            logits=results["logits"],
+            normed=results.get("normed"),
         )
 
-    ids, weights, logits, grouping, normed = call(x, gate, norm_weight)
-    if grouping is not None:
-        grouping = Grouping(**grouping, token_tile=work.token_tile)
-    return Route(ids=ids, weights=weights, logits=logits, grouping=grouping, normed=normed)
+    return call(x, gate, norm_weight)
 
 
 def _without_gradient(work: Work, interpret):

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from pallas_kernels.decode_experts.arrays import expect_array
-from pallas_kernels.decode_experts.grouping import check_token_tile
 from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
 from pallas_kernels.router.work import Work
 
@@ -12,7 +11,7 @@ MOST_EXPERTS = 512
 MOST_CHOSEN = 32
 
 
-def check_inputs(x, gate, K, norm_weight, norm_eps, token_tile) -> None:
+def check_inputs(x, gate, K, norm_weight, norm_eps) -> None:
     """Raises ValueError, TypeError or NotImplementedError where an input is not accepted."""
     instead = "reference_route_tokens"
     expect_array("x", x, "[T, H]", jnp.bfloat16, instead=instead)
@@ -41,8 +40,6 @@ def check_inputs(x, gate, K, norm_weight, norm_eps, token_tile) -> None:
             f"K is {K!r}; expected 1 to {min(E, MOST_CHOSEN)}, that is at most E = {E} and at most "
             f"{MOST_CHOSEN}"
         )
-    if token_tile is not None:
-        check_token_tile(token_tile)
 
 
 def check_work(work: Work) -> None:

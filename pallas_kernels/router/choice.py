@@ -36,7 +36,7 @@ def choice_scratch(work: Work) -> dict[str, Any]:
 
 
 def choose(work: Work, refs: Refs, program) -> None:
-    """logits, ids, weights and chosen of this program's tokens."""
+    """logits, ids and weights of this program's tokens."""
 
     def one_token(index, _):
         token = program + index * work.num_programs
@@ -112,7 +112,7 @@ def _rank_by_rounds(work: Work, keys: jax.Array, expert: jax.Array) -> jax.Array
 
 
 def _write_choice(work: Work, refs: Refs, token) -> None:
-    """ids, weights and chosen of one token, from its logits and ranks in shared memory.
+    """Ids and weights of one token, from its logits and ranks in shared memory.
 
     On a tile of 16 ranks by all experts: a sum along a row picks what has that rank.
     """
@@ -140,9 +140,6 @@ def _write_choice(work: Work, refs: Refs, token) -> None:
         refs.scratch["weights_smem"][part] = weights
     _write(refs.scratch["ids_smem"], refs.ids.at[token], work.K)
     _write(refs.scratch["weights_smem"], refs.weights.at[token], work.K)
-    if work.token_tile:
-        bit = jnp.where(is_chosen & (expert >> 5 == row), 1 << (expert & 31), 0)
-        refs.chosen[token] = jnp.sum(bit, axis=1)
 
 
 def _write(smem, gmem, count: int) -> None:

@@ -5,10 +5,7 @@
     2. multiply    unit (split of H, 64 experts): partials = gate[64, split] x[:, split]
        ---------- barrier ----------
     3. choose      program t: logits = partials added in order, softmax, top-k
-                                                                  -> logits, ids, weights, chosen
-       ---------- barrier ----------
-    4. group       (if asked for) program t: the rows of token t's K assignments;
-                   program j: the unowned rows of tile j                           -> the Grouping
+                                                                  -> logits, ids, weights
 
 The gate (512 KB for E = 128, H = 2048) is cold: each program starts its copies of it before all
 else, so that phase 1 and its barrier hide behind them, and many programs read it at once. That H is
@@ -21,17 +18,13 @@ every batch.
 3. An expert a lane; each lane counts the experts that come before its own, E comparisons without
    any exchange between lanes (beyond some 200 experts, K rounds of a maximum instead). A tile of 16
    ranks by E experts then turns "expert e has rank r" around by sums along rows.
-4. Bit t of expert e's mask: token t goes there. Rows follow from counting bits: in a mask, those of
-   earlier tokens; over masks, the tiles of all lower experts. One word per token says where it
-   goes, so that each program can afford to do this for all experts, and no barrier is needed.
-   Tokens write their own rows wherever these are; nobody else writes there.
 
 Microseconds expected on an H100, E = 128, H = 2048 (a model, to be replaced by measurements):
 
     launch 1.3 | gate 1.2, product and partials 0.4 | barrier 0.9 | partials 0.7, rank 0.4,
-    choice 0.4, writes 0.2 | barrier 0.9 | chosen 0.7, counting 0.3 (T = 64: 0.5), rows 0.5
+    choice 0.4, writes 0.2
 
-7.9 at T = 8 and 8.2 at T = 64 with the Grouping; 5.5 without it. RMSNorm adds 1.4: 1.0 and a
+5.5 in all. RMSNorm adds 1.4: 1.0 and a
 barrier beside the gate's 1.2, then the wait for normed. Two launches instead of a barrier would pay
 a gap of 1.0 to 1.5 for each, and no prefetch. A single cluster of 8 programs with its barriers of
 0.2 would save 1.5 at T = 8, but choose 8 tokens one after the other in each program at T = 64, and
@@ -51,8 +44,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import grid, mosaic
 from pallas_kernels.router.choice import choice_scratch, choose
 from pallas_kernels.router.product import multiply, normalise, product_scratch, start_gate
-from pallas_kernels.router.rows import group, grouping_scratch
-from pallas_kernels.router.work import RANKS, ROWS, Refs, Work
+from pallas_kernels.router.work import ROWS, Refs, Work
 
 _INTERPRETED_PROGRAMS = 3
 
@@ -82,15 +74,6 @@ def _output_types(work: Work) -> dict[str, jax.ShapeDtypeStruct]:
     }
     if work.norm_eps is not None:
         types["normed"] = struct((T, work.H), jnp.bfloat16)
-    if work.token_tile:
-        rows = (work.capacity * work.token_tile,)
-        types |= {
-            "chosen": struct((T, RANKS), jnp.int32),
-            "row_of": struct((T, K), jnp.int32),
-            "token_of": struct(rows, jnp.int32),
-            "expert_of": struct(rows, jnp.int32),
-            "weight_of": struct(rows, jnp.float32),
-        }
     return types
 
 
@@ -121,8 +104,6 @@ def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
     scratch = product_scratch(work, work.T) | choice_scratch(work)
     if work.norm_eps is not None:
         inputs["norm_weight"] = norm_weight
-    if work.token_tile:
-        scratch |= grouping_scratch(work)
 
     def body(refs, program, counter):
         barrier = functools.partial(grid.barrier, counter, work.num_programs, program)
@@ -135,9 +116,6 @@ def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
         multiply(work, refs, tokens, program)
         barrier()
         choose(work, refs, program)
-        if work.token_tile:
-            barrier()
-            group(work, refs, program)
 
     return _launch(work, body, "router", inputs, _output_types(work), scratch, False)
 
@@ -183,15 +161,7 @@ def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, 
         functools.partial(choose, work),
         "choose",
         {"partials": results["partials"]},
-        ["logits", "ids", "weights", "chosen"],
+        ["logits", "ids", "weights"],
         choice_scratch(work),
     )
-    if work.token_tile:
-        results |= launch(
-            functools.partial(group, work),
-            "group",
-            {field: results[field] for field in ("ids", "weights", "chosen")},
-            ["row_of", "token_of", "expert_of", "weight_of"],
-            grouping_scratch(work),
-        )
     return results

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_experts.grouping import Grouping, group
-
 
 class Route(NamedTuple):
     """Where each token goes.
@@ -22,14 +20,12 @@ class Route(NamedTuple):
       ids: [T, K] int32, the experts of each token, the likeliest first.
       weights: [T, K] float32, their weights.
       logits: [T, E] float32.
-      grouping: the Grouping of ids and weights, if a token_tile was given.
       normed: [T, H] in x's dtype, x after the RMSNorm, if there was one.
     """
 
     ids: jax.Array
     weights: jax.Array
     logits: jax.Array
-    grouping: Grouping | None
     normed: jax.Array | None
 
 
@@ -41,7 +37,6 @@ def reference_route_tokens(
     norm_topk_prob: bool = True,
     norm_weight: jax.Array | None = None,
     norm_eps: float = 1e-6,
-    token_tile: int | None = 8,
     interpret=False,
 ) -> Route:
     """route_tokens in XLA's own operations, with gradients; any float dtype, T, E and H.
@@ -67,7 +62,4 @@ def reference_route_tokens(
     weights = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), ids, axis=-1)
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    grouping = None
-    if token_tile is not None:
-        grouping = group(ids, weights, gate.shape[0], token_tile=token_tile)
-    return Route(ids=ids, weights=weights, logits=logits, grouping=grouping, normed=normed)
+    return Route(ids=ids, weights=weights, logits=logits, normed=normed)

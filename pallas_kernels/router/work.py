@@ -16,7 +16,7 @@ from jax import lax
 
 ROWS = 64  # experts of a unit: the rows that one wgmma takes
 COLUMNS = 64  # columns of a piece: 128 bytes of bf16, the swizzle's width
-RANKS = 16  # rows of the tile that choices are read from, and words of `chosen`
+RANKS = 16  # rows of the tile that choices are read from
 _MOST_SPLITS = 32
 
 
@@ -34,9 +34,7 @@ class Work:
     """How one call is cut. Only `pieces` sets an order of sums, and it depends on H alone.
 
     Attributes:
-      token_tile: rows in a tile of the Grouping; None if none is wanted.
-      capacity: its tiles.
-      num_programs: programs in the grid; token t and tile j belong to program t, j % num_programs.
+      num_programs: programs in the grid; token t belongs to program t % num_programs.
     """
 
     T: int
@@ -45,8 +43,6 @@ class Work:
     K: int
     norm_topk_prob: bool
     norm_eps: float | None
-    token_tile: int | None
-    capacity: int
     num_programs: int
 
     @property
@@ -58,10 +54,6 @@ class Work:
     def lanes(self) -> int:
         """E, rounded up to whole warpgroups."""
         return round_up(self.E, 128)
-
-    @property
-    def words(self) -> int:
-        return self.lanes // 32
 
     @property
     def pieces(self) -> int:
@@ -119,8 +111,6 @@ class Refs:
       logits: [T, E] float32.
       ids: [T, K] int32.
       weights: [T, K] float32.
-      chosen: [T, RANKS] int32, bit e % 32 of word e // 32 is set if the token goes to expert e.
-      row_of, token_of, expert_of, weight_of: the Grouping's.
     """
 
     x: Any = None
@@ -131,9 +121,4 @@ class Refs:
     logits: Any = None
     ids: Any = None
     weights: Any = None
-    chosen: Any = None
-    row_of: Any = None
-    token_of: Any = None
-    expert_of: Any = None
-    weight_of: Any = None
     scratch: dict[str, Any] = dataclasses.field(default_factory=dict)

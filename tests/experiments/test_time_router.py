@@ -44,7 +44,7 @@ def test_wrong_flags_are_named(monkeypatch):
     assert "'1,x'" in run(monkeypatch, "--tokens=1,x")
 
 
-@pytest.mark.parametrize("name", ["xla", "xla_without_grouping", "empty"])
+@pytest.mark.parametrize("name", ["xla", "empty"])
 def test_a_chain_of_the_others_can_be_timed_here(name):
     FLAGS(["time_router", "--steps=3", "--norm"])
     chain = time_router._Chain(time_router.VARIANTS[name], PRESETS["tiny"], 2)

@@ -1,7 +1,5 @@
 """A decode step with the Pallas backend lowers for CUDA, on a machine without a GPU."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,19 +28,3 @@ def test_a_decode_step_takes_the_kernels_on_cuda(B, kernels):
     lowered = lower_for_cuda(step, parameter_shapes(config), ids, cache)
     assert kernels_of(lowered) == kernels  # equal layers share a function
     assert "ragged_dot" not in lowered
-
-
-@pytest.mark.parametrize("scope", ["moe", "attention"])
-def test_a_superkernel_of_the_experts_is_one_launch(scope):
-    config = dataclasses.replace(
-        PRESETS["tiny"], enable_superkernel=True, superkernel_scope=scope, num_hidden_layers=1
-    )
-
-    def step(arrays, ids, cache):
-        return from_arrays(config, arrays)(ids, cache=cache, platform="cuda").logits
-
-    cache = jax.eval_shape(lambda: init_cache(config, 2, 32))
-    ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-    lowered = lower_for_cuda(step, parameter_shapes(config), ids, cache)
-    without = ["output_major_gate_up", "output_major_down"]
-    assert kernels_of(lowered) == (["expert_major"] if scope == "moe" else without)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grid
 from pallas_kernels.decode_experts import decode_experts
-from tests.pallas_kernels.decode_experts.cases import Size, make_case
+from tests.pallas_kernels.decode_experts.cases import Size, struct_case
 from tests.pallas_kernels.machine import lower_for_cuda, mosaic_modules
 
 
@@ -31,15 +31,14 @@ def test_so_do_the_counters_of_tiles(count):
     assert len(set(counters[count:].tolist())) > 8
 
 
-def test_a_program_holds_it_as_a_constant():
-    case = make_case(Size(T=2, E=4, K=2, H=64, I=64), 0)
+def test_a_program_holds_them_as_a_constant():
+    size = Size(T=2, E=4, K=2, H=64, I=64)
 
     def layer(*arguments):
-        return decode_experts(*arguments, layout="streamed")
+        return decode_experts(*arguments, layout="expert_major")
 
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tuple(case))
-    words = ", ".join(map(str, np.asarray(grid.counters()).tolist()))
-    assert f"stablehlo.constant dense<[{words}]>" in lower_for_cuda(layer, *shapes)
+    words = ", ".join(map(str, np.asarray(grid.tile_counters(size.T * size.K)).tolist()))
+    assert f"stablehlo.constant dense<[{words}]>" in lower_for_cuda(layer, *struct_case(size))
 
 
 def lowered_barrier(num_programs: int) -> str:

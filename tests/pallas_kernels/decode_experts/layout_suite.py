@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels.decode_experts import decode_experts, group
-from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
+from pallas_kernels.decode_experts import decode_experts
 from pallas_kernels.races import run_and_assert_no_races
 from tests.pallas_kernels.decode_experts.cases import (
     BFLOAT16_BOUND,
@@ -66,9 +65,6 @@ GENERATED = Size(T=100, E=9, K=4, H=5, I=5)
 # Batches whose tokens are those of the largest.
 BATCHES = [1, 2, 8, 9, 33, 97] if ON_GPU else [1, 3]
 LARGEST_BATCH = USUAL._replace(T=128) if ON_GPU else USUAL
-
-
-TOKEN_TILES = [16, 24, 32, LARGEST_TOKEN_TILE] if ON_GPU else [16]
 
 
 def _all_on_one(ids, E):
@@ -208,23 +204,6 @@ class LayoutSuite(LoweringSuite):
         case = make_case(DEEP, seed)
         case = case._replace(expert_ids=pad(case.expert_ids, DEEP.E))
         assert_right(self.run(case, config=self.small_rings), case)
-
-    def test_own_grouping_passed_in_changes_no_bit(self, seed):
-        case = make_case(self.usual, seed)
-        case = case._replace(expert_ids=_pad_some_entries(case.expert_ids, self.usual.E))
-        grouping = group(case.expert_ids, case.expert_weights, self.usual.E)
-        out = self.run(case, grouping=grouping)
-        assert_same_bits(out, self.run(case))
-        assert_right(out, case)
-
-    @pytest.mark.parametrize("token_tile", TOKEN_TILES)
-    def test_other_token_tile(self, token_tile, seed):
-        case = make_case(self.usual, seed)
-        grouping = group(case.expert_ids, case.expert_weights, self.usual.E, token_tile=token_tile)
-        out = self.run(case, grouping=grouping)
-        assert_right(out, case)
-        if ON_GPU:  # A CPU's matrix product adds in another order if it is wider.
-            assert_same_bits(out, self.run(case))
 
     # --- padding, and what must not be read
 

@@ -1,16 +1,13 @@
 """What must hold of every layout's kernels as they are lowered for CUDA, which needs no GPU."""
 
-import functools
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import LAYOUTS, decode_experts, group
-from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE
+from pallas_kernels.decode_experts import LAYOUTS, decode_experts
 from tests.pallas_kernels.decode_experts.cases import Size, struct_case
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modules
 
@@ -31,7 +28,7 @@ class LoweringSuite:
     def kernel(self):
         return LAYOUTS[self.layout]
 
-    def kernels(self, size: Size, grouping: Any) -> list[str]:
+    def kernels(self, size: Size) -> list[str]:
         """The names of the kernels that a batch of this size takes."""
         raise NotImplementedError
 
@@ -41,22 +38,17 @@ class LoweringSuite:
 
         # The default config does not depend on T, which only sets the grid.
         assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
-        calls = [(128, None, jnp.float32)]
+        calls = [(128, jnp.float32)]
         if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
-            calls.append((8, LARGEST_TOKEN_TILE, jnp.bfloat16))
-        for T, token_tile, out_dtype in calls:
+            calls.append((8, jnp.bfloat16))
+        for T, out_dtype in calls:
             size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
-            case, grouping = struct_case(size), None
-            if token_tile:
-                make = functools.partial(group, num_experts=shapes.E, token_tile=token_tile)
-                grouping = jax.eval_shape(make, case.expert_ids, case.expert_weights)
 
-            def function(grouping, *case, out_dtype=out_dtype):
-                layout = self.layout
-                return decode_experts(*case, layout=layout, grouping=grouping, out_dtype=out_dtype)
+            def function(*case, out_dtype=out_dtype):
+                return decode_experts(*case, layout=self.layout, out_dtype=out_dtype)
 
-            text = lower_for_cuda(function, grouping, *case)
-            kernels = self.kernels(size, grouping)
+            text = lower_for_cuda(function, *struct_case(size))
+            kernels = self.kernels(size)
             assert kernels_of(text) == kernels and text.count("custom_call") == len(kernels)
             for operation in self.forbidden_operations:
                 assert f"stablehlo.{operation}" not in text

@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,16 +11,13 @@ from pallas_kernels.decode_experts import (
     api,
     choose_layout,
     decode_experts,
-    group,
 )
 from tests.pallas_kernels.decode_experts.cases import (
-    Size,
     assert_same_bits,
     make_case,
-    struct_case,
 )
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL
-from tests.pallas_kernels.machine import INTERPRET, kernels_of, lower_for_cuda
+from tests.pallas_kernels.machine import INTERPRET
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "cpu"])
@@ -59,22 +54,6 @@ def test_where_nobody_measured_invariant_keeps_to_one_order_of_sums(device, pres
         choice = choose_layout(device, shapes, T, "invariant")
         orders.add(LAYOUTS[choice.layout].SUM_ORDER)
     assert len(orders) == 1
-
-
-@pytest.mark.parametrize(
-    ("T", "layout"), [(1, "expert_major"), (8, "expert_major"), (9, "streamed")]
-)
-def test_one_launch_is_one_launch(T, layout):
-    size = Size(T=T, E=16, K=4, H=256, I=128)
-    assert choose_layout("NVIDIA H100 80GB HBM3", size.shapes, T, "one_launch").layout == layout
-
-    def layer(grouping, *case):
-        return decode_experts(*case, layout="one_launch", grouping=grouping)
-
-    case = struct_case(size)
-    make = functools.partial(group, num_experts=size.E, token_tile=16)
-    for grouping in (None, jax.eval_shape(make, case.expert_ids, case.expert_weights)):
-        assert kernels_of(lower_for_cuda(layer, grouping, *case)) == [layout]
 
 
 def test_auto_runs_the_layout_that_is_chosen(monkeypatch):

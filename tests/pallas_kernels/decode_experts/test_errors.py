@@ -14,9 +14,9 @@ from pallas_kernels.decode_experts import (
     ExpertWeights,
     OutputMajorConfig,
     decode_experts,
-    group,
     reference_experts,
 )
+from pallas_kernels.decode_experts.grouping import group
 from tests.pallas_kernels.decode_experts.cases import Case, Size, make_case
 
 SIZE = Size(T=2, E=3, K=2, H=64, I=128)
@@ -315,7 +315,6 @@ def test_true_is_no_number_of_slots(case, layout):
         ("output_major", "down_columns", "I = 64"),
         ("expert_major", "gate_up_columns", "H = 192"),
         ("expert_major", "down_columns", "I = 64"),
-        ("streamed", "columns", "H = 192"),
     ],
 )
 def test_config_that_does_not_divide_this_layer(layout, field, letter):
@@ -325,46 +324,6 @@ def test_config_that_does_not_divide_this_layer(layout, field, letter):
     config = dataclasses.replace(default, **{field: 128})
     fragments = (f"config.{field}", "128", letter)
     assert_raises(ValueError, fragments, case, layout=layout, config=config)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [{"T": 3}, {"K": 1}, {"E": 1}],
-    ids=str,
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_grouping_of_other_sizes(case, other, layout):
-    T, E, K, *_ = SIZE._replace(**other)
-    ids, expert_weights = zeros(T, K, dtype=jnp.int32), zeros(T, K, dtype=jnp.float32)
-    fragments = ("grouping.", "T = 2", "token_tile = 8")
-    grouping = group(ids, expert_weights, E)
-    assert_raises(ValueError, fragments, case, layout=layout, grouping=grouping)
-
-
-@pytest.mark.parametrize("field", ["row_of", "token_of", "expert_of", "weight_of"])
-def test_grouping_field_of_wrong_shape(case, field):
-    right = group(case.expert_ids, case.expert_weights, SIZE.E)
-    wrong = dataclasses.replace(right, **{field: getattr(right, field)[:-1]})
-    fragments = (f"grouping.{field}", str(getattr(wrong, field).shape), "expected")
-    assert_raises(ValueError, fragments, case, layout="expert_major", grouping=wrong)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("field", ["row_of", "token_of", "expert_of", "weight_of"])
-def test_grouping_field_of_wrong_dtype(case, field, layout):
-    right = group(case.expert_ids, case.expert_weights, SIZE.E)
-    other = jnp.float32 if field != "weight_of" else jnp.bfloat16
-    wrong = dataclasses.replace(right, **{field: getattr(right, field).astype(other)})
-    fragments = (f"grouping.{field}", jnp.dtype(other).name, "expected")
-    assert_raises(TypeError, fragments, case, layout=layout, grouping=wrong)
-
-
-@pytest.mark.parametrize("token_tile", [0, 12])
-def test_handmade_grouping_of_wrong_token_tile(case, token_tile):
-    right = group(case.expert_ids, case.expert_weights, SIZE.E)
-    wrong = dataclasses.replace(right, token_tile=token_tile)
-    fragments = (f"token_tile is {token_tile}", "multiple of 8")
-    assert_raises(ValueError, fragments, case, layout="expert_major", grouping=wrong)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +342,7 @@ def test_numpy_ids_of_64_bits_are_not_wrapped(case):
 
 @pytest.mark.parametrize(
     ("keyword", "value"),
-    [("interpret", "yes"), ("grouping", {}), ("out_dtype", "foo")],
+    [("interpret", "yes"), ("out_dtype", "foo")],
 )
 def test_keyword_of_wrong_type(case, keyword, value):
     fragments = (keyword, "expected")

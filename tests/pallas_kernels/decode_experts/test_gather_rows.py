@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode_experts import group
 from pallas_kernels.decode_experts.gather_rows import gather_grouped, gather_rows
+from pallas_kernels.decode_experts.grouping import group
 from pallas_kernels.decode_experts.tiles import Tiles
 from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from unittest import mock
 
 import chex
 import jax
@@ -12,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.decode_experts import Grouping, group, grouping
 from pallas_kernels.decode_experts.grouping import (
     LARGEST_TOKEN_TILE,
+    Grouping,
     fitting_token_tile,
+    group,
     tile_capacity,
 )
 from tests.pallas_kernels.decode_experts.cases import INT32_MAX, INT32_MIN
@@ -51,12 +51,8 @@ def group_by_loop(ids, weights, E: int, token_tile: int, capacity: int) -> Group
 
 
 @functools.cache
-def jitted_group(E, token_tile, compared_up_to):
-    def run(ids, weights):
-        with mock.patch.object(grouping, "_COMPARED_UP_TO", compared_up_to):
-            return group(ids, weights, E, token_tile=token_tile)
-
-    return jax.jit(run)
+def jitted_group(E, token_tile):
+    return jax.jit(functools.partial(group, num_experts=E, token_tile=token_tile))
 
 
 def assert_grouped(ids, E, token_tile):
@@ -66,12 +62,11 @@ def assert_grouped(ids, E, token_tile):
     weights = 0.5 + np.arange(T * K, dtype=np.float32).reshape(T, K)
     weights[(ids < 0) | (ids >= E)] = np.nan
     expected = group_by_loop(ids, weights, E, token_tile, tile_capacity(T, K, E, token_tile))
-    for compared_up_to in (0, T * K):  # counted, compared
-        found = jitted_group(E, token_tile, compared_up_to)(ids, weights)
-        assert found.token_tile == token_tile
-        chex.assert_type([found.row_of, found.token_of, found.expert_of], jnp.int32)
-        chex.assert_type(found.weight_of, jnp.float32)
-        chex.assert_trees_all_equal(found, expected)
+    found = jitted_group(E, token_tile)(ids, weights)
+    assert found.token_tile == token_tile
+    chex.assert_type([found.row_of, found.token_of, found.expert_of], jnp.int32)
+    chex.assert_type(found.weight_of, jnp.float32)
+    chex.assert_trees_all_equal(found, expected)
 
 
 @examples(on_cpu=80, on_gpu=80)

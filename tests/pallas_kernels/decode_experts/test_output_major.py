@@ -23,10 +23,10 @@ class TestOutputMajor(LayoutSuite):
         down_columns=64,
         down_slots=2,
     )
-    # No grouping and no combine: nothing but the two kernels.
+    # No gathering and no combine: nothing but the two kernels.
     forbidden_operations = ("sort", "scatter", "gather", "reduce", "dot_general", "while")
 
-    def kernels(self, size, grouping):
+    def kernels(self, size):
         return ["output_major_gate_up", "output_major_down"]
 
 

@@ -58,14 +58,6 @@ def test_beyond_the_largest_invariant_keeps_its_order_of_sums(folder):
     assert choose_layout(DEVICE, SHAPES, 1000).config is None
 
 
-def test_invariant_takes_different_layouts_and_configs_of_one_order(folder):
-    rows = [make_row(1), make_row(8, down_rows=64), make_row(64, "streamed", columns=64)]
-    write_table(folder, make_table([], rows))
-    chosen = {T: choose_layout(DEVICE, SHAPES, T, "invariant") for T in (1, 8, 64)}
-    assert [chosen[T].layout for T in chosen] == ["expert_major", "expert_major", "streamed"]
-    assert (chosen[8].config.down_rows, chosen[64].config.columns) == (64, 64)
-
-
 def test_the_table_goes_before_the_heuristic(folder):
     assert choose_layout(DEVICE, SHAPES, 1).layout == "output_major"
     tuned.forget()
@@ -230,13 +222,6 @@ def on_this_device(folder):
     return write
 
 
-# Interpreted, streamed takes as long as the other two together.
-_LAYOUTS = [
-    pytest.param(name, marks=pytest.mark.slow) if name == "streamed" and not ON_GPU else name
-    for name in LAYOUTS
-]
-
-
 def _run(case, **keywords):
     keywords = {"out_dtype": jnp.float32, "interpret": INTERPRET} | keywords
     return decode_experts(*case, **keywords)
@@ -261,7 +246,7 @@ def test_a_callers_config_goes_before_the_tables(on_this_device, seed):
     assert_same_bits(_run(case, config=default), _run(case, layout="expert_major"))
 
 
-@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_invariant_gives_a_token_the_same_bits_at_every_T(on_this_device, layout, seed):
     """Ring lengths change with T, as a table may have them, and the layouts of "auto" do too."""
     default = LAYOUTS[layout].default_config(SHAPES, 1)
@@ -284,7 +269,7 @@ def test_invariant_gives_a_token_the_same_bits_at_every_T(on_this_device, layout
     assert jnp.any(_run(first) != expected[:1])
 
 
-@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_config_changes_a_bit(layout, seed):
     size = Size(T=3 if ON_GPU else 1, E=4, K=2, H=256, I=256)
     case = make_case(size, seed)

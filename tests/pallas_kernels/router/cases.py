@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_experts import group
 from pallas_kernels.router import Route, reference_route_tokens
 
 # Logits are of size 1. What float32 sums over H may be off, and then the weights.
@@ -43,7 +42,7 @@ def make_case(size: Size, seed: int) -> Case:
     )
 
 
-def assert_right(route: Route, case: Case, K: int, *, norm=False, token_tile=8, **keywords) -> None:
+def assert_right(route: Route, case: Case, K: int, *, norm=False, **keywords) -> None:
     """The route is the reference's, but for float32 rounding where two logits nearly tie."""
     T, E = len(case.x), len(case.gate)
     x = case.x
@@ -57,7 +56,7 @@ def assert_right(route: Route, case: Case, K: int, *, norm=False, token_tile=8, 
         x = route.normed
     else:
         assert route.normed is None
-    reference = reference_route_tokens(x, case.gate, K=K, token_tile=None, **keywords)
+    reference = reference_route_tokens(x, case.gate, K=K, **keywords)
     for name, shape, dtype in (
         ("ids", (T, K), jnp.int32),
         ("weights", (T, K), jnp.float32),
@@ -74,11 +73,6 @@ def assert_right(route: Route, case: Case, K: int, *, norm=False, token_tile=8, 
     if keywords.get("norm_topk_prob", True):
         weights /= jnp.sum(weights, axis=-1, keepdims=True)
     chex.assert_trees_all_close(route.weights, weights, rtol=WEIGHTS_BOUND, atol=1e-30)
-    if token_tile is None:
-        assert route.grouping is None
-    else:
-        grouping = group(route.ids, route.weights, E, token_tile=token_tile)
-        chex.assert_trees_all_equal(route.grouping, grouping)
 
 
 def assert_same_experts(found, expected, x, gate) -> None:

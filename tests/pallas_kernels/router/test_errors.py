@@ -53,7 +53,6 @@ CASES = {
         "norm_eps is -1.0",
         "not negative",
     ),
-    "token_tile": ({"token_tile": 12}, ValueError, "token_tile is 12", "multiple of 8"),
     "interpret": ({"interpret": "yes"}, TypeError, "interpret", "'yes'", "InterpretGPUParams"),
     "shared memory": (
         {"x": zeros(128, 32768), "gate": zeros(512, 32768)},

@@ -8,13 +8,10 @@ import pytest
 from jax import lax
 
 from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import decode_experts
 from pallas_kernels.races import run_and_assert_no_races
 from pallas_kernels.router import route_tokens
 from pallas_kernels.router.work import COLUMNS, Work
-from tests.pallas_kernels.decode_experts.cases import Size as LayerSize
 from tests.pallas_kernels.decode_experts.cases import assert_same_bits, bits
-from tests.pallas_kernels.decode_experts.cases import make_case as make_layer
 from tests.pallas_kernels.machine import (
     INTERPRET,
     ON_GPU,
@@ -88,36 +85,8 @@ def test_norm_eps(seed):
 
 def test_options(seed):
     case = make_case(USUAL, seed)
-    keywords = {"norm_topk_prob": False, "token_tile": None}
-    assert_right(run(case, USUAL.K, **keywords), case, USUAL.K, **keywords)
-
-
-@pytest.mark.parametrize("token_tile", [16, 24, 64] if ON_GPU else [16])
-def test_other_token_tile(token_tile, seed):
-    # Few experts, so that some have more tokens than a tile has rows.
-    size = Size(T=40, E=8, K=5, H=64)
-    case = make_case(size, seed)
-    route = run(case, size.K, token_tile=token_tile)
-    assert_right(route, case, size.K, token_tile=token_tile)
-
-
-def test_experts_take_the_grouping(seed):
-    layer = make_layer(LayerSize(T=3, E=8, K=2, H=64, I=64), seed)
-    case = make_case(Size(T=3, E=8, K=2, H=64), seed)
-    route = run(case, 2)
-
-    def experts(grouping):
-        return decode_experts(
-            case.x,
-            layer.weights,
-            route.ids,
-            route.weights,
-            layout="expert_major",
-            grouping=grouping,
-            interpret=INTERPRET,
-        )
-
-    assert_same_bits(experts(route.grouping), experts(None))
+    route = run(case, USUAL.K, norm_topk_prob=False)
+    assert_right(route, case, USUAL.K, norm_topk_prob=False)
 
 
 # --- ties, and what is not finite
@@ -156,14 +125,9 @@ def test_a_bad_token_is_nobody_elses_business(value, seed):
     others = np.delete(np.arange(USUAL.T), 2)
     for name in ("ids", "weights", "logits"):
         assert_same_bits(getattr(route, name)[others], getattr(good, name)[others])
-    # Still K different experts, so that the Grouping holds.
+    # Still K different experts, so that whatever takes them holds.
     ids = np.asarray(route.ids[2])
     assert len(set(ids.tolist())) == USUAL.K and ids.min() >= 0 and ids.max() < USUAL.E
-    rows = np.asarray(route.grouping.row_of)
-    assert len(np.unique(rows)) == rows.size
-    chex.assert_trees_all_equal(
-        route.grouping.token_of[rows], jnp.broadcast_to(jnp.arange(USUAL.T)[:, None], rows.shape)
-    )
 
 
 # --- bits
@@ -259,8 +223,6 @@ def test_splits_cover_H_whatever_T_is(H):
             K=8,
             norm_topk_prob=True,
             norm_eps=None,
-            token_tile=None,
-            capacity=0,
             num_programs=programs,
         )
         return [
@@ -274,18 +236,16 @@ def test_splits_cover_H_whatever_T_is(H):
 
 
 @pytest.mark.parametrize(
-    ("preset", "T", "norm", "token_tile"),
+    ("preset", "T", "norm"),
     [
-        ("qwen3_30b_a3b", 8, True, 8),
-        ("qwen3_30b_a3b", 1, False, None),
+        ("qwen3_30b_a3b", 8, True),
         # T beyond a tile of 8 rows and no multiple of it.
-        ("qwen3_30b_a3b", 9, False, 8),
-        ("qwen3_30b_a3b", 33, True, None),
-        pytest.param("qwen3_30b_a3b", 97, True, 8, marks=pytest.mark.slow),
-        pytest.param("qwen3_coder_480b", 128, True, 64, marks=pytest.mark.slow),
+        ("qwen3_30b_a3b", 9, False),
+        pytest.param("qwen3_30b_a3b", 97, True, marks=pytest.mark.slow),
+        pytest.param("qwen3_coder_480b", 128, True, marks=pytest.mark.slow),
     ],
 )
-def test_lowers_for_cuda(preset, T, norm, token_tile):
+def test_lowers_for_cuda(preset, T, norm):
     shapes = PRESETS[preset]
     struct = jax.ShapeDtypeStruct
     case = Case(
@@ -295,7 +255,7 @@ def test_lowers_for_cuda(preset, T, norm, token_tile):
     )
 
     def function(*case):
-        return run(Case(*case), shapes.K, norm=norm, token_tile=token_tile, interpret=False)
+        return run(Case(*case), shapes.K, norm=norm, interpret=False)
 
     text = lower_for_cuda(function, *case)
     assert text.count("custom_call @mosaic_gpu_v2") == 1
@@ -303,7 +263,6 @@ def test_lowers_for_cuda(preset, T, norm, token_tile):
     # One launch and nothing around it.
     assert operations <= {"mesh", "custom_call", "constant"}, operations
     [module] = mosaic_modules(text)
-    barriers = 1 + norm + (token_tile is not None)
-    assert module.count("atom.add.acq_rel.gpu") == barriers
+    assert module.count("atom.add.acq_rel.gpu") == 1 + norm  # barriers
     # float32 sums must not be added to memory in whatever order they come.
     assert "atomicrmw" not in module and "red.global" not in module
