@@ -30,7 +30,7 @@ from experiments.compare.routings import ACCEPTED
 from experiments.tuning import report, run, settings
 from experiments.tuning.bench import Bench, make_weights
 from experiments.tuning.store import Store
-from pallas_kernels.decode_experts import LAYOUTS, tuned
+from pallas_kernels.decode_experts import LAYOUTS, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 _BUCKETS = ",".join(map(str, BUCKETS))
@@ -109,7 +109,7 @@ def tune(asked: settings.Settings, console: Console, deadline: float | None) -> 
         missing = run.tune(asked, store, bench_of(asked, bar.say), bar, deadline)
     console.print(report.make(store.table()))
     console.print(f"{store.path} and {store.records_path}", highlight=False, soft_wrap=True)
-    tuned.forget()
+    tuned_tables.forget()
     return missing
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments.compare import baselines, peers, timing
-from pallas_kernels import mosaic
 from pallas_kernels.decode_experts import (
     LAYOUTS,
     MODES,
@@ -19,6 +18,7 @@ from pallas_kernels.decode_experts import (
     choose_layout,
     decode_experts,
 )
+from pallas_kernels.mosaic.device import device_kind
 
 BASELINES = (*baselines.XLA_BASELINES, "tokamax", "vllm")
 
@@ -58,7 +58,7 @@ def make_layouts(
     def config(name, T):
         if name not in MODES:
             return dataclasses.asdict(LAYOUTS[name].default_config(shapes, T))
-        choice = choose_layout(mosaic.device_kind(), shapes, T, name)
+        choice = choose_layout(device_kind(), shapes, T, name)
         chosen = choice.config or LAYOUTS[choice.layout].default_config(shapes, T)
         return {"layout": choice.layout} | dataclasses.asdict(chosen)
 

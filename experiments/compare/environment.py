@@ -11,7 +11,7 @@ import jax
 import jaxlib
 
 from experiments.compare.records import Environment
-from pallas_kernels.decode_experts.tuned import device_slug
+from pallas_kernels.decode_experts.tuned_tables import device_slug
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 

@@ -16,9 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import interpret_params, tma_ring
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.pipeline import pipeline
 
-# One ring slot: a contiguous 32 KB piece, as wide as a TMA box may be.
+# One stage: a contiguous 32 KB piece, as wide as a TMA box may be.
 ROWS, COLUMNS = 64, 256
 _LEAST_BYTES = 4_000_000_000
 _READS = 8  # timed reads issued back to back
@@ -26,10 +27,10 @@ _SAMPLES = 7
 
 
 class Variant(NamedTuple):
-    """A shape of the TMA kernel: thread blocks on each core, and ring slots in each block."""
+    """A shape of the TMA kernel: thread blocks on each core, and stages in each block."""
 
     blocks_a_core: int
-    slots: int
+    num_stages: int
 
 
 VARIANTS = (Variant(1, 4), Variant(1, 6), Variant(2, 3), Variant(3, 2))
@@ -43,7 +44,7 @@ class ReadCeiling(NamedTuple):
     all_tbps: dict[str, float | None]
 
 
-def tma_read(data: jax.Array, *, blocks: int, slots: int, interpret=False) -> jax.Array:
+def tma_read(data: jax.Array, *, blocks: int, num_stages: int, interpret=False) -> jax.Array:
     """Copies all of data [N, COLUMNS] bf16 into shared memory, N a multiple of ROWS * blocks.
 
     Block b takes tiles b, b + blocks, ... Of each tile that has arrived one row is added up, which
@@ -59,35 +60,32 @@ def tma_read(data: jax.Array, *, blocks: int, slots: int, interpret=False) -> ja
             f"{ROWS} * {blocks}"
         )
 
-    def kernel(data_gmem, sums_gmem, ring, barrier):
-        block = lax.axis_index("block")
+    def kernel(block_id, data_gmem, sums_gmem, stages, full):
+        def load(step, stage, full):
+            row = (block_id + step * blocks) * ROWS
+            plgpu.copy_gmem_to_smem(data_gmem.at[pl.ds(row, ROWS)], stages.at[stage], full)
 
-        def copy(step, slot, arrived):
-            row = (block + step * blocks) * ROWS
-            plgpu.copy_gmem_to_smem(data_gmem.at[pl.ds(row, ROWS)], ring.at[slot], arrived)
-
-        def consume(step, slot, sums):
-            row = plgpu.load(ring.at[slot, 0], layout=plgpu.Layout.WG_STRIDED((COLUMNS,), 2))
+        def compute(step, stage, sums):
+            row = plgpu.load(stages.at[stage, 0], layout=plgpu.Layout.WG_STRIDED((COLUMNS,), 2))
             return sums + row.astype(jnp.float32)
 
         zeros = plgpu.layout_cast(
             jnp.zeros((COLUMNS,), jnp.float32), plgpu.Layout.WG_STRIDED((COLUMNS,), 2)
         )
-        sums_gmem[block, :] = tma_ring(
-            tiles // blocks, slots, barrier=barrier, copy=copy, consume=consume, init=zeros
+        sums_gmem[block_id, :] = pipeline(
+            tiles // blocks, num_stages, full=full, load=load, compute=compute, init=zeros
         )
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="tma_read",
+        num_blocks=blocks,
         out_type=jax.ShapeDtypeStruct((blocks, COLUMNS), jnp.float32),
-        grid=(blocks,),
-        grid_names=("block",),
         scratch_types=[
-            plgpu.SMEM((slots, ROWS, COLUMNS), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=1, num_barriers=slots),
+            plgpu.SMEM((num_stages, ROWS, COLUMNS), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=1, num_barriers=num_stages),
         ],
-        kernel_name="tma_read",
-        interpret=interpret_params(interpret),
+        interpret=interpret,
     )(data)
 
 
@@ -113,9 +111,9 @@ def measure() -> ReadCeiling:
     data = jax.block_until_ready(_random_data(jax.random.key(0), chunks, rows_a_chunk))
     readers: dict[str, Callable] = {"xla reduction": xla_read}
     for variant in VARIANTS:
-        name = f"tma, {variant.blocks_a_core} block(s) a core, {variant.slots} slots"
+        name = f"tma, {variant.blocks_a_core} block(s) a core, {variant.num_stages} stages"
         readers[name] = functools.partial(
-            tma_read, blocks=core_count * variant.blocks_a_core, slots=variant.slots
+            tma_read, blocks=core_count * variant.blocks_a_core, num_stages=variant.num_stages
         )
     figures: dict[str, float | None] = {}
     for name, reader in readers.items():

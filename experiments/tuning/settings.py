@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from experiments.compare import routings
 from experiments.compare.presets import PRESETS
 from experiments.tuning.work import Layer, layers_of
-from pallas_kernels.decode_experts import LAYOUTS, tuned
+from pallas_kernels.decode_experts import LAYOUTS, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 INTERPRETED_PRESET = "tiny"
@@ -124,7 +124,7 @@ def parse(
 
 
 def _default_out(interpret: bool) -> str:
-    return DEFAULT_RECORDS if interpret else str(tuned.FOLDER)
+    return DEFAULT_RECORDS if interpret else str(tuned_tables.FOLDER)
 
 
 def _numbers(flag: str, texts: Sequence[str], accepted, words: str) -> list[int]:
@@ -141,7 +141,7 @@ def _folder(flag: str, name: str, interpret: bool) -> pathlib.Path:
     folder = pathlib.Path(name)
     if not name:
         raise ValueError(f"--{flag} is empty; expected a folder")
-    if interpret and folder.resolve().is_relative_to(tuned.FOLDER.resolve()):
+    if interpret and folder.resolve().is_relative_to(tuned_tables.FOLDER.resolve()):
         raise ValueError(
             f"--{flag} is {name!r}; expected another folder than the shipped tables' with "
             "--interpret, whose times mean nothing"

@@ -16,7 +16,7 @@ import jax
 from experiments.tuning import winners
 from experiments.tuning.sweep import Dropped, Measured
 from experiments.tuning.work import Layer
-from pallas_kernels.decode_experts import ExpertShapes, tuned
+from pallas_kernels.decode_experts import ExpertShapes, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import (
     Entry,
     Table,
@@ -58,7 +58,7 @@ class Store:
         Raises:
           ValueError: the table's file is another device's, of the same short name.
         """
-        slug = tuned.device_slug(device_kind)
+        slug = tuned_tables.device_slug(device_kind)
         self.path = out / f"{slug}.json"
         self.records_path = records / f"{slug}_measured.jsonl"
         self._device_kind, self._run, self._say = device_kind, run, say

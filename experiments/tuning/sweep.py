@@ -87,7 +87,7 @@ def candidates(
     return [
         Candidate(layout, config)
         for layout in layouts
-        for config in LAYOUTS[layout].candidate_configs(shapes, T)[:most_configs]
+        for config in LAYOUTS[layout].candidates(shapes, T)[:most_configs]
     ]
 
 

@@ -63,8 +63,8 @@ def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
 
 
 def _of_order[M: Timed](measured: Sequence[M], order: str) -> list[M]:
-    return [m for m in measured if order == LAYOUTS[m.layout].SUM_ORDER]
+    return [m for m in measured if order == LAYOUTS[m.layout].sum_order]
 
 
 def _orders(measured: Iterable[Timed]) -> list[str]:
-    return [LAYOUTS[m.layout].SUM_ORDER for m in measured]
+    return [LAYOUTS[m.layout].sum_order for m in measured]

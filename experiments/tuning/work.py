@@ -13,7 +13,7 @@ import numpy as np
 from experiments.compare.presets import PRESETS
 from experiments.compare.routings import Routing, make_routings
 from pallas_kernels.decode_experts import ExpertShapes
-from pallas_kernels.decode_experts.checks import SIZE_MULTIPLE
+from pallas_kernels.decode_experts.api import SIZE_MULTIPLE
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 # One user, a small batch, a full one; then what lies between.

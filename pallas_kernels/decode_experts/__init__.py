@@ -4,12 +4,14 @@ Start at `api.py` (what a user calls), `reference.py` (what it means) and `layou
 """
 
 from pallas_kernels.decode_experts.api import decode_experts
-from pallas_kernels.decode_experts.choice import MODES, LayoutChoice, choose_layout
-from pallas_kernels.decode_experts.expert_major import Config as ExpertMajorConfig
+from pallas_kernels.decode_experts.choose_layout import MODES, LayoutChoice, choose_layout
+from pallas_kernels.decode_experts.configs import Layout
+from pallas_kernels.decode_experts.expert_major import ExpertMajorConfig
 from pallas_kernels.decode_experts.layouts import LAYOUTS
-from pallas_kernels.decode_experts.output_major import Config as OutputMajorConfig
+from pallas_kernels.decode_experts.output_major import OutputMajorConfig
 from pallas_kernels.decode_experts.reference import reference_experts
-from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
+from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.decode_experts.weights import ExpertWeights
 
 __all__ = [
     "LAYOUTS",
@@ -17,6 +19,7 @@ __all__ = [
     "ExpertMajorConfig",
     "ExpertShapes",
     "ExpertWeights",
+    "Layout",
     "LayoutChoice",
     "OutputMajorConfig",
     "choose_layout",

@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
-from pallas_kernels.decode_experts.checks import check_inputs
-from pallas_kernels.decode_experts.choice import MODES, choose_layout
+from pallas_kernels.decode_experts.choose_layout import MODES, choose_layout
 from pallas_kernels.decode_experts.layouts import LAYOUTS
+from pallas_kernels.decode_experts.shapes import ExpertShapes
 from pallas_kernels.decode_experts.weights import ExpertWeights
+from pallas_kernels.mosaic import device
+from pallas_kernels.mosaic.operands import expect_array
+
+SIZE_MULTIPLE = 64  # of H and I
 
 
 def decode_experts(
@@ -38,7 +40,8 @@ def decode_experts(
       fastest at this T. Another table, or another device, may have another.
     - a layout's name: the same bits at every T, on a GPU with any config.
 
-    Calls on one device must follow one another, as XLA has them by default (grid.py says why).
+    Calls on one device must follow one another, as XLA has them by default; mosaic/grid_sync.py
+    says why.
 
     Args:
       x: [T, H] bfloat16.
@@ -65,26 +68,24 @@ def decode_experts(
       NotImplementedError: float32 or quantised weights, a gradient was asked for, or the layout has
         instructions that this GPU has not.
     """
-    shapes, T = check_inputs(x, weights, expert_ids, expert_weights, out_dtype)
+    shapes, T = _check_inputs(x, weights, expert_ids, expert_weights, out_dtype)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
-    if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
-        raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
+    device.check_interpret(interpret)
     if layout in tuple(MODES):
-        choice = choose_layout(mosaic.device_kind(), shapes, T, layout)
+        choice = choose_layout(device.device_kind(), shapes, T, layout)
         layout, config = choice.layout, choice.config if config is None else config
     if layout not in tuple(LAYOUTS):
         accepted = f"{', '.join(map(repr, MODES))} or one of {sorted(LAYOUTS)}"
         raise ValueError(f"layout is {layout!r}; expected {accepted}")
-    kernel = LAYOUTS[layout]
-    if not interpret:
-        others = {name: other.CAPABILITIES for name, other in LAYOUTS.items()}
-        mosaic.expect_capability(f"layout {layout!r}", kernel.CAPABILITIES, others)
+    chosen = LAYOUTS[layout]
+    others = {name: other.capabilities for name, other in LAYOUTS.items()}
+    device.expect_capability(f"layout {layout!r}", chosen.capabilities, others, interpret)
     if config is None:
-        config = kernel.default_config(shapes, T)
-    if not isinstance(config, kernel.Config):
-        raise TypeError(f"config is {config!r}; layout {layout!r} takes a {kernel.Config.__name__}")
-    kernel.check_config(config, shapes)
-    run = functools.partial(kernel.run, config=config, out_dtype=out_dtype, interpret=interpret)
+        config = chosen.default_config(shapes, T)
+    if not isinstance(config, chosen.Config):
+        raise TypeError(f"config is {config!r}; layout {layout!r} takes a {chosen.Config.__name__}")
+    chosen.check(config, shapes)
+    run = functools.partial(chosen.run, config=config, out_dtype=out_dtype, interpret=interpret)
     return _without_gradient(run, layout)(x, weights, expert_ids, expert_weights)
 
 
@@ -102,3 +103,46 @@ def _without_gradient(run, layout: str):
         )
 
     return forward
+
+
+def _check_inputs(
+    x: jax.Array,
+    weights: ExpertWeights,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    out_dtype,
+) -> tuple[ExpertShapes, int]:
+    """Returns the layer's sizes and T, or raises ValueError, TypeError or NotImplementedError."""
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"weights is a {type(weights).__name__}; expected an ExpertWeights")
+    if weights.gate_up_scale is not None or weights.down_scale is not None:
+        raise NotImplementedError(
+            "weights.gate_up_scale and weights.down_scale must be None: no layout reads quantised "
+            "weights; dequantise to bfloat16 first"
+        )
+    expect_array("x", x, "[T, H]", jnp.bfloat16)
+    expect_array("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)
+    expect_array("weights.down", weights.down, "[E, H, I]", jnp.bfloat16)
+    expect_array("expert_ids", expert_ids, "[T, K]", jnp.int32)
+    expect_array("expert_weights", expert_weights, "[T, K]", jnp.float32)
+    if out_dtype not in (None, jnp.bfloat16, jnp.float32):
+        raise TypeError(f"out_dtype is {out_dtype!r}; expected bfloat16 or float32")
+
+    T, H = x.shape
+    K = expert_ids.shape[1]
+    E, _, I, _ = weights.gate_up.shape
+    expected = {
+        "weights.gate_up": (weights.gate_up, "[E, 2, I, H]", (E, 2, I, H)),
+        "weights.down": (weights.down, "[E, H, I]", (E, H, I)),
+        "expert_ids": (expert_ids, "[T, K]", (T, K)),
+        "expert_weights": (expert_weights, "[T, K]", (T, K)),
+    }
+    for name, (value, letters, shape) in expected.items():
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; expected {letters} = {shape}")
+    if K > E:
+        raise ValueError(f"expert_ids has K = {K} experts a token; expected at most E = {E}")
+    for letter, size in (("H", H), ("I", I)):
+        if size % SIZE_MULTIPLE:
+            raise ValueError(f"{letter} is {size}; expected a multiple of {SIZE_MULTIPLE}")
+    return ExpertShapes(E=E, K=K, H=H, I=I), T

@@ -1,10 +1,40 @@
-"""The checks that the layouts' Configs share; each error names the field and what it accepts."""
+"""What a layout is, and the checks that the layouts' Configs share."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from pallas_kernels.decode_experts.weights import ExpertShapes
-from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
+import jax
+
+from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way to lay the experts' math out over a GPU: the constant at the foot of its file.
+
+    Attributes:
+      name: in `layout=`, in tables and records.
+      capabilities: the GPUs it compiles for, as mosaic.device.capability_of says them.
+      sum_order: a name for the order of sums. Layouts of one name give a token the same bits on a
+        GPU, with any config and at any T.
+      Config: a frozen dataclass of ints, bools and None.
+      default_config: (shapes, T) -> the heuristic, the same at every T.
+      candidates: (shapes, T) -> a few configs worth measuring, the default first.
+      check: (config, shapes) raises a ValueError that names the field.
+      run: (x, weights, expert_ids, expert_weights, *, config, out_dtype, interpret) -> [T, H], on
+        checked inputs; shapes as in decode_experts.
+    """
+
+    name: str
+    capabilities: tuple[int, ...]
+    sum_order: str
+    Config: type
+    default_config: Callable[[ExpertShapes, int], Any]
+    candidates: Callable[[ExpertShapes, int], list[Any]]
+    check: Callable[[Any, ExpertShapes], None]
+    run: Callable[..., jax.Array]
 
 
 def largest_divisor(size: int, candidates: tuple[int, ...]) -> int:
@@ -27,7 +57,7 @@ def valid_configs(
     return valid
 
 
-def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, size: int) -> None:
+def check_block(field: str, value: int, accepted: tuple[int, ...], letter: str, size: int) -> None:
     """Raises a ValueError unless `value` is one of `accepted` and divides the size."""
     fitting = [a for a in accepted if size % a == 0]
     if value not in fitting:
@@ -37,12 +67,13 @@ def check_tile(field: str, value: int, accepted: tuple[int, ...], letter: str, s
         )
 
 
-def check_slots(field: str, slots: int, bytes_a_slot: int, least: int) -> None:
-    """Raises a ValueError unless a ring has at least `least` slots and fits in shared memory."""
-    most = SHARED_MEMORY_BYTES // bytes_a_slot
+def check_num_stages(field: str, num_stages: int, stage_bytes: int, least: int) -> None:
+    """Raises a ValueError unless there are `least` stages at least, and they fit shared memory."""
+    most = SHARED_MEMORY_BYTES // stage_bytes
     # True is an int to Python.
-    if isinstance(slots, bool) or not isinstance(slots, int) or not least <= slots <= most:
+    is_number = isinstance(num_stages, int) and not isinstance(num_stages, bool)
+    if not is_number or not least <= num_stages <= most:
         raise ValueError(
-            f"config.{field} is {slots!r}; expected an integer from {least} to {most}: a slot "
-            f"takes up to {bytes_a_slot} of {SHARED_MEMORY_BYTES} bytes of shared memory"
+            f"config.{field} is {num_stages!r}; expected an integer from {least} to {most}: a "
+            f"stage takes up to {stage_bytes} of {SHARED_MEMORY_BYTES} bytes of shared memory"
         )

@@ -1,23 +1,23 @@
 """The expert-major layout (the conventional path): tiles of N tokens, each with one expert.
 
-    tiles     an expert's tokens, gathered side by side              (gather_rows.py)
-              or, up to 8 tokens, the whole batch for each expert    (batch_tiles.py)
-    gate/up   program (tile, 32 neurons)   hidden[c] = silu(gate_e x[c]) * up_e x[c] * w[c]
-    down      program (tile, R neurons)    outputs[p] = down_e hidden[c]    column c is row p's
-    combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]       (XLA)
+    tiles     an expert's tokens, gathered side by side                    (gather.py)
+              or, up to 8 tokens, the whole batch for each expert          (token_tiles.py)
+    gate/up   block (tile, 32 neurons)        hidden[c] = silu(gate_e x[c]) * up_e x[c] * w[c]
+    down      block (tile, block_m neurons)   outputs[p] = down_e hidden[c]    column c is row p's
+    combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]          (XLA)
 
-What one program of gate/up or down does is in expert_major_programs.py. Both are one grid or two
-launches, whichever was faster for such tiles. An expert's weights are read once for each of its
-tiles: once, unless more than N tokens chose it. Programs on one expert's tiles are neighbours, so
+What one thread block of gate/up or down does is in expert_major_kernels.py. Both are one fused grid
+or two launches, whichever was faster for such tiles. An expert's weights are read once for each of
+its tiles: once, unless more than N tokens chose it. Blocks on one expert's tiles are neighbours, so
 that further reads may hit L2.
 
 A few tokens are too few rows for the tensor cores' M = 64, so each product is turned around
-("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed. A
-column that is nobody's is multiplied all the same, but not stored: those stores would be most.
+("swap-AB"): weight rows are M, the tile's N tokens are columns, results come out transposed.
 
 The tensor cores want bf16, and rounding hidden to bf16 would add an error as large as the output's
-own rounding. So it is kept as hi + lo, two bf16 numbers with 16 bits of mantissa between them: of a
-tile 2 N rows of the intermediate, 2 N columns of one product whose halves are added in float32.
+own rounding. So hidden is kept in split bf16, a high and a low half with 16 bits of mantissa
+between them. A tile has 2 N rows of the intermediate, and 2 N columns of one product whose halves
+are added in float32.
 """
 
 import dataclasses
@@ -25,252 +25,235 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import grid
-from pallas_kernels.decode_experts.batch_tiles import BatchTiles
 from pallas_kernels.decode_experts.configs import (
-    check_slots,
-    check_tile,
+    Layout,
+    check_block,
+    check_num_stages,
     largest_divisor,
     valid_configs,
 )
-from pallas_kernels.decode_experts.expert_major_programs import (
-    COLUMNS,
+from pallas_kernels.decode_experts.expert_major_kernels import (
+    BLOCK_KS,
     Down,
     GateUp,
-    fit_ring,
-    slot_bytes,
+    fit_stages,
+    stage_bytes,
 )
-from pallas_kernels.decode_experts.gated import ROWS
-from pallas_kernels.decode_experts.gather_rows import (
-    MOST_ASSIGNMENTS,
-    gather_grouped,
-    gather_rows,
+from pallas_kernels.decode_experts.expert_schedule import (
+    MAX_BLOCK_N,
+    MIN_BLOCK_N,
+    ExpertSchedule,
+    default_block_n,
 )
-from pallas_kernels.decode_experts.grouping import (
-    LARGEST_TOKEN_TILE,
-    LEAST_TOKEN_TILE,
-    fitting_token_tile,
-    group,
-)
-from pallas_kernels.decode_experts.tiles import Tiles
-from pallas_kernels.decode_experts.token_tiles import TokenTiles
-from pallas_kernels.decode_experts.weights import ExpertShapes, ExpertWeights
-from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.decode_experts.gather import MAX_ASSIGNMENTS, gather_by_xla, gather_rows
+from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.decode_experts.swiglu_epilogue import BLOCK_M
+from pallas_kernels.decode_experts.token_tiles import TokenTiles, WholeBatchTiles
+from pallas_kernels.decode_experts.weights import ExpertWeights
+from pallas_kernels.mosaic.device import HOPPER, launch
+from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
 
-CAPABILITIES = (9,)  # wgmma
-
-_TILES = (64, 128)
-_LEAST_I_FOR_ONE_GRID = 512
-
-# Every sum is one accumulator's, over a row of weights in ascending order of its columns, whatever
-# the tiles are.
-SUM_ORDER = "by_expert"
+_BLOCK_MS = (64, 128)
+_MIN_I_TO_FUSE = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class ExpertMajorConfig:
     """How expert_major cuts the work; nothing here changes a bit of a result on a GPU.
 
     Attributes:
-      gate_up_columns: columns of x and gate_up in a ring slot; 64, 128 or 256, divides H.
-      gate_up_slots: slots in the gate/up ring. Fewer are used, and half or a quarter of their
-        columns, where two programs would not fit on a core otherwise.
-      down_rows: R, output neurons of a down program; 64 or 128, divides H.
-      down_columns: columns of hidden and down in a ring slot; 64, 128 or 256, divides I.
-      down_slots: slots in the down ring, likewise.
-      token_tile: N of gathered tiles, a multiple of 8 up to 64; 0 takes fitting_token_tile.
-      grids: 1 for both products in one grid, 2 for two launches, which is also what interpret mode
-        runs; 0 takes fitting_grids.
+      gate_up_block_k: columns of x and gate_up in a stage; 64, 128 or 256, divides H.
+      gate_up_num_stages: stages of gate/up. Fewer are used, and half or a quarter of their columns,
+        where two blocks would not fit on a core otherwise.
+      down_block_m: output neurons of a down block; 64 or 128, divides H.
+      down_block_k: columns of hidden and down in a stage; 64, 128 or 256, divides I.
+      down_num_stages: stages of down, likewise.
+      block_n: rows of gathered tiles, a multiple of 8 up to 64; None takes default_block_n.
+      fused: True for both products in one grid, False for two launches; None takes default_fused.
     """
 
-    gate_up_columns: int = 256
-    gate_up_slots: int = 3
-    down_rows: int = 128
-    down_columns: int = 128
-    down_slots: int = 3
-    token_tile: int = 0
-    grids: int = 0
+    gate_up_block_k: int = 256
+    gate_up_num_stages: int = 3
+    down_block_m: int = 128
+    down_block_k: int = 128
+    down_num_stages: int = 3
+    block_n: int | None = None
+    fused: bool | None = None
 
 
-def fitting_grids(N: int, gathered: bool, I: int) -> int:
-    """1 or 2, as was faster for tiles of N tokens (results/designs/expert_major.md).
+def default_fused(N: int, gathered: bool, I: int) -> bool:
+    """Whether one grid was faster than two launches for tiles of N tokens (docs/lab.md).
 
-    Wide tiles' stores of outputs cost more beside gate/up's reads; and where I is small, programs
-    of down are too short for each of them to wait for a counter.
+    Wide tiles' stores of outputs cost more beside gate/up's reads. Where I is small, blocks of down
+    are too short for each of them to wait for a counter.
     """
-    return 2 if gathered and (N > LEAST_TOKEN_TILE or I < _LEAST_I_FOR_ONE_GRID) else 1
+    return not gathered or (N == MIN_BLOCK_N and I >= _MIN_I_TO_FUSE)
 
 
-def default_config(shapes: ExpertShapes, T: int) -> Config:
-    """The heuristic: slots of 32 KB of weights, few enough that two programs share an SM."""
+def _default_config(shapes: ExpertShapes, T: int) -> ExpertMajorConfig:
+    """The heuristic: stages of 32 KB of weights, few enough that two blocks share a core."""
     del T
-    return Config(
-        gate_up_columns=largest_divisor(shapes.H, COLUMNS),
-        down_rows=largest_divisor(shapes.H, _TILES),
-        down_columns=largest_divisor(shapes.I, _TILES),
+    return ExpertMajorConfig(
+        gate_up_block_k=largest_divisor(shapes.H, BLOCK_KS),
+        down_block_m=largest_divisor(shapes.H, _BLOCK_MS),
+        down_block_k=largest_divisor(shapes.I, _BLOCK_MS),
     )
 
 
-def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
+def _candidates(shapes: ExpertShapes, T: int) -> list[ExpertMajorConfig]:
     """Configs worth measuring, the default first, then what has won before.
 
-    64 rows of output neurons make twice the programs, for few tokens; with narrow gate/up slots as
-    well, three of them share an SM. A shard's experts get fewer tokens than T and K let expect,
-    since most ids are other shards': there narrow tiles may do. For gathered tiles of 8, one grid
-    and two launches are within a percent or so, either way.
+    64 output neurons make twice the blocks, for few tokens; with narrow gate/up stages as well,
+    three of them share a core. A shard's experts get fewer tokens than T and K let expect, because
+    most ids are other shards': there narrow tiles may do. For gathered tiles of 8, one grid and two
+    launches are within a percent or so, either way.
     """
-    default = default_config(shapes, T)
-    narrow = {"gate_up_columns": largest_divisor(shapes.H, _TILES)}
-    changes = [{"down_rows": 64, "down_slots": 4}, narrow | {"down_rows": 64}]
-    if fitting_token_tile(T, shapes.K, shapes.E) > LEAST_TOKEN_TILE:
-        changes = [{"token_tile": LEAST_TOKEN_TILE}, *changes]
-    elif not BatchTiles.fit(T, shapes.K):
-        other = 1 if fitting_grids(LEAST_TOKEN_TILE, True, shapes.I) == 2 else 2
-        changes = [{"grids": other}, *changes]
+    default = _default_config(shapes, T)
+    narrow = {"gate_up_block_k": largest_divisor(shapes.H, _BLOCK_MS)}
+    changes = [{"down_block_m": 64, "down_num_stages": 4}, narrow | {"down_block_m": 64}]
+    if default_block_n(T, shapes.K, shapes.E) > MIN_BLOCK_N:
+        changes = [{"block_n": MIN_BLOCK_N}, *changes]
+    elif not WholeBatchTiles.fit(T, shapes.K):
+        changes = [{"fused": not default_fused(MIN_BLOCK_N, True, shapes.I)}, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
-    return valid_configs(check_config, configs, shapes)
+    return valid_configs(_check, configs, shapes)
 
 
-def check_config(config: Config, shapes: ExpertShapes) -> None:
+def _check(config: ExpertMajorConfig, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_tile("gate_up_columns", c.gate_up_columns, COLUMNS, "H", H)
-    check_tile("down_rows", c.down_rows, _TILES, "H", H)
-    check_tile("down_columns", c.down_columns, COLUMNS, "I", I)
-    gate_up_slot = slot_bytes(c.gate_up_columns, ROWS + LEAST_TOKEN_TILE)
-    down_slot = slot_bytes(c.down_columns, c.down_rows + 2 * LEAST_TOKEN_TILE)
-    check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=2)
-    check_slots("down_slots", c.down_slots, down_slot, least=2)
-    tiles = range(0, LARGEST_TOKEN_TILE + 1, LEAST_TOKEN_TILE)
-    if isinstance(c.token_tile, bool) or c.token_tile not in tiles:
+    check_block("gate_up_block_k", c.gate_up_block_k, BLOCK_KS, "H", H)
+    check_block("down_block_m", c.down_block_m, _BLOCK_MS, "H", H)
+    check_block("down_block_k", c.down_block_k, BLOCK_KS, "I", I)
+    gate_up_bytes = stage_bytes(c.gate_up_block_k, BLOCK_M + MIN_BLOCK_N)
+    down_bytes = stage_bytes(c.down_block_k, c.down_block_m + 2 * MIN_BLOCK_N)
+    check_num_stages("gate_up_num_stages", c.gate_up_num_stages, gate_up_bytes, least=2)
+    check_num_stages("down_num_stages", c.down_num_stages, down_bytes, least=2)
+    if c.block_n is not None and c.block_n not in range(MIN_BLOCK_N, MAX_BLOCK_N + 1, MIN_BLOCK_N):
         raise ValueError(
-            f"config.token_tile is {c.token_tile!r}; expected 0 or a multiple of "
-            f"{LEAST_TOKEN_TILE} up to {LARGEST_TOKEN_TILE}"
+            f"config.block_n is {c.block_n!r}; expected None or a multiple of {MIN_BLOCK_N} "
+            f"up to {MAX_BLOCK_N}"
         )
-    if isinstance(c.grids, bool) or c.grids not in (0, 1, 2):
-        raise ValueError(f"config.grids is {c.grids!r}; expected 0, 1 or 2")
+    if not (c.fused is None or isinstance(c.fused, bool)):
+        raise ValueError(f"config.fused is {c.fused!r}; expected None, True or False")
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
-def run(
+def _run(
     x: jax.Array,
     weights: ExpertWeights,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     *,
-    config: Config,
+    config: ExpertMajorConfig,
     out_dtype,
     interpret,
 ) -> jax.Array:
     """Runs all launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
-    tiles = _tiles(x, expert_ids, expert_weights, E, config.token_tile, interpret)
-    gate_up, down = _products(tiles, H, I, config, apart=not interpret)
+    tiles = _tiles(x, expert_ids, expert_weights, E, config.block_n, interpret)
+    gate_up, down = _products(tiles, H, I, config)
     stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
-    grids = config.grids or fitting_grids(tiles.N, not isinstance(tiles, BatchTiles), I)
-    if interpret or grids == 2:  # the interpreter cannot wait within a grid
+    fused = config.fused
+    if fused is None:
+        fused = default_fused(tiles.N, not isinstance(tiles, WholeBatchTiles), I)
+    if fused:
+        outputs = _fused(gate_up, down, *tiles.operands, *stored, interpret=interpret)
+    else:
         hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
         outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)
-    else:
-        outputs = _one_grid(gate_up, down, *tiles.operands, *stored)
-    return combine(outputs, tiles.row_of).astype(out_dtype)
+    return _combine(outputs, tiles.row_of).astype(out_dtype)
 
 
-def _products(
-    tiles: TokenTiles, H: int, I: int, config: Config, apart: bool
-) -> tuple[GateUp, Down]:
-    R, N = config.down_rows, tiles.N
-    columns, slots = fit_ring(config.gate_up_columns, config.gate_up_slots, ROWS + N)
-    gate_up = GateUp(tiles=tiles, H=H, I=I, columns=columns, slots=slots, apart=apart)
-    columns, slots = fit_ring(config.down_columns, config.down_slots, R + 2 * N)
-    return gate_up, Down(tiles=tiles, H=H, I=I, R=R, columns=columns, slots=slots)
-
-
-def _tiles(x, expert_ids, expert_weights, E: int, N: int, interpret) -> TokenTiles:
+def _tiles(x, expert_ids, expert_weights, E: int, block_n: int | None, interpret) -> TokenTiles:
     """The batch as it is, or gathered in one launch, or by XLA."""
     T, K = expert_ids.shape
-    N = N or fitting_token_tile(T, K, E)
-    if BatchTiles.fit(T, K):
-        return BatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
-    if T * K <= MOST_ASSIGNMENTS:
-        tiles = Tiles(T=T, K=K, E=E, N=N)
-        return gather_rows(x, expert_ids, expert_weights, tiles, interpret)
-    return gather_grouped(x, group(expert_ids, expert_weights, E, token_tile=N))
+    if WholeBatchTiles.fit(T, K):
+        return WholeBatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
+    schedule = ExpertSchedule(T=T, K=K, E=E, block_n=block_n or default_block_n(T, K, E))
+    if T * K <= MAX_ASSIGNMENTS:
+        return gather_rows(x, expert_ids, expert_weights, schedule, interpret)
+    return gather_by_xla(x, expert_ids, expert_weights, schedule)
+
+
+def _products(tiles: TokenTiles, H: int, I: int, config: ExpertMajorConfig) -> tuple[GateUp, Down]:
+    block_m, N = config.down_block_m, tiles.N
+    block_k, num_stages = fit_stages(config.gate_up_block_k, config.gate_up_num_stages, BLOCK_M + N)
+    gate_up = GateUp(tiles=tiles, H=H, I=I, block_k=block_k, num_stages=num_stages)
+    block_k, num_stages = fit_stages(config.down_block_k, config.down_num_stages, block_m + 2 * N)
+    down = Down(tiles=tiles, H=H, I=I, block_m=block_m, block_k=block_k, num_stages=num_stages)
+    return gate_up, down
 
 
 def _launch(product: GateUp | Down, name: str, operands, interpret) -> jax.Array:
-    """All programs of a product; returns what they write."""
-
-    def kernel(*refs):
-        product.run(lax.axis_index("program"), *refs)
-
-    return plgpu.kernel(
-        kernel,
+    """All blocks of a product; returns what they write."""
+    return launch(
+        product.run,
+        name=f"expert_major_{name}",
+        num_blocks=product.num_blocks,
         out_type=product.out_type,
-        grid=(product.programs,),
-        grid_names=("program",),
-        scratch_types=[plgpu.RefUnion(*product.shared_types()), product.arrived_type()],
-        kernel_name=f"expert_major_{name}",
-        interpret=interpret_params(interpret),
+        scratch_types=[plgpu.RefUnion(*product.shared_types()), product.full_type()],
+        interpret=interpret,
     )(*operands)
 
 
-def _one_grid(gate_up: GateUp, down: Down, *operands) -> jax.Array:
-    """Both products' programs in one grid, gate/up first, so that no core waits in between.
+def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
+    """Both products' blocks in one grid, gate/up first, so that no core waits in between.
 
-    When a program of `down` waits for the hidden of its tile, those who make it are at work or
-    done, for they have lower numbers, and they wait for nobody (grid.py).
+    When a block of `down` waits for the hidden of its tile, the blocks that make it are at work or
+    done, because they have lower numbers and wait for no other (mosaic/grid_sync.py).
     """
     tiles = gate_up.tiles
 
     def kernel(
-        table, weight_of, x, gate_up_gmem, down_gmem, counters, hidden, outputs,
-        shared, gate_up_arrived, down_arrived,
+        block_id, table, weight_of, x, gate_up_gmem, down_gmem, counters, hidden, outputs,
+        shared, gate_up_full, down_full,
     ):  # fmt: skip
-        program, used = lax.axis_index("program"), tiles.used(table)
+        num_used = tiles.num_used(table)
 
-        def done(tile):
-            grid.count(counters, tile)
+        def signal_tile(tile):
+            signal(counters, tile)
 
-        def ready(tile):
-            grid.wait_for_count(counters, tile, gate_up.blocks, down.blocks)
+        def wait_for_tile(tile):
+            wait(counters, tile, gate_up.blocks_per_tile, down.blocks_per_tile)
 
-        @pl.when(program < used * gate_up.blocks)
+        @pl.when(block_id < num_used * gate_up.blocks_per_tile)
         def _():
             gate_up.run(
-                program, table, weight_of, x, gate_up_gmem, hidden,
-                shared[:2], gate_up_arrived, done,
+                block_id, table, weight_of, x, gate_up_gmem, hidden,
+                shared[:2], gate_up_full, signal_tile,
             )  # fmt: skip
 
-        program -= used * gate_up.blocks
+        block_id -= num_used * gate_up.blocks_per_tile
 
-        @pl.when((program >= 0) & (program < used * down.blocks))
+        @pl.when((block_id >= 0) & (block_id < num_used * down.blocks_per_tile))
         def _():
-            down.run(program, table, hidden, down_gmem, outputs, shared[2:], down_arrived, ready)
+            down.run(
+                block_id, table, hidden, down_gmem, outputs, shared[2:], down_full, wait_for_tile
+            )
 
     @jax.custom_batching.sequential_vmap  # the counters are for one call at a time
     def call(*operands):
-        return plgpu.kernel(
+        return launch(
             kernel,
+            name="expert_major",
+            num_blocks=gate_up.num_blocks + down.num_blocks,
             out_type=(gate_up.out_type, down.out_type),
-            grid=(gate_up.programs + down.programs,),
-            grid_names=("program",),
             scratch_types=[
                 plgpu.RefUnion(*gate_up.shared_types(), *down.shared_types()),
-                gate_up.arrived_type(),
-                down.arrived_type(),
+                gate_up.full_type(),
+                down.full_type(),
             ],
-            kernel_name="expert_major",
-        )(*operands, grid.tile_counters(tiles.count))
+            interpret=interpret,
+        )(*operands, zeroed_counters(tiles.num_tiles))
 
     return call(*operands)[1]
 
 
-def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
+def _combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
     """out[t] = sum over k, in order, of outputs[row_of[t, k]]: [T, H] float32.
 
     Additions only: a product here could be fused into one of them, or not, by the size of T.
@@ -281,3 +264,17 @@ def combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
         # Select, never multiply by zero: what lies at an unwritten row may be inf or NaN.
         out += jnp.where(row >= 0, outputs[jnp.maximum(row[:, 0], 0)], 0)  # [T, H]
     return out
+
+
+EXPERT_MAJOR = Layout(
+    name="expert_major",
+    capabilities=(HOPPER,),  # wgmma
+    # Every sum is one accumulator's, over a row of weights in ascending order of its columns,
+    # whatever the tiles are.
+    sum_order="by_expert",
+    Config=ExpertMajorConfig,
+    default_config=_default_config,
+    candidates=_candidates,
+    check=_check,
+    run=_run,
+)

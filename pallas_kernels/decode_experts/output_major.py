@@ -1,18 +1,18 @@
-"""The output-major layout (warp decode): one worker for a few neurons of one token.
+"""The output-major layout (warp decode): one thread block for a few neurons of one token.
 
-    gate/up   worker (token t, its k-th expert, R neurons) reads 2 R rows of gate_up[e]
+    gate/up   block (token t, its k-th expert, block_m neurons) reads 2 block_m rows of gate_up[e]
               hidden[t, k, rows] = w[t, k] * silu(gate_e x_t) * up_e x_t   float32, written once
-    down      worker (token t, R output neurons) reads R rows of down[e] for each k
+    down      block (token t, block_m output neurons) reads block_m rows of down[e] for each k
               out[t, rows] = sum over k of down_e hidden[t, k]             float32 throughout
 
-No sorting, no scatter, no combine buffer: a worker knows its weight rows from the expert id alone.
-An expert that several tokens share is read again for each of them. Workers that could share a read
+No sorting, no scatter, no combine buffer: a block knows its weight rows from the expert id alone.
+An expert that several tokens share is read again for each of them. Blocks that could share a read
 are neighbours in the launch order (same neurons, next token), so that the second read may hit L2.
 
-A worker is one warpgroup (128 lanes). Weight rows stream through a TMA ring in shared memory; the
-products run on the CUDA cores, since one vector has no use for the tensor cores' tile. A row's sum
-is 64 sums, of the columns that agree modulo 64, kept in registers over all steps and experts; they
-are added up once, at the end:
+A block is one warpgroup (128 lanes). Weight rows stream through a TMA pipeline in shared memory.
+The products run on the CUDA cores, because one vector has no use for the tensor cores' tile. A
+row's sum is 64 sums, of the columns that agree modulo 64, kept in registers over all steps and
+experts. They are added up once, at the end:
 
     row r of the weights   | 0 .. 63 | 64 .. 127 | ...        acc[r, c] += row[c] * vector[c]
     acc[r, 0 .. 63]            +=         +=                  sum of acc[r, :], once
@@ -28,123 +28,117 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.configs import (
-    check_slots,
-    check_tile,
+    Layout,
+    check_block,
+    check_num_stages,
     largest_divisor,
     valid_configs,
 )
-from pallas_kernels.decode_experts.weights import (
-    ExpertShapes,
-    ExpertWeights,
-    down_rows,
-    gate_and_up_rows,
-)
-from pallas_kernels.l2_hints import copy_evict_first
-from pallas_kernels.mosaic import interpret_params, tma_ring
+from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.decode_experts.weights import ExpertWeights, down_rows, gate_and_up_rows
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.l2_hints import copy_evict_first
+from pallas_kernels.mosaic.pipeline import pipeline
 
 # How a weight tile lies in registers: 4 warps by 4 rows, 8 lanes along a row, 8 neighbouring
 # columns (16 bytes of bf16) in each lane. A row's last sum is three shuffles among 8 lanes.
 _TILE = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
 )
-_ALONG_COLUMNS = _TILE.reduce(0)
+_ALONG_K = _TILE.reduce(0)
 _ALONG_ROWS = _TILE.reduce(1)
 
-CAPABILITIES = (9, 10)  # the copy engine, and no tensor cores
-
-_ROWS = (16, 32, 64)
-_COLUMNS = (64, 128, 192, 256)  # a TMA box has at most 256 elements a side
-
-# A row's sums know neither how many rows nor how many columns came with them.
-SUM_ORDER = "by_lane"
+_BLOCK_MS = (16, 32, 64)
+_BLOCK_KS = (64, 128, 192, 256)  # up to the widest TMA box
 _PIECE = 64  # columns whose products go to sums of their own
 # Beyond so many tokens this layout reads experts so often that no config can make up for it.
 _TUNED_UP_TO = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class OutputMajorConfig:
     """How output_major cuts the work; nothing here changes a bit of a result on a GPU.
 
     Attributes:
-      gate_up_rows: R of the gate/up launch; 16, 32 or 64.
-      gate_up_columns: columns of x and gate_up in a ring slot; 64, 128, 192 or 256, divides H.
-      gate_up_slots: slots in the gate/up ring.
-      down_rows: R of the down launch; 16, 32 or 64.
-      down_columns: columns of hidden and down in a ring slot; 64, 128, 192 or 256, divides I.
-      down_slots: slots in the down ring.
+      gate_up_block_m: neurons of a gate/up block; 16, 32 or 64, divides I.
+      gate_up_block_k: columns of x and gate_up in a stage; 64, 128, 192 or 256, divides H.
+      gate_up_num_stages: stages of gate/up.
+      down_block_m: output neurons of a down block; 16, 32 or 64, divides H.
+      down_block_k: columns of hidden and down in a stage; 64, 128, 192 or 256, divides I.
+      down_num_stages: stages of down.
     """
 
-    gate_up_rows: int = 16
-    gate_up_columns: int = 256
-    gate_up_slots: int = 4
-    down_rows: int = 16
-    down_columns: int = 256
-    down_slots: int = 5
+    gate_up_block_m: int = 16
+    gate_up_block_k: int = 256
+    gate_up_num_stages: int = 4
+    down_block_m: int = 16
+    down_block_k: int = 256
+    down_num_stages: int = 5
 
 
-def default_config(shapes: ExpertShapes, T: int) -> Config:
-    """The heuristic: few rows, so that one token fills the GPU, and slots as wide as TMA takes.
+def _default_config(shapes: ExpertShapes, T: int) -> OutputMajorConfig:
+    """The heuristic: few rows, so that one token fills the GPU, and stages as wide as TMA takes.
 
-    The rings are short, so that several workers share an SM: one waits while another multiplies.
+    The stages are few, so that several blocks share a core: one waits while another multiplies.
     """
     del T
-    return Config(
-        gate_up_columns=largest_divisor(shapes.H, _COLUMNS),
-        down_columns=largest_divisor(shapes.I, _COLUMNS),
+    return OutputMajorConfig(
+        gate_up_block_k=largest_divisor(shapes.H, _BLOCK_KS),
+        down_block_k=largest_divisor(shapes.I, _BLOCK_KS),
     )
 
 
-def candidate_configs(shapes: ExpertShapes, T: int) -> list[Config]:
+def _candidates(shapes: ExpertShapes, T: int) -> list[OutputMajorConfig]:
     """Configs worth measuring, the default first, then what has won before.
 
-    Longer rings have more bytes on their way, shorter ones let more workers share an SM; taller
-    tiles read x or hidden less often and make fewer workers.
+    More stages have more bytes on their way, fewer let more blocks share a core. Taller tiles read
+    x or hidden less often and make fewer blocks.
     """
-    default = default_config(shapes, T)
+    default = _default_config(shapes, T)
     if T > _TUNED_UP_TO:
         return [default]
-    shorter, tall_down = {"gate_up_slots": 3}, {"down_rows": 32, "down_slots": 3}
-    tall_gate_up = {"gate_up_rows": 32, "gate_up_slots": 3}
-    changes = [tall_down, shorter, shorter | tall_down, {"down_slots": 8}, tall_gate_up]
+    shorter, tall_down = {"gate_up_num_stages": 3}, {"down_block_m": 32, "down_num_stages": 3}
+    tall_gate_up = {"gate_up_block_m": 32, "gate_up_num_stages": 3}
+    changes = [tall_down, shorter, shorter | tall_down, {"down_num_stages": 8}, tall_gate_up]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
-    return valid_configs(check_config, configs, shapes)
+    return valid_configs(_check, configs, shapes)
 
 
-def check_config(config: Config, shapes: ExpertShapes) -> None:
+def _check(config: OutputMajorConfig, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_tile("gate_up_rows", c.gate_up_rows, _ROWS, "I", I)
-    check_tile("gate_up_columns", c.gate_up_columns, _COLUMNS, "H", H)
-    check_tile("down_rows", c.down_rows, _ROWS, "H", H)
-    check_tile("down_columns", c.down_columns, _COLUMNS, "I", I)
-    gate_up_slot = c.gate_up_columns * (2 * 2 * c.gate_up_rows + 2)  # gate, up and x, bf16
-    down_slot = c.down_columns * (2 * c.down_rows + 4)  # down in bf16, hidden in float32
-    check_slots("gate_up_slots", c.gate_up_slots, gate_up_slot, least=1)
-    check_slots("down_slots", c.down_slots, down_slot, least=1)
+    check_block("gate_up_block_m", c.gate_up_block_m, _BLOCK_MS, "I", I)
+    check_block("gate_up_block_k", c.gate_up_block_k, _BLOCK_KS, "H", H)
+    check_block("down_block_m", c.down_block_m, _BLOCK_MS, "H", H)
+    check_block("down_block_k", c.down_block_k, _BLOCK_KS, "I", I)
+    gate_up_bytes = c.gate_up_block_k * (2 * 2 * c.gate_up_block_m + 2)  # gate, up and x, bf16
+    down_bytes = c.down_block_k * (2 * c.down_block_m + 4)  # down in bf16, hidden in float32
+    check_num_stages("gate_up_num_stages", c.gate_up_num_stages, gate_up_bytes, least=1)
+    check_num_stages("down_num_stages", c.down_num_stages, down_bytes, least=1)
 
 
-def gate_up_worker(worker, num_assignments: int):
-    """Which work a gate/up worker does: (assignment t * K + k, block of R neurons).
+def gate_up_block(block_id, num_assignments: int):
+    """Which work a gate/up block does: (assignment t * K + k, part of the neurons).
 
-    Plain integer arithmetic, for Python ints, numpy arrays and traced scalars alike.
+    With 16 assignments, block 35 does part 2 of assignment 3. Plain integer arithmetic, for Python
+    ints, numpy arrays and traced scalars alike.
     """
-    return worker % num_assignments, worker // num_assignments
+    return block_id % num_assignments, block_id // num_assignments
 
 
-def down_worker(worker, num_tokens: int):
-    """Which work a down worker does: (token t, block of R output neurons)."""
-    return worker % num_tokens, worker // num_tokens
+def down_block(block_id, num_tokens: int):
+    """Which work a down block does: (token t, part of the output neurons)."""
+    return block_id % num_tokens, block_id // num_tokens
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
-def run(
+def _run(
     x: jax.Array,
     weights: ExpertWeights,
     expert_ids: jax.Array,
     expert_weights: jax.Array,
     *,
-    config: Config,
+    config: OutputMajorConfig,
     out_dtype,
     interpret,
 ) -> jax.Array:
@@ -161,7 +155,7 @@ def run(
 
 
 def _gate_up(
-    ids, routing_weights, x, gate_up, K: int, I: int, config: Config, interpret
+    ids, routing_weights, x, gate_up, K: int, I: int, config: OutputMajorConfig, interpret
 ) -> jax.Array:
     """hidden[a] = w[a] * silu(gate_e x_t) * up_e x_t of each assignment a = t * K + k.
 
@@ -169,138 +163,154 @@ def _gate_up(
     """
     TK, H = ids.shape[0], x.shape[1]
     E = gate_up.shape[0] // (2 * I)
-    R, columns, slots = config.gate_up_rows, config.gate_up_columns, config.gate_up_slots
+    block_m, block_k = config.gate_up_block_m, config.gate_up_block_k
+    num_stages = config.gate_up_num_stages
 
     def kernel(
-        ids_gmem, weights_gmem, x_gmem, gate_up_gmem, hidden_gmem,
-        gate_smem, up_smem, x_smem, barrier,
+        block_id, ids_gmem, weights_gmem, x_gmem, gate_up_gmem, hidden_gmem,
+        gate_smem, up_smem, x_smem, full,
     ):  # fmt: skip
-        assignment, block = gate_up_worker(lax.axis_index("worker"), TK)
+        assignment, part = gate_up_block(block_id, TK)
         token = assignment // K
         expert = ids_gmem[assignment]
 
         @pl.when((expert >= 0) & (expert < E))
         def _():
             weight = weights_gmem[assignment]
-            gate_row, up_row = gate_and_up_rows(expert, block, R, I)
-            gate_rows, up_rows = pl.ds(gate_row, R), pl.ds(up_row, R)
+            gate_row, up_row = gate_and_up_rows(expert, part, block_m, I)
+            gate_rows, up_rows = pl.ds(gate_row, block_m), pl.ds(up_row, block_m)
 
-            def copy(step, slot, arrived):
-                at = pl.ds(step * columns, columns)
-                copy_evict_first(gate_up_gmem.at[gate_rows, at], gate_smem.at[slot], arrived)
-                copy_evict_first(gate_up_gmem.at[up_rows, at], up_smem.at[slot], arrived)
-                copy_evict_first(x_gmem.at[token, at], x_smem.at[slot], arrived)
+            def load(step, stage, full):
+                at = pl.ds(step * block_k, block_k)
+                copy_evict_first(gate_up_gmem.at[gate_rows, at], gate_smem.at[stage], full)
+                copy_evict_first(gate_up_gmem.at[up_rows, at], up_smem.at[stage], full)
+                copy_evict_first(x_gmem.at[token, at], x_smem.at[stage], full)
 
-            def consume(_, slot, sums):
+            def compute(_, stage, sums):
                 gate, up = sums
-                for piece in _pieces(columns):
-                    x_piece = plgpu.load(x_smem.at[slot, piece], layout=_ALONG_COLUMNS)
-                    gate += _products(gate_smem.at[slot, :, piece], x_piece)
-                    up += _products(up_smem.at[slot, :, piece], x_piece)
-                return gate, up  # [R, _PIECE] each
+                for piece in _pieces(block_k):
+                    x_piece = plgpu.load(x_smem.at[stage, piece], layout=_ALONG_K)
+                    gate += _products(gate_smem.at[stage, :, piece], x_piece)
+                    up += _products(up_smem.at[stage, :, piece], x_piece)
+                return gate, up  # [block_m, _PIECE] each
 
-            gate, up = tma_ring(
-                H // columns,
-                slots,
-                barrier=barrier,
-                copy=copy,
-                consume=consume,
-                init=(_zeros(R), _zeros(R)),
+            gate, up = pipeline(
+                H // block_k,
+                num_stages,
+                full=full,
+                load=load,
+                compute=compute,
+                init=(_zeros(block_m), _zeros(block_m)),
             )
             gate, up = _along_rows(gate), _along_rows(up)
             hidden = gate / (1 + jnp.exp(-gate)) * up * weight
-            hidden_gmem[assignment, pl.ds(block * R, R)] = hidden
+            hidden_gmem[assignment, pl.ds(part * block_m, block_m)] = hidden
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="output_major_gate_up",
+        num_blocks=TK * (I // block_m),
         out_type=jax.ShapeDtypeStruct((TK, I), jnp.float32),
-        grid=(TK * (I // R),),
-        grid_names=("worker",),
         scratch_types=[
-            plgpu.SMEM((slots, R, columns), jnp.bfloat16),
-            plgpu.SMEM((slots, R, columns), jnp.bfloat16),
-            plgpu.SMEM((slots, columns), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
+            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
+            plgpu.SMEM((num_stages, block_k), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=3, num_barriers=num_stages),
         ],
-        kernel_name="output_major_gate_up",
-        interpret=interpret_params(interpret),
+        interpret=interpret,
     )(ids, routing_weights, x, gate_up)
 
 
-def _down(ids, hidden, down, T: int, H: int, config: Config, out_dtype, interpret) -> jax.Array:
+def _down(
+    ids, hidden, down, T: int, H: int, config: OutputMajorConfig, out_dtype, interpret
+) -> jax.Array:
     """out[t] = sum over k of down_e hidden[t, k]: [T, H], each element written once."""
     I = hidden.shape[1]
     K, E = ids.shape[0] // T, down.shape[0] // H
-    R, columns, slots = config.down_rows, config.down_columns, config.down_slots
-    steps_an_expert = I // columns
+    block_m, block_k = config.down_block_m, config.down_block_k
+    num_stages, steps_per_expert = config.down_num_stages, I // config.down_block_k
 
-    def kernel(ids_gmem, hidden_gmem, down_gmem, out_gmem, down_smem, hidden_smem, barrier):
-        token, block = down_worker(lax.axis_index("worker"), T)
+    def kernel(
+        block_id, ids_gmem, hidden_gmem, down_gmem, out_gmem, down_smem, hidden_smem, full
+    ):  # fmt: skip
+        token, part = down_block(block_id, T)
 
         def assignment_of(step):
-            return token * K + step // steps_an_expert
+            return token * K + step // steps_per_expert
 
         def active(step):  # padding is skipped: neither its hidden nor any weight is read
             expert = ids_gmem[assignment_of(step)]
             return (expert >= 0) & (expert < E)
 
-        def copy(step, slot, arrived):
+        def load(step, stage, full):
             assignment = assignment_of(step)
-            rows = pl.ds(down_rows(ids_gmem[assignment], block, R, H), R)
-            at = pl.ds(step % steps_an_expert * columns, columns)
-            copy_evict_first(down_gmem.at[rows, at], down_smem.at[slot], arrived)
-            copy_evict_first(hidden_gmem.at[assignment, at], hidden_smem.at[slot], arrived)
+            rows = pl.ds(down_rows(ids_gmem[assignment], part, block_m, H), block_m)
+            at = pl.ds(step % steps_per_expert * block_k, block_k)
+            copy_evict_first(down_gmem.at[rows, at], down_smem.at[stage], full)
+            copy_evict_first(hidden_gmem.at[assignment, at], hidden_smem.at[stage], full)
 
-        def consume(_, slot, sums):
-            for piece in _pieces(columns):
+        def compute(_, stage, sums):
+            for piece in _pieces(block_k):
                 # 8 float32 in a lane are two loads, which Mosaic does not count as optimised.
                 hidden_piece = plgpu.load(
-                    hidden_smem.at[slot, piece], layout=_ALONG_COLUMNS, optimized=False
+                    hidden_smem.at[stage, piece], layout=_ALONG_K, optimized=False
                 )
-                sums += _products(down_smem.at[slot, :, piece], hidden_piece)
-            return sums  # [R, _PIECE]
+                sums += _products(down_smem.at[stage, :, piece], hidden_piece)
+            return sums  # [block_m, _PIECE]
 
-        sums = tma_ring(
-            K * steps_an_expert,
-            slots,
-            barrier=barrier,
-            copy=copy,
-            consume=consume,
-            init=_zeros(R),
+        sums = pipeline(
+            K * steps_per_expert,
+            num_stages,
+            full=full,
+            load=load,
+            compute=compute,
+            init=_zeros(block_m),
             active=active,
         )
-        out_gmem[token, pl.ds(block * R, R)] = _along_rows(sums).astype(out_dtype)
+        out_gmem[token, pl.ds(part * block_m, block_m)] = _along_rows(sums).astype(out_dtype)
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="output_major_down",
+        num_blocks=T * (H // block_m),
         out_type=jax.ShapeDtypeStruct((T, H), out_dtype),
-        grid=(T * (H // R),),
-        grid_names=("worker",),
         scratch_types=[
-            plgpu.SMEM((slots, R, columns), jnp.bfloat16),
-            plgpu.SMEM((slots, columns), jnp.float32),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
+            plgpu.SMEM((num_stages, block_k), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
         ],
-        kernel_name="output_major_down",
-        interpret=interpret_params(interpret),
+        interpret=interpret,
     )(ids, hidden, down)
 
 
-def _pieces(columns: int) -> list:
-    return [pl.ds(start, _PIECE) for start in range(0, columns, _PIECE)]
+def _pieces(block_k: int) -> list:
+    return [pl.ds(start, _PIECE) for start in range(0, block_k, _PIECE)]
 
 
-def _zeros(R: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((R, _PIECE), jnp.float32), _TILE)
+def _zeros(block_m: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((block_m, _PIECE), jnp.float32), _TILE)
 
 
 def _products(rows_smem, vector: jax.Array) -> jax.Array:
-    """[R, _PIECE] bf16 in shared memory times [_PIECE] in registers: [R, _PIECE] float32."""
+    """[M, _PIECE] bf16 in shared memory times [_PIECE] in registers: [M, _PIECE] float32."""
     rows = plgpu.load(rows_smem, layout=_TILE).astype(jnp.float32)
     spread = lax.broadcast_in_dim(vector.astype(jnp.float32), rows.shape, (1,))
     return rows * plgpu.layout_cast(spread, _TILE)
 
 
 def _along_rows(sums: jax.Array) -> jax.Array:
-    """[R, _PIECE] to [R]."""
+    """[M, _PIECE] to [M]."""
     return plgpu.layout_cast(jnp.sum(sums, axis=1), _ALONG_ROWS)
+
+
+OUTPUT_MAJOR = Layout(
+    name="output_major",
+    capabilities=(9, 10),  # the copy engine, and no tensor cores
+    # A row's sums know neither how many rows nor how many columns came with them.
+    sum_order="by_lane",
+    Config=OutputMajorConfig,
+    default_config=_default_config,
+    candidates=_candidates,
+    check=_check,
+    run=_run,
+)

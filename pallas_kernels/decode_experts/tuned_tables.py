@@ -1,7 +1,9 @@
-"""The format of a tuned table: one JSON file a device, small enough to read.
+"""Tuned tables: which layout and config a measured table gives, one JSON file a device in data/.
+
+`python -m experiments.tune` writes them:
 
     {
-      "format": 1,
+      "format": 2,
       "device_kind": "NVIDIA H100 80GB HBM3",
       "jax": "0.11.2",
       "runs": [{"commit": ..., "command": ..., "date": ..., "driver": ..., "jaxlib": ...,
@@ -15,20 +17,35 @@
 
 `us` is microseconds of a layer in a chain with L2 cold, `rel_error` ||y - ref|| / ||ref|| of the
 bf16 output against float32, `run` an index into `runs`, `of` a name for people.
+
+Which entry serves T tokens: that of the smallest measured T which is not below, among the buckets
+1, 2, 4, ..., 128. A table may have measured only some of them for a shape: with entries at 1, 8 and
+64, 8 serves 2 to 8 and 64 serves 9 to 64. Beyond the largest, "auto" has no entry and "invariant"
+has the largest one's, because it must not change the order of sums; choose_layout.py takes its
+layout alone.
 """
 
 import dataclasses
+import functools
 import json
 import math
-from typing import Any
+import pathlib
+import re
+import typing
+import warnings
+from typing import Any, NamedTuple
+
+import jax
 
 from pallas_kernels.decode_experts.layouts import LAYOUTS
-from pallas_kernels.decode_experts.weights import ExpertShapes
+from pallas_kernels.decode_experts.shapes import ExpertShapes
 
 # Raise it whenever the meaning of a field changes: older tables are then ignored.
-FORMAT = 1
+FORMAT = 2
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SIZES = ("E", "K", "H", "I")
+# Where the tables lie; a test may point it elsewhere.
+FOLDER = pathlib.Path(__file__).parent / "data"
 
 
 class TableError(ValueError):
@@ -96,7 +113,7 @@ def parse(text: str, running_jax: str) -> Table:
         kinds[kind] = entries
     orders: dict[ExpertShapes, str] = {}
     for entry in kinds["invariant"]:
-        order = LAYOUTS[entry.layout].SUM_ORDER
+        order = LAYOUTS[entry.layout].sum_order
         if orders.setdefault(entry.shapes, order) != order:
             raise TableError(
                 f"invariant has different orders of sums for {entry.shapes}; expected layouts of "
@@ -131,14 +148,14 @@ def make_config(layout: str, fields: dict[str, Any], shapes: ExpertShapes) -> An
     """
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise TableError(f"layout is {layout!r}; expected one of {sorted(LAYOUTS)}")
-    kernel = LAYOUTS[layout]
-    types = {field.name: field.type for field in dataclasses.fields(kernel.Config)}
+    chosen = LAYOUTS[layout]
+    types = {field.name: field.type for field in dataclasses.fields(chosen.Config)}
     _expect_fields("config", _expect("config", fields, dict), set(types))
     for name, value in fields.items():
         _expect(f"config.{name}", value, types[name])
-    config = kernel.Config(**fields)
+    config = chosen.Config(**fields)
     try:
-        kernel.check_config(config, shapes)
+        chosen.check(config, shapes)
     except (ValueError, TypeError) as error:
         raise TableError(f"{layout} refuses its config for {shapes}: {error}") from None
     return config
@@ -192,11 +209,11 @@ def _sorted(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda e: (dataclasses.astuple(e.shapes), e.T))
 
 
-def _expect(name: str, value: Any, kind: type) -> Any:
+def _expect(name: str, value: Any, kind: Any) -> Any:
     """`value` if it is of this JSON type; a bool is no number here, an int is a fine float."""
-    accepted = {float: (int, float)}.get(kind, kind)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise TableError(f"{name} is {value!r}; expected {kind.__name__}")
+    accepted = (float, int) if kind is float else typing.get_args(kind) or (kind,)
+    if type(value) not in accepted:
+        raise TableError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")
     return value
 
 
@@ -207,3 +224,69 @@ def _expect_fields(name: str, found: dict, expected: set[str]) -> None:
         )
     if missing := sorted(expected - found.keys()):
         raise TableError(f"{name} lacks {', '.join(missing)}")
+
+
+class Found(NamedTuple):
+    """The entry that serves a call, or None; and why, in words."""
+
+    entry: Entry | None
+    why: str
+
+
+def device_slug(device_kind: str) -> str:
+    """A short name for files: h100 for "NVIDIA H100 80GB HBM3", cpu for "cpu"."""
+    model = re.search(r"\b(gh|gb|[abhlv])\d{2,3}s?\b", device_kind.lower())
+    if model:
+        return model.group()
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") or "unknown"
+
+
+def find(device: str, shapes: ExpertShapes, T: int, *, invariant: bool) -> Found:
+    """Looks for the entry that serves T tokens.
+
+    Args:
+      device: the device's kind, as `jax.devices()[0].device_kind`.
+      shapes: the layer's sizes, which must be an entry's exactly.
+      T: tokens in the batch.
+      invariant: whether to look among the entries that agree in the order of sums.
+    """
+    path = FOLDER / f"{device_slug(device)}.json"
+    table = load(path)
+    if table is None:
+        return Found(None, f"there is no table for {device}")
+    if table.device_kind != device:
+        return Found(None, f"{path.name} was measured on {table.device_kind}, not on {device}")
+    entries = table.invariant if invariant else table.fastest
+    by_T = {entry.T: entry for entry in entries if entry.shapes == shapes}
+    if not by_T:
+        return Found(None, f"{path.name} has no entry for {shapes}")
+    bucket = serving_bucket(tuple(by_T), T, or_largest=invariant)
+    if bucket is None:
+        return Found(None, f"{path.name} ends at T = {max(by_T)} for {shapes}")
+    entry = by_T[bucket]
+    return Found(entry, f"measured on {device}: {entry.us:.1f} us at T = {entry.T} ({path.name})")
+
+
+def serving_bucket(measured: tuple[int, ...], T: int, *, or_largest: bool) -> int | None:
+    """The smallest measured T that is not below; beyond the largest that one, or None."""
+    fitting = [bucket for bucket in measured if bucket >= T]
+    if fitting:
+        return min(fitting)
+    return max(measured) if or_largest else None
+
+
+@functools.cache
+def load(path: pathlib.Path) -> Table | None:
+    """The table at `path`, read once; None if there is none, or after a warning if it is no use."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), jax.__version__)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, TableError) as error:
+        warnings.warn(f"the tuned table {path} is ignored: {error}", stacklevel=2)
+        return None
+
+
+def forget() -> None:
+    """Has tables read anew, for a process that has changed one."""
+    load.cache_clear()

@@ -1,4 +1,4 @@
-"""The stored weights that every layout reads, a layer's sizes, and where a block of rows lies."""
+"""The stored weights that every layout reads, and where a block of their rows lies."""
 
 import dataclasses
 
@@ -23,25 +23,15 @@ class ExpertWeights:
     down_scale: jax.Array | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertShapes:
-    """The sizes of one MoE layer: E experts, K of them for each token, H hidden, I intermediate."""
-
-    E: int
-    K: int
-    H: int
-    I: int
-
-
-def gate_and_up_rows(expert, block, R: int, I: int):
-    """First row of the gate half and of the up half of a block of R neurons, in [E*2*I, H].
+def gate_and_up_rows(expert, block, neurons: int, I: int):
+    """First row of the gate half and of the up half of a block of neurons, in [E*2*I, H].
 
     Plain integer arithmetic, for Python ints, numpy arrays and traced scalars alike.
     """
-    gate = expert * (2 * I) + block * R
+    gate = expert * (2 * I) + block * neurons
     return gate, gate + I
 
 
-def down_rows(expert, block, R: int, H: int):
-    """First row of a block of R output neurons, in [E*H, I]."""
-    return expert * H + block * R
+def down_rows(expert, block, neurons: int, H: int):
+    """First row of a block of output neurons, in [E*H, I]."""
+    return expert * H + block * neurons

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic
+from pallas_kernels.mosaic import device
 from pallas_kernels.router import kernel
 from pallas_kernels.router.checks import check_inputs, check_work
 from pallas_kernels.router.reference import Route
@@ -67,8 +67,8 @@ def route_tokens(
     work = work(num_programs=programs)
     if not interpret:
         check_work(work)
-        others = {"reference_route_tokens": mosaic.ANY}
-        mosaic.expect_capability("route_tokens", (mosaic.HOPPER,), others)
+        others = {"reference_route_tokens": device.ANY}
+        device.expect_capability("route_tokens", (device.HOPPER,), others)
     return _without_gradient(work, interpret)(x, gate, norm_weight)
 
 

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.decode_experts.arrays import expect_array
-from pallas_kernels.mosaic import SHARED_MEMORY_BYTES
+from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
+from pallas_kernels.mosaic.operands import expect_array
 from pallas_kernels.router.work import Work
 
 MOST_TOKENS = 128

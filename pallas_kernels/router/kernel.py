@@ -41,7 +41,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import grid, mosaic
+from pallas_kernels.mosaic.device import core_count
+from pallas_kernels.router import grid_barrier
 from pallas_kernels.router.choice import choice_scratch, choose
 from pallas_kernels.router.product import multiply, normalise, product_scratch, start_gate
 from pallas_kernels.router.work import ROWS, Refs, Work
@@ -53,7 +54,7 @@ def num_programs(units: int, T: int, interpret) -> int:
     """As many as have something to do in one of the phases, and at most one a core."""
     if interpret:
         return _INTERPRETED_PROGRAMS
-    return min(mosaic.core_count(), max(units, T))
+    return min(core_count(), max(units, T))
 
 
 def run(work: Work, x, gate, norm_weight, interpret) -> dict[str, jax.Array]:
@@ -94,19 +95,19 @@ def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: d
         grid_names=("program",),
         scratch_types=scratch,
         kernel_name=name,
-        interpret=mosaic.interpret_params(interpret),
+        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
     )(*inputs.values())
     return dict(zip(outputs, results, strict=True))
 
 
 def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
-    inputs = {"x": x, "gate": gate, "counter": grid.counters()}
+    inputs = {"x": x, "gate": gate, "counter": grid_barrier.counters()}
     scratch = product_scratch(work, work.T) | choice_scratch(work)
     if work.norm_eps is not None:
         inputs["norm_weight"] = norm_weight
 
     def body(refs, program, counter):
-        barrier = functools.partial(grid.barrier, counter, work.num_programs, program)
+        barrier = functools.partial(grid_barrier.barrier, counter, work.num_programs, program)
         start_gate(work, refs, program)
         tokens = refs.x
         if work.norm_eps is not None:

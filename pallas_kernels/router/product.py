@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import row_layout
+from pallas_kernels.mosaic.warpgroup import row_layout
 from pallas_kernels.router.work import COLUMNS, ROWS, Refs, Work
 
 _SWIZZLE = plgpu.SwizzleTransform(128)

@@ -7,10 +7,10 @@ import pytest
 
 from experiments import render_tuned
 from experiments.tuning import floors
-from pallas_kernels.decode_experts import tuned
+from pallas_kernels.decode_experts import tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import Table, parse
 
-_H100 = pathlib.Path(tuned.__file__).parent / "data" / "h100.json"
+_H100 = tuned_tables.FOLDER / "h100.json"
 
 
 def _h100() -> Table:

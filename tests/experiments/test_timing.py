@@ -86,11 +86,11 @@ def test_ragged_product_made_dense_is_seen():
 
 def test_every_tile_is_read_once():
     data = jax.random.normal(jax.random.key(0), (ROWS * 2 * 4, COLUMNS)).astype(jnp.bfloat16)
-    sums = tma_read(data, blocks=2, slots=3, interpret=True)
+    sums = tma_read(data, blocks=2, num_stages=3, interpret=True)
     first_rows = data.astype(jnp.float32).reshape(4, 2, ROWS, COLUMNS)[:, :, 0]
     chex.assert_trees_all_close(sums, first_rows.sum(axis=0), rtol=1e-6)
 
 
 def test_tma_read_refuses_rows_left_over():
     with pytest.raises(ValueError, match=r"multiple of 64 \* 3"):
-        tma_read(jnp.zeros((ROWS * 4, COLUMNS), jnp.bfloat16), blocks=3, slots=2)
+        tma_read(jnp.zeros((ROWS * 4, COLUMNS), jnp.bfloat16), blocks=3, num_stages=2)

@@ -17,7 +17,7 @@ from experiments.tuning import bench, run, settings, sweep
 from experiments.tuning.store import Store
 from experiments.tuning.sweep import candidates
 from experiments.tuning.work import draw_routings, layers_of, useful_first
-from pallas_kernels.decode_experts import reference_experts, tuned
+from pallas_kernels.decode_experts import reference_experts, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS, parse
 from tests.experiments.fake_bench import FakeBench
 
@@ -82,7 +82,7 @@ ASKED = {
         ({"records": ""}, "--records is empty"),
         ({"out": __file__}, "--out is .*; expected a folder to write to"),
         (
-            {"interpret": True, "out": str(tuned.FOLDER)},
+            {"interpret": True, "out": str(tuned_tables.FOLDER)},
             "--out is .*; expected another folder than the shipped tables' with --interpret",
         ),
     ],
@@ -93,7 +93,7 @@ def test_flag_errors_name_the_flag(changes, message):
 
 
 def test_tables_go_into_the_ops_folder_unless_interpreted(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path / "data")
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path / "data")
     monkeypatch.setattr(settings, "DEFAULT_RECORDS", str(tmp_path / "out"))
     assert settings.parse(**ASKED | {"out": ""}).out == tmp_path / "data"
     asked = settings.parse(**ASKED | {"out": "", "interpret": True, "tokens": ["1", "64"]})

@@ -27,7 +27,7 @@ def test_a_layouts_candidates_begin_with_its_default_and_are_valid(layout, T):
     assert asked[0].config == kernel.default_config(SHAPES, T)
     assert len(set(asked)) == len(asked)
     for candidate in asked:
-        kernel.check_config(candidate.config, SHAPES)
+        kernel.check(candidate.config, SHAPES)
     assert candidates([layout], SHAPES, T, 2) == asked[:2]
 
 
@@ -139,7 +139,7 @@ def _timed(layout, us, **fields):
 
 
 def test_equal_times_go_to_the_earlier_candidate():
-    rows = [_timed("output_major", 10.09), _timed("output_major", 10.0, down_slots=3)]
+    rows = [_timed("output_major", 10.09), _timed("output_major", 10.0, down_num_stages=3)]
     assert winners.fastest(rows) == rows[0]
     rows[0] = rows[0]._replace(us=10.2)
     assert winners.fastest(rows) == rows[1]
@@ -153,9 +153,9 @@ def _times(rows, *times):
 def test_each_order_of_sums_has_a_contender():
     rows = [
         _timed("output_major", 10.0),
-        _timed("expert_major", 10.04, down_slots=5),
+        _timed("expert_major", 10.04, down_num_stages=5),
         _timed("expert_major", 9.95),
-        _timed("expert_major", 9.0, down_rows=64),
+        _timed("expert_major", 9.0, down_block_m=64),
     ]
     assert winners.contenders(rows) == [rows[3], rows[0]]
     assert winners.contenders(rows[:3]) == [rows[0], rows[1]]
@@ -165,8 +165,8 @@ def test_each_order_of_sums_has_a_contender():
 def test_invariant_takes_the_order_of_sums_with_the_least_total():
     rows = [
         _timed("output_major", 10.0),
-        _timed("expert_major", 14.0, down_slots=5),
-        _timed("expert_major", 13.0, down_rows=64),
+        _timed("expert_major", 14.0, down_num_stages=5),
+        _timed("expert_major", 13.0, down_block_m=64),
     ]
     measured = {1: rows, 64: _times(rows, 900.0, 100.0, 110.0)}
     assert winners.invariant(measured) == {1: rows[2], 64: measured[64][1]}

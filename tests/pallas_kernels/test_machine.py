@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.device import launch
 from tests.pallas_kernels.machine import calls_with_poisoned_output, lower_for_cuda, mosaic_modules
 
 COLUMNS = 128
@@ -13,15 +14,15 @@ COLUMNS = 128
 def first_row_only(x, *, interpret):
     """Copies x's first row and leaves the second one of the output as it is."""
 
-    def kernel(x_gmem, out_gmem):
+    def kernel(block_id, x_gmem, out_gmem):
         out_gmem[0, :] = plgpu.load(x_gmem.at[0], layout=plgpu.Layout.WG_STRIDED((COLUMNS,), 1))
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="first_row_only",
+        num_blocks=1,
         out_type=jax.ShapeDtypeStruct((2, COLUMNS), jnp.float32),
-        grid=(1,),
-        grid_names=("program",),
-        interpret=interpret or None,
+        interpret=interpret,
     )(x)
 
 

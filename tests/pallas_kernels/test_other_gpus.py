@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout, decode_experts
-from pallas_kernels.mosaic import capability_of
+from pallas_kernels.mosaic.device import capability_of
 from pallas_kernels.router import route_tokens
 from tests.pallas_kernels.decode_experts import cases
 from tests.pallas_kernels.machine import ON_GPU, lower_for_cuda

@@ -24,10 +24,6 @@ class LoweringSuite:
     # Copies in one kernel that are neither of weights nor of tokens, and get no hint to L2.
     most_copies_of_ids: ClassVar[int] = 0
 
-    @property
-    def kernel(self):
-        return LAYOUTS[self.layout]
-
     def kernels(self, size: Size) -> list[str]:
         """The names of the kernels that a batch of this size takes."""
         raise NotImplementedError
@@ -37,7 +33,7 @@ class LoweringSuite:
         shapes = PRESETS[preset]
 
         # The default config does not depend on T, which only sets the grid.
-        assert len({self.kernel.default_config(shapes, T) for T in range(1, 129)}) == 1
+        assert len({LAYOUTS[self.layout].default_config(shapes, T) for T in range(1, 129)}) == 1
         calls = [(128, jnp.float32)]
         if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
             calls.append((8, jnp.bfloat16))

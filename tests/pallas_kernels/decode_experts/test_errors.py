@@ -16,7 +16,6 @@ from pallas_kernels.decode_experts import (
     decode_experts,
     reference_experts,
 )
-from pallas_kernels.decode_experts.grouping import group
 from tests.pallas_kernels.decode_experts.cases import Case, Size, make_case
 
 SIZE = Size(T=2, E=3, K=2, H=64, I=128)
@@ -243,10 +242,10 @@ KEYWORDS = {
         OutputMajorConfig.__name__,
     ),
     "config a dict": (
-        {"layout": "expert_major", "config": {"down_slots": 3}},
+        {"layout": "expert_major", "config": {"down_num_stages": 3}},
         TypeError,
         "config",
-        "{'down_slots': 3}",
+        "{'down_num_stages': 3}",
         "expert_major",
         ExpertMajorConfig.__name__,
     ),
@@ -284,25 +283,21 @@ def test_keyword(case, name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0, -64, 3, 2**20])
 def test_config_value(case, layout, value):
-    for field in (field.name for field in dataclasses.fields(LAYOUTS[layout].Config)):
-        kernel = LAYOUTS[layout]
-        config = dataclasses.replace(kernel.default_config(SIZE.shapes, SIZE.T), **{field: value})
-        if field.endswith("slots") and value == 3:
-            kernel.check_config(config, SIZE.shapes)  # a fine number of slots
-            continue
-        if field in ("token_tile", "grids") and value == 0:
-            kernel.check_config(config, SIZE.shapes)  # whichever fits
+    checked = LAYOUTS[layout]
+    for field in (field.name for field in dataclasses.fields(checked.Config)):
+        config = dataclasses.replace(checked.default_config(SIZE.shapes, SIZE.T), **{field: value})
+        if field.endswith("stages") and value == 3:
+            checked.check(config, SIZE.shapes)  # a fine number of stages
             continue
         fragments = (f"config.{field}", str(value), "expected")
         assert_raises(ValueError, fragments, case, layout=layout, config=config)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_true_is_no_number_of_slots(case, layout):
-    kernel = LAYOUTS[layout]
-    default = kernel.default_config(SIZE.shapes, SIZE.T)
+def test_true_is_no_number_of_stages(case, layout):
+    default = LAYOUTS[layout].default_config(SIZE.shapes, SIZE.T)
     for field in vars(default):
-        if field.endswith("slots"):
+        if field.endswith("stages"):
             config = dataclasses.replace(default, **{field: True})
             fragments = (f"config.{field} is True", "expected an integer from")
             assert_raises(ValueError, fragments, case, layout=layout, config=config)
@@ -311,14 +306,14 @@ def test_true_is_no_number_of_slots(case, layout):
 @pytest.mark.parametrize(
     ("layout", "field", "letter"),
     [
-        ("output_major", "gate_up_columns", "H = 192"),
-        ("output_major", "down_columns", "I = 64"),
-        ("expert_major", "gate_up_columns", "H = 192"),
-        ("expert_major", "down_columns", "I = 64"),
+        ("output_major", "gate_up_block_k", "H = 192"),
+        ("output_major", "down_block_k", "I = 64"),
+        ("expert_major", "gate_up_block_k", "H = 192"),
+        ("expert_major", "down_block_k", "I = 64"),
     ],
 )
 def test_config_that_does_not_divide_this_layer(layout, field, letter):
-    # 128 divides H = 192 no more than I = 64; the columns of a slot must.
+    # 128 divides H = 192 no more than I = 64; the columns of a stage must.
     case = make_case(Size(T=1, E=1, K=1, H=192, I=64), 0)
     default = LAYOUTS[layout].default_config(Size(1, 1, 1, 192, 64).shapes, 1)
     config = dataclasses.replace(default, **{field: 128})
@@ -349,23 +344,7 @@ def test_keyword_of_wrong_type(case, keyword, value):
     assert_raises(TypeError, fragments, case, layout="expert_major", **{keyword: value})
 
 
-def test_group_refuses_transposed_weights():
-    ids = zeros(2, 3, dtype=jnp.int32)
-    with pytest.raises(ValueError, match=r"expert_weights has shape \(3, 2\); expected"):
-        group(ids, zeros(3, 2, dtype=jnp.float32), 4)
-    with pytest.raises(TypeError, match="expert_ids has dtype float32; expected int32"):
-        group(zeros(2, 3, dtype=jnp.float32), zeros(2, 3, dtype=jnp.float32), 4)
-
-
 def test_reference_refuses_scales(case):
     weights = dataclasses.replace(case.weights, down_scale=jnp.ones(1))
     with pytest.raises(NotImplementedError, match="down_scale must be None"):
         reference_experts(*case._replace(weights=weights))
-
-
-@pytest.mark.parametrize("token_tile", [0, -8, 4, 12, 72, 8.0])
-def test_token_tile(case, token_tile):
-    with pytest.raises(
-        ValueError, match=rf"token_tile is {token_tile}.*multiple of 8 from 8 to 64"
-    ):
-        group(case.expert_ids, case.expert_weights, SIZE.E, token_tile=token_tile)

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.compare.presets import PRESETS
-from pallas_kernels.decode_experts import ExpertMajorConfig, decode_experts, expert_major
-from pallas_kernels.decode_experts.batch_tiles import BatchTiles
-from pallas_kernels.decode_experts.expert_major import candidate_configs, fitting_grids
-from pallas_kernels.decode_experts.grouping import LARGEST_TOKEN_TILE, fitting_token_tile
+from pallas_kernels.decode_experts import (
+    LAYOUTS,
+    ExpertMajorConfig,
+    decode_experts,
+    expert_major,
+)
+from pallas_kernels.decode_experts.expert_major import default_fused
+from pallas_kernels.decode_experts.expert_schedule import MAX_BLOCK_N, default_block_n
+from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
     assert_right,
@@ -18,9 +23,15 @@ from tests.pallas_kernels.decode_experts.cases import (
     make_case,
     struct_case,
 )
-from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite
-from tests.pallas_kernels.decode_experts.lowering_suite import SUM_IN_MEMORY
-from tests.pallas_kernels.machine import ON_GPU, kernels_of, lower_for_cuda, mosaic_modules
+from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite, RoutingSuite
+from tests.pallas_kernels.decode_experts.lowering_suite import SUM_IN_MEMORY, LoweringSuite
+from tests.pallas_kernels.machine import (
+    INTERPRET,
+    ON_GPU,
+    kernels_of,
+    lower_for_cuda,
+    mosaic_modules,
+)
 
 # In the order of the text: a TMA load, a wgmma group's end, a wait for all but n groups.
 _STEPS = re.compile(
@@ -33,17 +44,32 @@ _STEPS = re.compile(
 PRODUCTS = ["expert_major_gate_up", "expert_major_down"]  # in two launches
 
 
-class ExpertMajorSuite(LayoutSuite):
+class TestGathered(LayoutSuite, LoweringSuite):
+    """More than 8 tokens: gathered tiles, and both products in one fused grid."""
+
     layout = "expert_major"
+    usual = USUAL if ON_GPU else Size(T=WholeBatchTiles.N + 2, E=4, K=2, H=64, I=64)
+    size_of_config = Size(T=WholeBatchTiles.N + 1, E=3, K=2, H=128, I=128)
     small_rings = ExpertMajorConfig(
-        gate_up_columns=64, gate_up_slots=2, down_rows=64, down_columns=64, down_slots=2
+        gate_up_block_k=64,
+        gate_up_num_stages=2,
+        down_block_m=64,
+        down_block_k=64,
+        down_num_stages=2,
+        fused=True,
     )
+    race_config = dataclasses.replace(small_rings, fused=False)
+
+    def config(self, size):
+        # What layers of the usual I take, of which an interpreted one is too small.
+        default = LAYOUTS[self.layout].default_config(size.shapes, size.T)
+        return dataclasses.replace(default, fused=True)
 
     def kernels(self, size):
-        gathers = BatchTiles.N < size.T
-        N = fitting_token_tile(size.T, size.K, size.E)
-        one = fitting_grids(N, gathers, size.I) == 1
-        return ["gather_rows"] * gathers + (["expert_major"] if one else PRODUCTS)
+        gathers = WholeBatchTiles.N < size.T
+        N = default_block_n(size.T, size.K, size.E)
+        fused = default_fused(N, gathers, size.I)
+        return ["gather_rows"] * gathers + (["expert_major"] if fused else PRODUCTS)
 
     def check_kernels(self, modules):
         super().check_kernels(modules)
@@ -52,53 +78,34 @@ class ExpertMajorSuite(LayoutSuite):
                 assert_waits_before_refill(module)
 
 
-class TestExpertMajor(ExpertMajorSuite):
-    usual = USUAL if ON_GPU else Size(T=BatchTiles.N + 2, E=4, K=2, H=64, I=64)
-    size_of_config = Size(T=BatchTiles.N + 1, E=3, K=2, H=128, I=128)
+class TestWholeBatch(RoutingSuite):
+    """Up to 8 tokens, where a batch is a tile as it is."""
 
-
-class TestFewTokens(ExpertMajorSuite):
-    """The cases that depend on `usual`, where a batch is a tile as it is."""
-
+    layout = "expert_major"
     usual = USUAL._replace(T=7 if ON_GPU else 4)
 
-    test_bfloat16_is_float32_rounded_once = None
-    test_bits_do_not_depend_on_neighbours = None
-    test_bits_do_not_depend_on_the_batch = None
-    test_bits_do_not_depend_on_the_place = None
-    test_config = None
-    test_generated_shape_and_routing = None
-    test_gradients_are_a_clear_error = None
-    test_jit = None
-    test_lowers_for_cuda = None
-    test_matches_reference = None
-    test_no_races = None
-    test_rings_that_come_round_again = None
-    test_same_input_same_bits = None
-    test_scan_over_layers = None
-    test_terms_that_all_but_cancel = None
-    test_vmap_over_batches = None
 
-
-@pytest.mark.parametrize("token_tile", [16, 24, 32, LARGEST_TOKEN_TILE] if ON_GPU else [16])
-def test_other_token_tile(token_tile, seed):
-    case = make_case(TestExpertMajor.usual, seed)
-    out = TestExpertMajor().run(case, config=ExpertMajorConfig(token_tile=token_tile))
+@pytest.mark.parametrize("block_n", [16, 24, 32, MAX_BLOCK_N] if ON_GPU else [16])
+def test_other_block_n(block_n, seed):
+    case = make_case(TestGathered.usual, seed)
+    out = TestGathered().run(case, config=ExpertMajorConfig(block_n=block_n))
     assert_right(out, case)
     if ON_GPU:  # A CPU's matrix product adds in another order if it is wider.
-        assert_same_bits(out, TestExpertMajor().run(case))
+        assert_same_bits(out, TestGathered().run(case))
 
 
 def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
     """Then XLA groups and gathers, and no bit changes."""
-    size = TestExpertMajor.usual
+    size = TestGathered.usual
     case = make_case(size, seed)
-    expected = TestExpertMajor().run(case)
-    monkeypatch.setattr(expert_major, "MOST_ASSIGNMENTS", size.T * size.K - 1)
+    expected = TestGathered().run(case)
+    monkeypatch.setattr(expert_major, "MAX_ASSIGNMENTS", size.T * size.K - 1)
     monkeypatch.setattr(expert_major, "gather_rows", None)
     # Traced by this test alone, or the other tests would have to compile anew.
-    monkeypatch.setattr(expert_major, "run", expert_major.run.__wrapped__)
-    out = jax.jit(TestExpertMajor().run)(case)
+    layout = LAYOUTS["expert_major"]
+    traced_here = dataclasses.replace(layout, run=layout.run.__wrapped__)
+    monkeypatch.setitem(LAYOUTS, "expert_major", traced_here)
+    out = jax.jit(TestGathered().run)(case)
     assert_right(out, case)
     assert_same_bits(out, expected)
 
@@ -116,78 +123,77 @@ def test_more_tokens_than_decoding_has(T, in_one_launch, seed):
         assert_right(jax.jit(run)(*case), case)
 
 
-@pytest.mark.parametrize("grids", [1, 2])
-@pytest.mark.parametrize(("I", "apart"), [(768, 1), (128, 0)])
-def test_programs_of_a_core_begin_apart_where_more_follow(I, apart, grids):
-    """36 tiles of 24 or of 4 programs; a core gets at most two of the latter."""
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("I", "staggered"), [(768, 1), (128, 0)])
+def test_a_staggered_start_where_more_blocks_follow(I, staggered, fused):
+    """36 tiles of 24 or of 4 blocks; a core gets at most two of the latter."""
     size = Size(T=16, E=32, K=4, H=128, I=I)
-    config = ExpertMajorConfig(gate_up_columns=128, grids=grids)
+    config = ExpertMajorConfig(gate_up_block_k=128, fused=fused)
     run = functools.partial(decode_experts, layout="expert_major", config=config)
     modules = mosaic_modules(lower_for_cuda(run, *struct_case(size)))
-    assert [module.count("%globaltimer") // 2 for module in modules[1:]] == [apart, 0][:grids]
+    found = [module.count("%globaltimer") // 2 for module in modules[1:]]
+    assert found == ([staggered] if fused else [staggered, 0])
 
 
-def test_fitting_grids():
-    assert fitting_grids(8, gathered=False, I=192) == 1  # the batch as it is
-    assert fitting_grids(8, gathered=True, I=768) == 1
-    assert fitting_grids(8, gathered=True, I=192) == fitting_grids(16, gathered=True, I=768) == 2
+def test_default_fused():
+    assert default_fused(8, gathered=False, I=192)  # the batch as it is
+    assert default_fused(8, gathered=True, I=768)
+    assert not default_fused(8, gathered=True, I=192)
+    assert not default_fused(16, gathered=True, I=768)
 
 
 @pytest.mark.parametrize(
-    ("T", "I", "grids"), [(8, 768, 0), (64, 768, 2), (64, 192, 1), (128, 768, 0)]
+    ("T", "I", "fused"), [(8, 768, None), (64, 768, False), (64, 192, True), (128, 768, None)]
 )
-def test_the_other_number_of_grids_is_measured_where_it_may_win(T, I, grids):
+def test_the_other_number_of_launches_is_measured_where_it_may_win(T, I, fused):
     shapes = dataclasses.replace(PRESETS["qwen3_30b_a3b"], I=I)
-    configs = candidate_configs(shapes, T)
-    assert configs[0].grids == 0
-    assert {config.grids for config in configs} == {0, grids}
+    configs = LAYOUTS["expert_major"].candidates(shapes, T)
+    assert configs[0].fused is None
+    assert {config.fused for config in configs} == {None, fused}
 
 
-@pytest.mark.parametrize("token_tile", [8, 32])
-@pytest.mark.parametrize("T", [2, 20])
-def test_one_grid_or_two_launches(T, token_tile, seed):
-    """No bit changes; interpret mode runs the same either way."""
-    size = Size(T=T, E=6, K=4, H=256, I=128)
+FUSED, APART = ExpertMajorConfig(fused=True), ExpertMajorConfig(fused=False)
+
+
+@pytest.mark.parametrize(("T", "block_n"), [(2, 8), (20, 8), (20, 32)])
+def test_one_fused_grid_has_the_bits_of_two_launches(T, block_n, seed):
+    size = Size(T=T, E=6, K=4, H=128 if INTERPRET else 256, I=128)
     case = make_case(size, seed)
-    expected = None
-    for grids, products in ((1, ["expert_major"]), (2, PRODUCTS)):
-        config = ExpertMajorConfig(token_tile=token_tile, grids=grids)
+    outputs = []
+    for fused, products in ((True, ["expert_major"]), (False, PRODUCTS)):
+        config = ExpertMajorConfig(gate_up_block_k=128, block_n=block_n, fused=fused)
 
         def layer(*case, config=config):
             return decode_experts(*case, layout="expert_major", config=config)
 
-        gathering = ["gather_rows"] if T > BatchTiles.N else []
+        gathering = ["gather_rows"] if T > WholeBatchTiles.N else []
         assert kernels_of(lower_for_cuda(layer, *struct_case(size))) == [*gathering, *products]
-        if ON_GPU:
-            out = TestExpertMajor().run(case, config=config)
-            assert_right(out, case)
-            expected = out if expected is None else expected
-            assert_same_bits(out, expected)
+        outputs.append(TestGathered().run(case, config=config))
+    assert_right(outputs[0], case)
+    assert_same_bits(*outputs)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="interpret mode takes two launches")
+@pytest.mark.skipif(not ON_GPU, reason="an interpreted launch gets fresh counters")
 @pytest.mark.parametrize("T", [1, 8, 9, 128])
-def test_one_grid_again_and_again(T, seed):
+def test_a_fused_grid_again_and_again(T, seed):
     """Each launch leaves its counters as it found them, also for others with as many tiles."""
     sizes = [Size(T=T, E=128, K=8, H=1024, I=768), Size(T=T, E=128, K=8, H=512, I=256)]
     cases = [make_case(size, seed) for size in sizes]
-    one, two = (ExpertMajorConfig(grids=grids) for grids in (1, 2))
-    expected = [TestExpertMajor().run(case, config=two) for case in cases]
-    run = jax.jit(lambda case: TestExpertMajor().run(case, config=one))
+    expected = [TestGathered().run(case, config=APART) for case in cases]
+    run = jax.jit(lambda case: TestGathered().run(case, config=FUSED))
     for _ in range(500):
         for case, out in zip(cases, expected, strict=True):
             assert_same_bits(run(case), out)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="interpret mode takes two launches")
+@pytest.mark.skipif(not ON_GPU, reason="interpreted kernels follow one another")
 @pytest.mark.parametrize("T", [1, 8, 20])
 def test_calls_that_do_not_depend_on_each_other(T, seed):
     """They share counters, so no two may run at once, whatever order a program leaves open."""
     size = Size(T=T, E=128, K=8, H=512, I=256)
     cases = [make_case(size, seed + index) for index in range(6)]
-    one, two = (ExpertMajorConfig(grids=grids) for grids in (1, 2))
-    expected = [TestExpertMajor().run(case, config=two) for case in cases]
-    together = jax.jit(lambda cases: [TestExpertMajor().run(case, config=one) for case in cases])
+    expected = [TestGathered().run(case, config=APART) for case in cases]
+    together = jax.jit(lambda cases: [TestGathered().run(case, config=FUSED) for case in cases])
     for _ in range(50):
         for out, alone in zip(together(cases), expected, strict=True):
             assert_same_bits(out, alone)
@@ -196,7 +202,7 @@ def test_calls_that_do_not_depend_on_each_other(T, seed):
 def assert_waits_before_refill(module: str) -> None:
     """Interpret mode runs wgmma synchronously, so a refill too early shows only in the code.
 
-    The first wgmma starts the ring's loop; from there, loads come only after a wait that leaves at
+    The first wgmma starts the mainloop; from there, loads come only after a wait that leaves at
     most the last step's groups running.
     """
     assert "wgmma.mma_async" in module
@@ -209,7 +215,7 @@ def assert_waits_before_refill(module: str) -> None:
         elif step["wait"] is not None:
             waited = int(step["wait"]) <= groups
         else:
-            assert waited, "a slot is refilled while a wgmma may still read it"
+            assert waited, "a stage is refilled while a wgmma may still read it"
     assert groups > 0 and "cp.async.bulk.tensor.shared" in loop
 
 

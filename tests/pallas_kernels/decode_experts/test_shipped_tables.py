@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.decode_experts import decode_experts, tuned
+from pallas_kernels.decode_experts import decode_experts, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import Entry, parse, to_text
 from tests.pallas_kernels.decode_experts.cases import Size, struct_case
 from tests.pallas_kernels.machine import lower_for_cuda
 
-PATHS = sorted(tuned.FOLDER.glob("*.json"))
+PATHS = sorted(tuned_tables.FOLDER.glob("*.json"))
 
 
 def _distinct(path) -> dict[tuple, Entry]:
@@ -21,7 +21,7 @@ def _distinct(path) -> dict[tuple, Entry]:
 
 def _lowerings():
     if not PATHS:
-        skip = pytest.mark.skip(reason=f"no table is shipped in {tuned.FOLDER.name}/ yet")
+        skip = pytest.mark.skip(reason=f"no table is shipped in {tuned_tables.FOLDER.name}/ yet")
         return [pytest.param(None, marks=skip)]
     kept: dict[tuple, Entry] = {}
     for path in PATHS:
@@ -40,7 +40,7 @@ def test_a_table_is_sound(path):
     text = path.read_text(encoding="utf-8")
     table = parse(text, jax.__version__)
     assert to_text(table) == text, "not as experiments.tune writes it"
-    assert tuned.device_slug(table.device_kind) == path.stem
+    assert tuned_tables.device_slug(table.device_kind) == path.stem
     assert table.fastest and table.invariant
     for run in table.runs:
         assert {"commit", "command", "date", "driver", "jaxlib", "read_ceiling_tbps"} <= run.keys()

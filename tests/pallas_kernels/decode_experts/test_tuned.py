@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import json
 import logging
+import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.decode_experts import LAYOUTS, choice, choose_layout, decode_experts, tuned
+from pallas_kernels.decode_experts import LAYOUTS, choose_layout, decode_experts, tuned_tables
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS, TableError, parse, to_text
 from tests.pallas_kernels.decode_experts.cases import Size, assert_same_bits, make_case
 from tests.pallas_kernels.decode_experts.tuned_cases import (
@@ -26,11 +27,11 @@ from tests.pallas_kernels.machine import INTERPRET, ON_GPU
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where tables are looked for during the test."""
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    monkeypatch.setattr(choice, "_said", set())
-    tuned.forget()
+    monkeypatch.setattr(tuned_tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys.modules[choose_layout.__module__], "_said", set())
+    tuned_tables.forget()
     yield tmp_path
-    tuned.forget()
+    tuned_tables.forget()
 
 
 # --- which entry serves a call
@@ -38,20 +39,24 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_smallest_measured_bucket_not_below_T_serves_it(folder):
     write_table(folder, make_table([make_row(T, us=float(T)) for T in BUCKETS]))
-    served = {T: tuned.find(DEVICE, SHAPES, T, invariant=False).entry.T for T in range(1, 129)}
+    served = {
+        T: tuned_tables.find(DEVICE, SHAPES, T, invariant=False).entry.T for T in range(1, 129)
+    }
     assert served == {T: min(bucket for bucket in BUCKETS if bucket >= T) for T in served}
 
 
 def test_a_bucket_that_was_not_measured_is_served_by_the_next(folder):
     write_table(folder, make_table([make_row(T) for T in (1, 8, 64)]))
-    served = [tuned.find(DEVICE, SHAPES, T, invariant=False).entry for T in (1, 2, 8, 9, 64, 65)]
+    served = [
+        tuned_tables.find(DEVICE, SHAPES, T, invariant=False).entry for T in (1, 2, 8, 9, 64, 65)
+    ]
     assert [entry and entry.T for entry in served] == [1, 8, 8, 64, 64, None]
 
 
 def test_beyond_the_largest_invariant_keeps_its_order_of_sums(folder):
-    rows = [make_row(1, gate_up_slots=2), make_row(8, down_rows=64)]
+    rows = [make_row(1, gate_up_num_stages=2), make_row(8, down_block_m=64)]
     write_table(folder, make_table(rows, rows))
-    assert choose_layout(DEVICE, SHAPES, 8, "invariant").config.down_rows == 64
+    assert choose_layout(DEVICE, SHAPES, 8, "invariant").config.down_block_m == 64
     # Rings that won with few tokens need not with many.
     chosen = choose_layout(DEVICE, SHAPES, 1000, "invariant")
     assert (chosen.layout, chosen.config) == ("expert_major", None)
@@ -60,10 +65,10 @@ def test_beyond_the_largest_invariant_keeps_its_order_of_sums(folder):
 
 def test_the_table_goes_before_the_heuristic(folder):
     assert choose_layout(DEVICE, SHAPES, 1).layout == "output_major"
-    tuned.forget()
-    write_table(folder, make_table([make_row(1, us=31.8, down_slots=2)], [make_row(1)]))
+    tuned_tables.forget()
+    write_table(folder, make_table([make_row(1, us=31.8, down_num_stages=2)], [make_row(1)]))
     chosen = choose_layout(DEVICE, SHAPES, 1)
-    assert (chosen.layout, chosen.config.down_slots) == ("expert_major", 2)
+    assert (chosen.layout, chosen.config.down_num_stages) == ("expert_major", 2)
     assert "31.8 us at T = 1 (h100.json)" in chosen.why
     assert "one order of sums" in choose_layout(DEVICE, SHAPES, 1, "invariant").why
 
@@ -130,11 +135,11 @@ def _changed(path: str, value):
 
 BAD = {
     "empty": ("", "it is not JSON"),
-    "cut off": ('{"format": 1, "fastest": [', "it is not JSON"),
+    "cut off": ('{"format": 2, "fastest": [', "it is not JSON"),
     "a list": ("[]", "holds a list; expected an object"),
     "deep": ("[" * 100_000, "it is not JSON"),
-    "older format": (_changed("format", 0), "its format is 0; expected 1"),
-    "no format": (_changed("format", None), "its format is None; expected 1"),
+    "older format": (_changed("format", 0), "its format is 0; expected 2"),
+    "no format": (_changed("format", None), "its format is None; expected 2"),
     "older jax": (_changed("jax", "0.1.0"), "measured with jax '0.1.0' and this is "),
     "no runs": (_changed("runs", None), "the table lacks runs"),
     "runs": (_changed("runs", {}), "runs is {}; expected list"),
@@ -153,14 +158,14 @@ BAD = {
     "layout's type": (_changed("fastest.0.layout", ["x"]), r"layout is \['x'\]; expected one of"),
     "config": (_changed("invariant.0.config", 1), r"invariant\[0\]: config is 1; expected dict"),
     "config field": (_changed("fastest.0.config.warps", 4), "config has unknown fields 'warps'"),
-    "missing field": (_changed("fastest.0.config.down_rows", None), "config lacks down_rows"),
+    "missing field": (_changed("fastest.0.config.down_block_m", None), "config lacks down_block_m"),
     "field's type": (
-        _changed("fastest.0.config.down_rows", 64.0),
-        "config.down_rows is 64.0; expected int",
+        _changed("fastest.0.config.down_block_m", 64.0),
+        "config.down_block_m is 64.0; expected int",
     ),
     "refused": (
-        _changed("fastest.0.config.down_rows", 48),
-        "expert_major refuses its config .*config.down_rows is 48; expected one of",
+        _changed("fastest.0.config.down_block_m", 48),
+        "expert_major refuses its config .*config.down_block_m is 48; expected one of",
     ),
     "twice": (make_table([make_row(1), make_row(1)]), "two entries of the same sizes and T"),
     "two orders": (
@@ -216,8 +221,8 @@ def on_this_device(folder):
 
     def write(fastest, invariant=()):
         table = make_table(fastest, invariant, device_kind=device)
-        write_table(folder, table, f"{tuned.device_slug(device)}.json")
-        tuned.forget()
+        write_table(folder, table, f"{tuned_tables.device_slug(device)}.json")
+        tuned_tables.forget()
 
     return write
 
@@ -230,8 +235,8 @@ def _run(case, **keywords):
 def test_auto_runs_the_layout_and_config_of_the_table(on_this_device, seed):
     case = make_case(SIZE._replace(T=1), seed)
     for layout, field, value in (
-        ("output_major", "gate_up_columns", 64),
-        ("expert_major", "down_columns", 64),
+        ("output_major", "gate_up_block_k", 64),
+        ("expert_major", "down_block_k", 64),
     ):
         on_this_device([make_row(1, layout, **{field: value})])
         config = LAYOUTS[layout].Config(**make_row(1, layout, **{field: value})["config"])
@@ -241,7 +246,7 @@ def test_auto_runs_the_layout_and_config_of_the_table(on_this_device, seed):
 
 def test_a_callers_config_goes_before_the_tables(on_this_device, seed):
     case = make_case(SIZE._replace(T=1), seed)
-    on_this_device([make_row(1, "expert_major", down_columns=64)])
+    on_this_device([make_row(1, "expert_major", down_block_k=64)])
     default = LAYOUTS["expert_major"].default_config(SHAPES, 1)
     assert_same_bits(_run(case, config=default), _run(case, layout="expert_major"))
 
@@ -250,8 +255,8 @@ def test_a_callers_config_goes_before_the_tables(on_this_device, seed):
 def test_invariant_gives_a_token_the_same_bits_at_every_T(on_this_device, layout, seed):
     """Ring lengths change with T, as a table may have them, and the layouts of "auto" do too."""
     default = LAYOUTS[layout].default_config(SHAPES, 1)
-    shorter = {name: value - 1 for name, value in vars(default).items() if name.endswith("slots")}
-    orders = {name: kernel.SUM_ORDER for name, kernel in LAYOUTS.items()}
+    shorter = {name: value - 1 for name, value in vars(default).items() if name.endswith("stages")}
+    orders = {name: kernel.sum_order for name, kernel in LAYOUTS.items()}
     other = next(name for name in LAYOUTS if orders[name] != orders[layout])
     on_this_device(
         [make_row(1, other), make_row(2, layout), make_row(8, layout)],
@@ -277,10 +282,10 @@ def test_no_config_changes_a_bit(layout, seed):
     default = kernel.default_config(size.shapes, size.T)
     expected = _run(case, layout=layout)
     if ON_GPU:
-        others = kernel.candidate_configs(size.shapes, size.T)[1:]
-    else:  # A CPU adds up a product of another width in another order: there only slots are free.
-        slots = [name for name in vars(default) if name.endswith("slots")]
-        fewer = {name: getattr(default, name) - 1 for name in slots}
+        others = kernel.candidates(size.shapes, size.T)[1:]
+    else:  # A CPU adds up a product of another width in another order: there only stages are free.
+        stages = [name for name in vars(default) if name.endswith("stages")]
+        fewer = {name: getattr(default, name) - 1 for name in stages}
         others = [dataclasses.replace(default, **fewer)]
     assert others
     for config in others:

@@ -8,7 +8,6 @@ import pytest
 from jax import lax
 
 from experiments.compare.presets import PRESETS
-from pallas_kernels.races import run_and_assert_no_races
 from pallas_kernels.router import route_tokens
 from pallas_kernels.router.work import COLUMNS, Work
 from tests.pallas_kernels.decode_experts.cases import assert_same_bits, bits
@@ -19,6 +18,7 @@ from tests.pallas_kernels.machine import (
     lower_for_cuda,
     mosaic_modules,
 )
+from tests.pallas_kernels.races import run_and_assert_no_races
 from tests.pallas_kernels.router.cases import Case, Size, assert_right, make_case
 
 SIZES = [

@@ -1,12 +1,12 @@
-"""From a gate/up product on the tensor cores to hidden: what expert_major does with it.
+"""From a gate/up product on the tensor cores to hidden, in registers.
 
-One product of M = 64 has the gate rows of 32 neurons above their up rows, for N tokens:
+One product of M = 64 has the gate rows of 32 neurons above their up rows, for block_n tokens:
 
     product [64, N]    rows 0..31   gate_e x     in two of the four warps
                        rows 32..63  up_e x       in the other two
 
-A neuron's two values are in different warps, so they go through shared memory, turned around; then
-a lane has both, and the routing weight of their token.
+A neuron's two values are in different warps, so they go through shared memory, transposed. Then a
+lane has both, and the routing weight of their token.
 """
 
 import jax
@@ -15,10 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # rows of weights that one wgmma takes
-NEURONS = ROWS // 2
-# How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
-OPERAND = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+BLOCK_M = 64  # rows of weights that one wgmma takes
+NEURONS = BLOCK_M // 2
 # [N, NEURONS] in registers: 4 warps by 2 tokens, 16 lanes along a token's neurons.
 _BY_TOKEN = plgpu.Layout.TILED(
     plgpu.Tiling(((8, NEURONS), (2, 2))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
@@ -28,11 +26,11 @@ _TOKENS = _BY_TOKEN.reduce(1)
 
 def exchange_type(N: int):
     """The shared memory through which a neuron's two values meet."""
-    return plgpu.SMEM((N, ROWS), jnp.float32)
+    return plgpu.SMEM((N, BLOCK_M), jnp.float32)
 
 
 def load_weights(weight_gmem) -> jax.Array:
-    """[N] float32, the routing weights of a tile's tokens, as `hidden` takes them."""
+    """[N] float32: the routing weights of a tile's tokens, as swiglu_epilogue takes them."""
     return plgpu.load(weight_gmem, layout=_TOKENS, optimized=False)
 
 
@@ -45,11 +43,15 @@ def spread_weights(weights: list[jax.Array], N: int) -> jax.Array:
     return spread
 
 
-def hidden(product: jax.Array, weights: jax.Array, exchange) -> tuple[jax.Array, jax.Array]:
-    """Weight * silu(gate) * up as hi + lo, 16 bits of mantissa between them: two [N, NEURONS] bf16.
+def swiglu_epilogue(
+    product: jax.Array, weights: jax.Array, exchange
+) -> tuple[jax.Array, jax.Array]:
+    """Weight * silu(gate) * up in split bf16: the high and the low half, each [N, NEURONS].
+
+    The two bf16 numbers have 16 bits of mantissa between them.
 
     Args:
-      product: [ROWS, N] float32.
+      product: [BLOCK_M, N] float32.
       weights: [N], see load_weights and spread_weights.
       exchange: see exchange_type.
     """
@@ -62,12 +64,12 @@ def hidden(product: jax.Array, weights: jax.Array, exchange) -> tuple[jax.Array,
     )  # [N, NEURONS]
     weights = lax.broadcast_in_dim(weights, gate.shape, (0,))
     value = gate / (1 + jnp.exp(-gate)) * up * weights
-    hi = value.astype(jnp.bfloat16)
-    return hi, (value - hi.astype(jnp.float32)).astype(jnp.bfloat16)
+    high = value.astype(jnp.bfloat16)
+    return high, (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def store_transposed(smem, product: jax.Array) -> None:
-    """Stores [ROWS, N] the other way around, once nobody reads what is there any more."""
+    """Stores [BLOCK_M, N] as [N, BLOCK_M], once no copy reads what is there any more."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
     smem.transpose((1, 0))[...] = product

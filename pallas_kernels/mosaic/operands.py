@@ -1,7 +1,22 @@
-"""One error for an array argument that is not what was asked for."""
+"""What an op's operands are: dtypes and shapes as callers give them, tiles as wgmma reads them."""
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# A TMA box has at most 256 elements a side.
+MAX_BOX = 256
+
+# How wgmma operands lie in shared memory: 8 x 64 tiles of bf16 under the 128-byte swizzle.
+WGMMA_TILING = plgpu.TilingTransform((8, 64))
+SWIZZLE = plgpu.SwizzleTransform(128)
+
+
+def wgmma_operand(*shape: int) -> Any:
+    """Shared memory of bf16 from which the tensor cores read; its last two dimensions are tiled."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(WGMMA_TILING, SWIZZLE))
 
 
 def expect_array(

@@ -1,14 +1,13 @@
 """Copies to shared memory whose lines the L2 cache gives up first.
 
-What a launch reads is read by a few programs at about the same time, and by nobody later: weights
-by those of one expert's tiles, tokens by those of a tile or of a token. As ordinary lines, weights,
-many times what L2 holds, push out what the next launch wants, and tokens do the same where they are
-many. A hint changes when bytes move, never which.
+A launch's blocks read each weight tile and each token at about the same time, and no later launch
+reads them soon. As ordinary lines, weights are many times what L2 holds and push out what the next
+launch wants; many tokens do the same. A hint changes when bytes move, never which.
 
-PTX has had the hint since the copy engine, Mosaic GPU has no argument for it. So each copy is made
-under a named scope, which lowering keeps as the operation's location, and Mosaic's rule for
-asynchronous copies is wrapped here by one that adds the hint. A compiler that loses the scope loses
-the hint and nothing else; the lowering tests count them.
+PTX has this hint, Mosaic GPU has no argument for it. So each copy is made under a named scope,
+which lowering keeps as the operation's location. Mosaic's rule for asynchronous copies is wrapped
+here by one that adds the hint. A compiler that loses the scope loses the hint and nothing else; the
+lowering tests count the hints.
 """
 
 import functools
@@ -24,10 +23,10 @@ _SCOPE = "l2_evict_first"
 _COPY = mgpu.dialect.AsyncLoadOp.OPERATION_NAME
 
 
-def copy_evict_first(source, destination, arrived) -> None:
-    """plgpu.copy_gmem_to_smem of what nobody reads again for a long time."""
+def copy_evict_first(source, destination, full) -> None:
+    """plgpu.copy_gmem_to_smem of what is not read again for a long time."""
     with named_scope(_SCOPE):
-        plgpu.copy_gmem_to_smem(source, destination, arrived)
+        plgpu.copy_gmem_to_smem(source, destination, full)
 
 
 def _add_hint(copy) -> None:

@@ -3,28 +3,28 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.l2_hints import copy_evict_first
-from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from tests.pallas_kernels.machine import INTERPRET, lower_for_cuda, mosaic_modules
 
 
 def _through_shared_memory(copies, x, interpret=False):
     """x, each row brought by one of the copies."""
 
-    def kernel(x_gmem, y_gmem, smem, barrier):
+    def kernel(block_id, x_gmem, y_gmem, smem, barrier):
         for row, copy in enumerate(copies):
             copy(x_gmem.at[row], smem.at[row], barrier)
         plgpu.barrier_wait(barrier)
         plgpu.copy_smem_to_gmem(smem, y_gmem)
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="through_shared_memory",
+        num_blocks=1,
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(1,),
-        grid_names=("program",),
         scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier(num_arrivals=len(copies))],
-        interpret=interpret_params(interpret),
+        interpret=interpret,
     )(x)
 
 

@@ -5,8 +5,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.count_ids import count_ids
-from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.warpgroup import add_histogram
 from tests.pallas_kernels.machine import INTERPRET
 
 
@@ -20,28 +20,28 @@ def test_counts_what_was_there_and_the_ids_in_range(length, E, seed):
     ids[length:] = 0  # not to be counted
     before = rng.integers(0, 9, experts).astype(np.int32)
 
-    def kernel(ids_gmem, before_gmem, after_gmem, ids_smem, counts, arrived):
+    def kernel(block_id, ids_gmem, before_gmem, after_gmem, ids_smem, counts, full):
         for gmem, smem in ((ids_gmem, ids_smem), (before_gmem, counts)):
             for start in range(0, smem.shape[0], 128):
                 part = pl.ds(start, 128)
-                plgpu.copy_gmem_to_smem(gmem.at[part], smem.at[part], arrived)
-        plgpu.barrier_wait(arrived)
-        count_ids(ids_smem, length, E, counts, INTERPRET)
+                plgpu.copy_gmem_to_smem(gmem.at[part], smem.at[part], full)
+        plgpu.barrier_wait(full)
+        add_histogram(ids_smem, length, E, counts)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(counts, after_gmem)
         plgpu.wait_smem_to_gmem(0)
 
-    count = plgpu.kernel(
+    count = launch(
         kernel,
+        name="count",
+        num_blocks=1,
         out_type=jax.ShapeDtypeStruct((experts,), jnp.int32),
-        grid=(1,),
-        grid_names=("program",),
         scratch_types=[
             plgpu.SMEM((size,), jnp.int32),
             plgpu.SMEM((experts,), jnp.int32),
             plgpu.Barrier(num_arrivals=(size + experts) // 128),
         ],
-        interpret=interpret_params(INTERPRET),
+        interpret=INTERPRET,
     )
     expected = before.copy()
     for expert in range(E):

@@ -4,9 +4,9 @@ import logging
 import math
 from typing import Any, NamedTuple
 
-from pallas_kernels.decode_experts import tuned
-from pallas_kernels.decode_experts.weights import ExpertShapes
-from pallas_kernels.mosaic import HOPPER, capability_of
+from pallas_kernels.decode_experts import tuned_tables
+from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.mosaic.device import HOPPER, capability_of
 
 # What a caller may write in place of a layout's name.
 MODES = {
@@ -14,11 +14,11 @@ MODES = {
     "invariant": "layouts with one order of sums for every T of a shape",
 }
 
-# Up to which T a layout was the fastest: one H100 80GB HBM3, Qwen3-30B-A3B's layer, results/designs
-# and results/compare_layouts.
+# Up to which T a layout was the fastest: one H100 80GB HBM3, Qwen3-30B-A3B's layer,
+# results/compare_layouts.
 _FASTEST = (
     (2, "output_major", "tokens share few experts yet, so reading each one once gains little"),
-    (math.inf, "expert_major", "tokens share so many experts that reading each one once pays"),
+    (math.inf, "expert_major", "tokens share many experts, so reading each one once pays"),
 )
 # The same among layouts that give a token the same bits.
 _INVARIANT = ((math.inf, "expert_major", "its sums do not know the batch"),)
@@ -38,8 +38,8 @@ class LayoutChoice(NamedTuple):
 def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto") -> LayoutChoice:
     """Says which layout and config a mode runs. The only place that chooses one.
 
-    The device's tuned table is asked first (tuned.py says which entry serves which T). Where it has
-    no answer a heuristic does; that is logged once for each device and shape.
+    The device's tuned table is asked first (tuned_tables.py says which entry serves which T). Where
+    it has no answer a heuristic does; that is logged once for each device and shape.
 
     Args:
       device: the device's kind, as `jax.devices()[0].device_kind`.
@@ -52,7 +52,7 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
-    found = tuned.find(device, shapes, T, invariant=mode == "invariant")
+    found = tuned_tables.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)
         capability = capability_of(device)
@@ -74,7 +74,7 @@ def _say_once(device: str, shapes: ExpertShapes, why: str) -> None:
     if (device, shapes) in _said:
         return
     _said.add((device, shapes))
-    # Interpret mode's speed means nothing, so a CPU need not hear that nobody measured it.
+    # Interpret mode's speed means nothing, so a CPU need not hear that it was not measured.
     level = logging.INFO if device == "cpu" else logging.WARNING
     _log.log(
         level,

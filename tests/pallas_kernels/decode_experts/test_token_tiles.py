@@ -2,19 +2,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_experts.batch_tiles import BatchTiles
-from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
+from pallas_kernels.mosaic.device import launch
 from tests.pallas_kernels.machine import INTERPRET
 
 
-def _found(tiles: BatchTiles) -> np.ndarray:
-    """[T * K, 1 + N]: each assignment's expert, and the rows of its columns, -1 of nobody's."""
+def _found(tiles: WholeBatchTiles) -> np.ndarray:
+    """[T * K, 1 + N]: each assignment's expert, and the rows of its columns, -1 of padding."""
 
-    def kernel(ids_gmem, found_gmem):
-        index = jax.lax.axis_index("assignment")
-        tile = tiles.find(ids_gmem, index)
+    def kernel(index, ids_gmem, found_gmem):
+        tile = tiles.lookup(ids_gmem, index)
         found_gmem[index, 0] = tile.expert
         for column in range(tiles.N):
             found_gmem[index, 1 + column] = jnp.int32(-1)
@@ -22,21 +20,21 @@ def _found(tiles: BatchTiles) -> np.ndarray:
         def store(column, row):
             found_gmem[index, 1 + column] = row
 
-        tiles.for_each_owned(tile, store)
+        tiles.for_each_valid(tile, store)
 
     return np.asarray(
-        plgpu.kernel(
+        launch(
             kernel,
-            out_type=jax.ShapeDtypeStruct((tiles.count, 1 + tiles.N), jnp.int32),
-            grid=(tiles.count,),
-            grid_names=("assignment",),
-            interpret=interpret_params(INTERPRET),
+            name="lookup",
+            num_blocks=tiles.num_tiles,
+            out_type=jax.ShapeDtypeStruct((tiles.num_tiles, 1 + tiles.N), jnp.int32),
+            interpret=INTERPRET,
         )(tiles.operands[0])
     )
 
 
-def _tiles(ids: np.ndarray, E: int) -> BatchTiles:
-    return BatchTiles(
+def _tiles(ids: np.ndarray, E: int) -> WholeBatchTiles:
+    return WholeBatchTiles(
         x=jnp.zeros((len(ids), 64), jnp.bfloat16),
         expert_ids=jnp.asarray(ids, jnp.int32),
         expert_weights=jnp.ones(ids.shape, jnp.float32),
@@ -88,6 +86,6 @@ def test_a_token_that_names_an_expert_twice_is_in_two_tiles():
 
 
 def test_what_fits():
-    assert BatchTiles.fit(8, 16) and BatchTiles.fit(1, 128)
-    assert not BatchTiles.fit(9, 1)
-    assert not BatchTiles.fit(8, 17)
+    assert WholeBatchTiles.fit(8, 16) and WholeBatchTiles.fit(1, 128)
+    assert not WholeBatchTiles.fit(9, 1)
+    assert not WholeBatchTiles.fit(8, 17)

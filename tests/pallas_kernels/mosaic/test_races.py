@@ -1,4 +1,4 @@
-"""The race helper passes a sound ring and catches planted races, which Pallas only prints."""
+"""The race helper passes a sound pipeline and catches planted races, which Pallas only prints."""
 
 import functools
 
@@ -8,50 +8,53 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import tma_ring
-from pallas_kernels.races import run_and_assert_no_races
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.pipeline import pipeline
 from tests.pallas_kernels.machine import ON_GPU
+from tests.pallas_kernels.races import run_and_assert_no_races
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="the race detector is interpret mode's")
 
-STEPS, SLOTS, COLUMNS = 5, 2, 128
+STEPS, STAGES, COLUMNS = 5, 2, 128
 
 
 def sum_rows(x, *, interpret, fault=None, active=None):
-    """[STEPS, COLUMNS] -> [COLUMNS]: adds the active rows, through a ring that may be faulty."""
+    """[STEPS, COLUMNS] -> [COLUMNS]: adds the active rows, by a pipeline that may be faulty."""
 
-    def kernel(x_gmem, out_gmem, x_smem, barrier, other_barrier):
-        def copy(step, slot, arrived):
-            plgpu.copy_gmem_to_smem(x_gmem.at[step], x_smem.at[slot], arrived)
+    def kernel(block_id, x_gmem, out_gmem, x_smem, full, other_barrier):
+        def load(step, stage, full):
+            plgpu.copy_gmem_to_smem(x_gmem.at[step], x_smem.at[stage], full)
 
-        def consume(step, slot, total):
-            if fault == "refilled before it is consumed":
-                copy(step, slot, other_barrier)
-            if fault == "read before it arrives":
-                slot = (slot + 1) % SLOTS
-            if fault == "no such slot":
-                slot += SLOTS
-            total += x_smem.at[slot][...]
-            if fault == "refilled before it is consumed":
+        def compute(step, stage, total):
+            if fault == "refilled before it is computed":
+                load(step, stage, other_barrier)
+            if fault == "read before it is full":
+                stage = (stage + 1) % STAGES
+            if fault == "no such stage":
+                stage += STAGES
+            total += x_smem.at[stage][...]
+            if fault == "refilled before it is computed":
                 plgpu.barrier_wait(other_barrier)
             return total
 
-        out_gmem[...] = tma_ring(
+        out_gmem[...] = pipeline(
             STEPS,
-            SLOTS,
-            barrier=barrier,
-            copy=copy,
-            consume=consume,
+            STAGES,
+            full=full,
+            load=load,
+            compute=compute,
             init=jnp.zeros(COLUMNS, jnp.float32),
             active=active,
         )
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        name="sum_rows",
+        num_blocks=1,
         out_type=jax.ShapeDtypeStruct((COLUMNS,), jnp.float32),
         scratch_types=[
-            plgpu.SMEM((SLOTS, COLUMNS), jnp.float32),
-            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.SMEM((STAGES, COLUMNS), jnp.float32),
+            plgpu.Barrier(num_barriers=STAGES),
             plgpu.Barrier(),
         ],
         interpret=interpret,
@@ -63,12 +66,12 @@ def x(seed):
     return jax.random.normal(jax.random.key(seed), (STEPS, COLUMNS))
 
 
-def test_a_sound_ring_passes(x):
+def test_a_sound_pipeline_passes(x):
     out = run_and_assert_no_races(sum_rows, x)
     chex.assert_trees_all_close(out, x.sum(axis=0), rtol=1e-5, atol=1e-5)
 
 
-FAULTS = ["refilled before it is consumed", "read before it arrives"]
+FAULTS = ["refilled before it is computed", "read before it is full"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -80,7 +83,7 @@ def test_a_planted_race_is_caught(x, fault, capsys):
     run_and_assert_no_races(sum_rows, x)
 
 
-def test_a_ring_that_does_not_commit_its_reads_is_caught(x, monkeypatch):
+def test_a_pipeline_that_does_not_commit_its_reads_is_caught(x, monkeypatch):
     monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
     with pytest.raises(AssertionError, match=r"write at .*test_races.py(.|\n)*read at "):
         run_and_assert_no_races(sum_rows, x)
@@ -88,7 +91,7 @@ def test_a_ring_that_does_not_commit_its_reads_is_caught(x, monkeypatch):
 
 def test_a_race_in_a_kernel_before_the_last_is_caught(x):
     def two_kernels(x, *, interpret):
-        racing = sum_rows(x, interpret=interpret, fault="refilled before it is consumed")
+        racing = sum_rows(x, interpret=interpret, fault="refilled before it is computed")
         return sum_rows(x + racing, interpret=interpret)
 
     with pytest.raises(AssertionError, match=r"kernels \[0\] of 2 race"):
@@ -98,7 +101,7 @@ def test_a_race_in_a_kernel_before_the_last_is_caught(x):
 def test_under_jit(x):
     jitted = functools.partial(jax.jit, static_argnames=("interpret", "fault"))
     with pytest.raises(AssertionError, match=r"kernels \[0\] of 1 race"):
-        run_and_assert_no_races(jitted(sum_rows), x, fault="read before it arrives")
+        run_and_assert_no_races(jitted(sum_rows), x, fault="read before it is full")
 
 
 def test_a_function_without_a_watched_kernel_is_an_error(x):
@@ -112,11 +115,11 @@ def test_a_function_without_a_watched_kernel_is_an_error(x):
 
 def test_a_failing_kernel_leaves_nothing_behind(x):
     with pytest.raises(Exception, match=r"(?i)out.of.bounds"):
-        run_and_assert_no_races(sum_rows, x, fault="no such slot")
+        run_and_assert_no_races(sum_rows, x, fault="no such stage")
     run_and_assert_no_races(sum_rows, x)
 
 
-def test_ring_skips_inactive_steps(x):
+def test_inactive_steps_are_skipped(x):
     def active(step):
         return step % 3 != 1
 

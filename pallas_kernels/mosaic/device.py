@@ -1,0 +1,142 @@
+"""The GPU that a kernel is compiled for, and the one way to launch a kernel on it."""
+
+import contextlib
+import contextvars
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# What one thread block may hold on Hopper, less a reserve for barriers and reduction scratch.
+SHARED_MEMORY_BYTES = 232448 - 4096
+
+_H100_CORES = 132
+# The interpreter runs blocks one after the other, so more of them only take more time.
+_INTERPRETED_CORES = 2
+
+_interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
+
+
+def launch(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    num_blocks: int,
+    out_type: Any,
+    scratch_types: Any = (),
+    interpret: Any,
+) -> Callable[..., Any]:
+    """Returns a function of the inputs that runs `kernel` in `num_blocks` thread blocks.
+
+    Args:
+      kernel: kernel(block_id, *inputs, *outputs, *scratch), of one warpgroup; the arrays are refs.
+      name: of the kernel, as profiles and lowered text show it.
+      num_blocks: thread blocks in the grid.
+      out_type: a ShapeDtypeStruct for each output.
+      scratch_types: shared memory and barriers, a sequence or a dict of keyword arguments.
+      interpret: a bool or an InterpretGPUParams. Interpreted, the primitives of this package take
+        the forms that a CPU can run.
+    """
+    params = plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+    def body(*refs, **scratch):
+        with _interpreted_forms(params is not None):
+            kernel(lax.axis_index("block"), *refs, **scratch)
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(num_blocks,),
+        grid_names=("block",),
+        scratch_types=scratch_types,
+        kernel_name=name,
+        interpret=params,
+    )
+
+
+@contextlib.contextmanager
+def _interpreted_forms(interpreted: bool) -> Iterator[None]:
+    token = _interpreting.set(interpreted)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether the kernel whose body is being traced will be interpreted."""
+    return _interpreting.get()
+
+
+def check_interpret(interpret: Any) -> None:
+    """Raises a TypeError unless an op's `interpret` is one that `launch` takes."""
+    if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
+        raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
+
+
+def core_count(interpret: Any = False) -> int:
+    """Cores (SMs) of the GPU that is compiled for; an H100's where none can be asked.
+
+    Interpreted, a kernel that cuts its work by cores gets a few blocks only.
+    """
+    if interpret:
+        return _INTERPRETED_CORES
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return device.core_count
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return (described and described.num_cores) or _H100_CORES
+
+
+def device_kind() -> str:
+    """The kind of the GPU that is compiled for; the default device's where none can be asked."""
+    device = jax.devices()[0]
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if device.platform == "gpu" or described is None:
+        return device.device_kind
+    return described.device_kind
+
+
+# The letter in a data-centre GPU's name -> its major compute capability.
+_CAPABILITIES = {"A": 8, "L": 8, "H": 9, "B": 10}
+HOPPER = _CAPABILITIES["H"]
+ANY = tuple(sorted(set(_CAPABILITIES.values())))
+
+
+def capability_of(device_kind: str) -> int | None:
+    """The major compute capability of a kind of GPU; None for one whose name does not say it.
+
+    "NVIDIA H100 80GB HBM3" is 9. Hopper's (9) tensor cores have wgmma and no other's have; the copy
+    engine (TMA) is there from 9 on.
+    """
+    found = re.search(r"\bG?([ALHB])\d{2,3}", device_kind)
+    return _CAPABILITIES[found[1]] if found else None
+
+
+def expect_capability(
+    what: str,
+    capabilities: Sequence[int],
+    others: Mapping[str, Sequence[int]],
+    interpret: Any = False,
+) -> None:
+    """Raises a NotImplementedError if the GPU that is compiled for is known to lack instructions.
+
+    Args:
+      what: whose kernel, for the message.
+      capabilities: the major compute capabilities that it compiles for.
+      others: what may be taken instead, by name, and their capabilities.
+      interpret: as in launch; the interpreter lacks none.
+    """
+    kind = device_kind()
+    found = capability_of(kind)
+    if interpret or found is None or found in capabilities:
+        return
+    accepted = " or ".join(f"{capability}.x" for capability in capabilities)
+    able = [name for name, theirs in others.items() if found in theirs]
+    raise NotImplementedError(
+        f"{what} is for GPUs of compute capability {accepted}; {kind} has {found}.x, where "
+        f"{' or '.join(able) or 'nothing else'} runs"
+    )

@@ -1,0 +1,146 @@
+"""Tiles streamed through a ring of shared-memory stages: the loop that every kernel here runs.
+
+    prologue    load 0   load 1   load 2                         one load a stage
+    mainloop    compute 0   load 3   compute 1   load 4   ...    step s lies in stage s % num_stages
+
+A stage is refilled only when nothing can still read it: after this step's loads into registers, or,
+with wgmmas in flight, one step later.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+Load = Callable[[Any, Any], None]  # load(step, stage) starts the copies of a step
+
+
+def pipeline(
+    num_steps: int,
+    num_stages: int,
+    *,
+    full: Any,
+    load: Callable[[jax.Array, jax.Array, Any], None],
+    compute: Callable[[jax.Array, jax.Array, Any], Any],
+    init: Any,
+    active: Callable[[jax.Array], jax.Array] | None = None,
+    wgmmas_in_flight: int | None = None,
+) -> Any:
+    """Runs prologue and mainloop over `num_steps` tiles, and waits for each stage to be full.
+
+    Args:
+      num_steps: tiles to stream.
+      num_stages: stages of the ring; at least 2 with wgmmas in flight.
+      full: a Barrier with num_barriers=num_stages, whose num_arrivals is the number of copies that
+        one call of `load` starts.
+      load: load(step, stage, barrier) starts the TMA copies of that step into that stage.
+      compute: compute(step, stage, carry) -> carry.
+      init: the first carry.
+      active: active(step) says whether a step is loaded and computed at all; None means always.
+      wgmmas_in_flight: how many of one step's wgmmas may still run when the next step begins; None
+        if compute starts none. A wgmma is asynchronous and does not wait for earlier ones, so
+        without this wait a stage would be refilled while the tensor cores read it. No simulator
+        here sees that race.
+
+    Returns:
+      The last carry.
+    """
+
+    def start(step, stage):
+        if active is None:
+            load(step, stage, full.at[stage])
+        else:
+            pl.when(active(step))(lambda: load(step, stage, full.at[stage]))
+
+    def wait_and_compute(step, stage, carry):
+        plgpu.barrier_wait(full.at[stage])
+        return compute(step, stage, carry)
+
+    def compute_if_active(step, stage, carry):
+        if active is None:
+            return wait_and_compute(step, stage, carry)
+        return lax.cond(
+            active(step), wait_and_compute, lambda _, __, carry: carry, step, stage, carry
+        )
+
+    prologue(num_steps, num_stages, start)
+    return mainloop(
+        num_steps,
+        num_stages,
+        load=start,
+        compute=compute_if_active,
+        init=init,
+        wgmmas_in_flight=wgmmas_in_flight,
+    )
+
+
+def prologue(num_steps: int, num_stages: int, load: Load) -> None:
+    """Starts the loads of the first steps, one for each stage."""
+    for step in range(min(num_steps, num_stages)):
+        load(jnp.int32(step), jnp.int32(step))
+
+
+def mainloop(
+    num_steps: int,
+    num_stages: int,
+    *,
+    load: Load,
+    compute: Callable[[Any, Any, Any], Any],
+    init: Any,
+    wgmmas_in_flight: int | None = None,
+) -> Any:
+    """Computes all steps of a ring whose prologue has run, and keeps it filled.
+
+    Args:
+      num_steps: tiles to stream.
+      num_stages: stages of the ring; at least 2 with wgmmas in flight.
+      load: load(step, stage) starts the copies of that step into that stage.
+      compute: compute(step, stage, carry) -> carry waits until the stage is full, and uses it.
+      init: the first carry.
+      wgmmas_in_flight: as in pipeline. At the end nothing is in flight any more.
+
+    Returns:
+      The last carry.
+    """
+    lag = 1 if wgmmas_in_flight else 0
+    stages = jnp.int32(num_stages)
+
+    def refill_after(step):
+        @pl.when((step >= 0) & (step + num_stages < num_steps))
+        def _():
+            if wgmmas_in_flight is None:
+                plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
+            load(step + num_stages, lax.rem(step, stages))
+
+    def body(step, carry):
+        carry = compute(step, lax.rem(step, stages), carry)
+        if wgmmas_in_flight is not None:
+            plgpu.wgmma_wait(wgmmas_in_flight)
+        refill_after(step - lag)
+        return carry
+
+    carry = lax.fori_loop(0, num_steps, body, init)
+    if lag:
+        plgpu.wgmma_wait(0)
+    return carry
+
+
+def unrolled(count: int, several: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    """Carry = body(index, carry) for each index below `count`, several in one round of the loop.
+
+    The loads of one round overlap.
+    """
+
+    def some(index, carry):
+        for ahead in range(several):
+            carry = body(index * several + ahead, carry)
+        return carry
+
+    carry = lax.fori_loop(0, count // several, some, carry)
+    for rest in range(count // several * several, count):
+        carry = body(rest, carry)
+    return carry

@@ -1,0 +1,104 @@
+"""What the 128 lanes of a warpgroup do that Pallas has no operation for."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic.device import interpreting
+
+LANES = 128  # of a warpgroup
+
+# 64 elements, in each warp the same.
+_ANY_MULTIPLE_OF_64 = plgpu.Layout.TILED(
+    plgpu.Tiling(((64,), (2,))),
+    warp_dims=(plgpu.Replicated(4),),
+    lane_dims=(-2,),
+    vector_dim=-1,
+)
+
+
+def row_layout(length: int) -> Any:
+    """A row of a multiple of 64 bf16 in registers: 16-byte loads where the length allows.
+
+    It sets the order of a sum over the row.
+    """
+    for elements_per_lane in (8, 4, 2):
+        if length % (LANES * elements_per_lane) == 0:
+            return plgpu.Layout.WG_STRIDED((length,), elements_per_lane)
+    return _ANY_MULTIPLE_OF_64
+
+
+def one_per_lane(length: int) -> Any:
+    """The layout of a vector whose element i is in lane i % 128."""
+    return plgpu.Layout.WG_STRIDED((length,), 1)
+
+
+def lane_indices(length: int) -> jax.Array:
+    """[length]: each element's index, in the layout one_per_lane."""
+    return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=one_per_lane(length))
+
+
+def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
+    """Starts to copy a row of shared memory to a row of global memory.
+
+    What lanes have stored in `smem` must be committed; plgpu.wait_smem_to_gmem waits for the end.
+    """
+    plgpu.copy_smem_to_gmem(smem.at[pl.ds(smem_row, 1)], gmem.at[pl.ds(gmem_row, 1)])
+
+
+def add_histogram(ids: Any, length: int, E: int, counts: Any) -> None:
+    """Adds to counts[e] how many of the first `length` ids are e, for each e in [0, E).
+
+    One addition in shared memory an id. In Pallas alone a lane could only compare every id with its
+    own expert, E times as many operations (docs/lab.md says what that cost). The interpreter has no
+    such instruction, and compares. Other ids are padding.
+
+    Args:
+      ids: int32 in shared memory, which all lanes may read.
+      length: how many there are.
+      E: how many different ids count.
+      counts: int32 in shared memory, at least E; all lanes may read it afterwards.
+    """
+    if interpreting():
+        experts = lax.broadcasted_iota(jnp.int32, (E, length), 0)
+        counts[:E] += jnp.sum(ids[:length] == experts, axis=1, dtype=jnp.int32)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def add(_, ids, counts):
+        pointers = map(mgpu.utils.memref_ptr, (ids, counts))
+        mgpu.utils.inline_ptx(_histogram_ptx(length, E), *pointers, has_side_effects=True)
+        mgpu.warpgroup_barrier()
+
+    add(ids, counts)
+
+
+def _histogram_ptx(length: int, E: int) -> str:
+    """All loads come first, because none of them would be moved up over an addition."""
+    rounds = range(-(-length // LANES))
+    load = "\n".join(
+        f"""
+        setp.lt.u32 there{i}, lane, {length - i * LANES};
+        @there{i} ld.shared.u32 id{i}, [from+{4 * i * LANES}];"""
+        for i in rounds
+    )
+    add = "\n".join(
+        f"""
+        setp.lt.and.u32 there{i}, id{i}, {E}, there{i};
+        mad.lo.s32 to, id{i}, 4, $1;
+        @there{i} red.shared.add.u32 [to], 1;"""
+        for i in rounds
+    )
+    return f"""{{
+        .reg .b32 lane, from, to, id<{len(rounds)}>;
+        .reg .pred there<{len(rounds)}>;
+        mov.u32 lane, %tid.x;
+        mad.lo.s32 from, lane, 4, $0;
+        {load}
+        {add}
+        }}"""
