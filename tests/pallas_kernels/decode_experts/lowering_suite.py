@@ -14,6 +14,14 @@ from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modu
 # Of floats: an order that is another one each time.
 SUM_IN_MEMORY = re.compile(r"atomicrmw|cp\.reduce|\b(atom|red)\.\S*\.(f|bf)\d\d")
 
+# Other sizes of the same code: -m slow lowers them.
+_USUAL = "qwen3_30b_a3b"
+_PRESETS = [
+    name if name == _USUAL else pytest.param(name, marks=pytest.mark.slow)
+    for name in PRESETS
+    if name != "tiny"
+]
+
 
 class LoweringSuite:
     """Set `layout`, and say which kernels it has."""
@@ -28,14 +36,14 @@ class LoweringSuite:
         """The names of the kernels that a batch of this size takes."""
         raise NotImplementedError
 
-    @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
+    @pytest.mark.parametrize("preset", _PRESETS)
     def test_lowers_for_cuda(self, preset):
         shapes = PRESETS[preset]
 
         # The default config does not depend on T, which only sets the grid.
         assert len({LAYOUTS[self.layout].default_config(shapes, T) for T in range(1, 129)}) == 1
         calls = [(128, jnp.float32)]
-        if preset == "qwen3_30b_a3b":  # the shipped tables' tests have more of the others
+        if preset == _USUAL:  # the shipped tables' tests have more of the others
             calls.append((8, jnp.bfloat16))
         for T, out_dtype in calls:
             size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)

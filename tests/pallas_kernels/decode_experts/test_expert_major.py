@@ -26,7 +26,6 @@ from tests.pallas_kernels.decode_experts.cases import (
 from tests.pallas_kernels.decode_experts.layout_suite import USUAL, LayoutSuite, RoutingSuite
 from tests.pallas_kernels.decode_experts.lowering_suite import SUM_IN_MEMORY, LoweringSuite
 from tests.pallas_kernels.machine import (
-    INTERPRET,
     ON_GPU,
     kernels_of,
     lower_for_cuda,
@@ -155,18 +154,23 @@ def test_the_other_number_of_launches_is_measured_where_it_may_win(T, I, fused):
 FUSED, APART = ExpertMajorConfig(fused=True), ExpertMajorConfig(fused=False)
 
 
-@pytest.mark.parametrize(("T", "block_n"), [(2, 8), (20, 8), (20, 32)])
+@pytest.mark.parametrize(
+    ("T", "block_n"), [(2, 8), (9, 8), pytest.param(9, 32, marks=pytest.mark.slow)]
+)
 def test_one_fused_grid_has_the_bits_of_two_launches(T, block_n, seed):
-    size = Size(T=T, E=6, K=4, H=128 if INTERPRET else 256, I=128)
+    if ON_GPU:
+        size = Size(T=2 * T, E=6, K=4, H=256, I=128)
+    else:
+        size = Size(T=T, E=3, K=2, H=64, I=64)
     case = make_case(size, seed)
     outputs = []
     for fused, products in ((True, ["expert_major"]), (False, PRODUCTS)):
-        config = ExpertMajorConfig(gate_up_block_k=128, block_n=block_n, fused=fused)
+        config = dataclasses.replace(TestGathered.small_rings, block_n=block_n, fused=fused)
 
         def layer(*case, config=config):
             return decode_experts(*case, layout="expert_major", config=config)
 
-        gathering = ["gather_rows"] if T > WholeBatchTiles.N else []
+        gathering = ["gather_rows"] if size.T > WholeBatchTiles.N else []
         assert kernels_of(lower_for_cuda(layer, *struct_case(size))) == [*gathering, *products]
         outputs.append(TestGathered().run(case, config=config))
     assert_right(outputs[0], case)

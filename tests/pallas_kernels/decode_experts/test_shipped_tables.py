@@ -12,27 +12,30 @@ from tests.pallas_kernels.machine import lower_for_cuda
 PATHS = sorted(tuned_tables.FOLDER.glob("*.json"))
 
 
-def _distinct(path) -> dict[tuple, Entry]:
-    """One entry for each (layout, config, shape), that of the largest T."""
-    table = parse(path.read_text(encoding="utf-8"), jax.__version__)
-    entries = sorted([*table.fastest, *table.invariant], key=lambda entry: entry.T)
-    return {(entry.layout, entry.config, entry.shapes): entry for entry in entries}
-
-
 def _lowerings():
+    """An entry for each (layout, config, shape), that of the largest T.
+
+    The slow ones are those whose layout and config an entry before has, in another shape.
+    """
     if not PATHS:
         skip = pytest.mark.skip(reason=f"no table is shipped in {tuned_tables.FOLDER.name}/ yet")
         return [pytest.param(None, marks=skip)]
-    kept: dict[tuple, Entry] = {}
+    entries: list[Entry] = []
     for path in PATHS:
         try:
-            kept |= _distinct(path)
+            table = parse(path.read_text(encoding="utf-8"), jax.__version__)
         except ValueError:
             continue  # test_a_table_is_sound says what is wrong
-    return [
-        pytest.param(entry, id=f"{entry.layout}-{entry.of}-T{entry.T}-{number}")
-        for number, entry in enumerate(kept.values())
-    ]
+        entries += sorted([*table.fastest, *table.invariant], key=lambda entry: entry.T)
+    kept = {(entry.layout, entry.config, entry.shapes): entry for entry in entries}.values()
+    seen, lowerings = set(), []
+    for entry in kept:
+        again = (entry.layout, entry.config) in seen
+        seen.add((entry.layout, entry.config))
+        marks = [pytest.mark.slow] if again else []
+        name = f"{entry.layout}-{entry.of}-T{entry.T}-{len(lowerings)}"
+        lowerings.append(pytest.param(entry, id=name, marks=marks))
+    return lowerings
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
