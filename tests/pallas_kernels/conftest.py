@@ -11,6 +11,7 @@ pytest.register_assert_rewrite(
 )
 
 from pallas_kernels.decode_experts import LAYOUTS  # noqa: E402
+from tests.pallas_kernels.machine import ON_GPU  # noqa: E402
 
 
 @pytest.fixture
@@ -20,7 +21,10 @@ def seed(request) -> int:
 
 
 def pytest_generate_tests(metafunc):
-    # One test for each field of the suite's Config, which a base class cannot know.
-    if "config_field" in metafunc.fixturenames:
+    # The fields of the suite's Config, which a base class cannot know: each by itself on a GPU, all
+    # at once interpreted.
+    if "config_fields" in metafunc.fixturenames:
         config = LAYOUTS[metafunc.cls.layout].Config
-        metafunc.parametrize("config_field", [field.name for field in dataclasses.fields(config)])
+        names = [field.name for field in dataclasses.fields(config)]
+        sets, ids = ([[name] for name in names], names) if ON_GPU else ([names], ["all"])
+        metafunc.parametrize("config_fields", sets, ids=ids)

@@ -114,20 +114,19 @@ def generated_sizes(draw) -> Size:
 
 
 def other_value(layout: Layout, field: str, shapes) -> Any:
-    """The default config with another value in this field, one that the layout's check takes."""
+    """Another value of this field than the default config's, one that the layout's check takes."""
     default = layout.default_config(shapes, 1)
     value = getattr(default, field)
     candidates = {type(None): [True, 16], bool: [not value]}.get(type(value)) or [
         value // 2, value - 1, 2 * value, value - 64, value + 64, value + 1,
     ]  # fmt: skip
     for candidate in candidates:
-        config = dataclasses.replace(default, **{field: candidate})
         try:
-            layout.check(config, shapes)
+            layout.check(dataclasses.replace(default, **{field: candidate}), shapes)
         except ValueError:
             continue
         if candidate != value:
-            return config
+            return candidate
     raise AssertionError(f"no other value found for {field} = {value!r}: teach other_value one")
 
 
@@ -256,10 +255,11 @@ class LayoutSuite(RoutingSuite):
         )
         assert_right(self.run(case), case, size_of_terms(case))
 
-    def test_config(self, config_field, seed):
-        size = self.size_of_config
-        config = other_value(LAYOUTS[self.layout], config_field, size.shapes)
-        assert config != LAYOUTS[self.layout].default_config(size.shapes, size.T)
+    def test_config(self, config_fields, seed):
+        size, layout = self.size_of_config, LAYOUTS[self.layout]
+        config = layout.default_config(size.shapes, size.T)
+        for field in config_fields:
+            config = dataclasses.replace(config, **{field: other_value(layout, field, size.shapes)})
         case = make_case(size, seed)
         assert_right(self.run(case, config=config), case)
 

@@ -94,7 +94,7 @@ def assert_gathered_by_xla(ids, E: int, block_n: int) -> None:
     assert_gathered(found, x, ids, weights, schedule)
 
 
-@examples(on_cpu=60, on_gpu=60)
+@examples(on_cpu=30, on_gpu=60)
 @given(data=st.data())
 def test_by_xla(data):
     T, K, E = data.draw(st.sampled_from(_GENERATED), label="T, K, E")
