@@ -1,7 +1,7 @@
 """How thread blocks of one grid wait for each other, through counters in global memory.
 
     signal             this block has written its part
-    wait               until so many blocks have signalled
+    wait               until that number of blocks has signalled
     staggered_start    the second block of each core begins later
 
 A block waits for lower-numbered blocks only. A core takes blocks in the order of their numbers, as
