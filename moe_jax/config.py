@@ -1,13 +1,13 @@
 """Qwen3MoeConfig: what a Qwen3-MoE model is, under Hugging Face's names and defaults."""
 
 import dataclasses
-import json
-import pathlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from moe_jax import rope_spelling
-from moe_jax.config_checks import ConfigError, check_config
+from moe_jax.config_checks import ConfigError, check_config, shown
+from moe_jax.json_files import TOO_DEEP, is_too_deep, local_path, read_json
 from moe_jax.rope import RopeConfig
 
 
@@ -76,7 +76,10 @@ class Qwen3MoeConfig:
     extra: Mapping = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers or ()))
+        if self.mlp_only_layers is None:
+            object.__setattr__(self, "mlp_only_layers", ())
+        elif isinstance(self.mlp_only_layers, (list, range)):
+            object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
         check_config(self)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -104,20 +107,23 @@ class Qwen3MoeConfig:
         """Reads a parsed config.json, in transformers' v4 or v5 spelling.
 
         Raises:
-          ConfigError: another model_type, an unknown RoPE kind, a malformed or impossible value.
+          ConfigError: another model_type, an unknown RoPE kind, a malformed or impossible value, or
+            more than 100 objects or lists inside each other.
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"config is a {type(data).__name__}; expected a mapping of fields")
+        if is_too_deep(data):
+            raise ConfigError(f"config is {TOO_DEEP}")
         rest = dict(data)
         model_type = rest.pop("model_type", _MODEL_TYPE)
         if model_type != _MODEL_TYPE:
-            raise ConfigError(f"model_type is {model_type!r}; expected {_MODEL_TYPE!r}")
+            raise ConfigError(f"model_type is {shown(model_type)}; expected {_MODEL_TYPE!r}")
         if "num_local_experts" in rest:
             experts = rest.pop("num_local_experts")
             if rest.setdefault("num_experts", experts) != experts:
                 raise ConfigError(
-                    f"num_experts is {rest['num_experts']} and num_local_experts is {experts}; "
-                    "expected one value for these two names of one field"
+                    f"num_experts is {shown(rest['num_experts'])} and num_local_experts is "
+                    f"{shown(experts)}; expected one value for these two names of one field"
                 )
         fields = {"rope": rope_spelling.take_from(rest)}
         for name in _HF_FIELDS:
@@ -173,17 +179,19 @@ _ONLY_IF_SET = (
 _NULL_MEANS_DEFAULT = ("head_dim", "mlp_only_layers", "quantization_config")
 
 
-def read_config(path: str | pathlib.Path) -> Qwen3MoeConfig:
+def read_config(path: str | os.PathLike) -> Qwen3MoeConfig:
     """Reads a config.json.
 
     Raises:
       FileNotFoundError: there is no such file.
       ConfigError: it is no JSON object, or from_hf refuses it; the message names the file.
     """
+    path = local_path(path, "path")
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        return Qwen3MoeConfig.from_hf(json.loads(text))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        data = read_json(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        return Qwen3MoeConfig.from_hf(data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -1,10 +1,12 @@
 """What a config's fields may hold. Errors name the field, its value and what is accepted."""
 
-import math
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from moe_jax.activations import ACTIVATIONS
-from moe_jax.rope import KINDS, REQUIRED, RopeConfig
+from moe_jax.rope import KINDS, REQUIRED, RopeConfig, attention_factor
 from moe_jax.superkernel import SCOPES
 
 
@@ -12,19 +14,39 @@ class ConfigError(ValueError):
     """A config says something that no model can be."""
 
 
+def shown(value: Any) -> str:
+    """The value as errors show it: repr, without its middle if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of over 4300 digits, or deep nesting
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 200 else f"{text[:120]} ... {text[-60:]}"
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+# Numbers are used in float32, where XLA takes what is below the smallest normal one for 0.
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+
 def _is_number(value) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    # a comparison, because converting an integer beyond float64 raises; false for NaN
+    return (_is_int(value) or isinstance(value, float)) and -_LARGEST <= value <= _LARGEST
 
 
-_POSITIVE = ("a positive integer", lambda value: _is_int(value) and value > 0)
-_POSITIVE_OR_NONE = ("None or a positive integer", lambda v: v is None or _POSITIVE[1](v))
-_COUNT = ("an integer of at least 0", lambda value: _is_int(value) and value >= 0)
+# Shapes and positions are int32.
+_POSITIVE = ("a positive integer below 2**31", lambda value: _is_int(value) and 0 < value < 2**31)
+_POSITIVE_OR_NONE = (f"None or {_POSITIVE[0]}", lambda v: v is None or _POSITIVE[1](v))
+_COUNT = ("an integer from 0 to 2**31 - 1", lambda value: _is_int(value) and 0 <= value < 2**31)
 _BOOL = ("True or False", lambda value: isinstance(value, bool))
-_NOT_NEGATIVE = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+_NOT_NEGATIVE = ("a number of at least 0, in float32", lambda v: _is_number(v) and v >= 0)
+_ABOVE_0 = ("a number above 0, in float32", lambda v: _is_number(v) and v >= _SMALLEST)
+_FACTORS = (
+    "a list of numbers above 0, in float32",
+    lambda value: isinstance(value, tuple) and all(map(_ABOVE_0[1], value)),
+)
 _FIELDS = {
     "vocab_size": _POSITIVE,
     "hidden_size": _POSITIVE,
@@ -61,19 +83,33 @@ _FIELDS = {
 }
 
 
+# Fields of RopeConfig that may be None; `truncate` may not.
+_ROPE_FIELDS = {
+    "factor": _ABOVE_0,
+    "low_freq_factor": _ABOVE_0,
+    "high_freq_factor": _ABOVE_0,
+    "beta_fast": _ABOVE_0,
+    "beta_slow": _ABOVE_0,
+    "attention_factor": _NOT_NEGATIVE,
+    "mscale": _NOT_NEGATIVE,
+    "mscale_all_dim": _NOT_NEGATIVE,
+    "original_max_position_embeddings": _POSITIVE,
+    "short_factor": _FACTORS,
+    "long_factor": _FACTORS,
+}
+
+
 def check_config(config) -> None:
     """Raises a ConfigError unless every field of a Qwen3MoeConfig, and all together, make sense."""
     for name, (accepted, holds) in _FIELDS.items():
         value = getattr(config, name)
         if not holds(value):
-            raise ConfigError(f"{name} is {value!r}; expected {accepted}")
-    layers = range(config.num_hidden_layers)
-    for layer in config.mlp_only_layers:
-        if not _is_int(layer) or layer < 0:
-            raise ConfigError(
-                f"mlp_only_layers is {config.mlp_only_layers!r}; expected layer indices, as in "
-                f"{list(layers[:2])}"
-            )
+            raise ConfigError(f"{name} is {shown(value)}; expected {accepted}")
+    layers = config.mlp_only_layers
+    if not isinstance(layers, tuple) or not all(_is_int(layer) and layer >= 0 for layer in layers):
+        raise ConfigError(
+            f"mlp_only_layers is {shown(layers)}; expected layer indices, as in [0, 1]"
+        )
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ConfigError(
@@ -97,43 +133,54 @@ def check_config(config) -> None:
         raise ConfigError(
             "sliding_window is None; expected a positive integer, as use_sliding_window is True"
         )
+    if (width := config.extra.get("shared_expert_intermediate_size")) not in (None, 0):
+        raise ConfigError(
+            f"shared_expert_intermediate_size is {shown(width)}; expected 0, because a shared "
+            "expert behind a gate is not implemented (moe_shared_expert_intermediate_size has none)"
+        )
     check_rope(config.rope)
-    for name in ("short_factor", "long_factor"):
-        factors = getattr(config.rope, name)
-        if config.rope.kind == "longrope" and len(factors) != D // 2:
-            raise ConfigError(
-                f"rope's {name} has {len(factors)} numbers; expected head_dim / 2 = {D // 2}"
-            )
+    _check_rope_beside(config.rope, D, config.max_position_embeddings)
 
 
 def check_rope(rope: RopeConfig) -> None:
     """Raises a ConfigError for an unknown kind, or for settings it lacks or cannot use."""
     if rope.kind not in tuple(KINDS):
-        raise ConfigError(f"rope_type is {rope.kind!r}; expected one of {sorted(KINDS)}")
+        raise ConfigError(f"rope_type is {shown(rope.kind)}; expected one of {sorted(KINDS)}")
     if not _is_number(rope.theta) or rope.theta <= 1:
-        raise ConfigError(f"rope_theta is {rope.theta!r}; expected a number above 1")
+        raise ConfigError(
+            f"rope_theta is {shown(rope.theta)}; expected a number above 1, in float32"
+        )
     for name in REQUIRED[rope.kind]:
         if getattr(rope, name) is None:
             raise ConfigError(f"rope_type {rope.kind!r} needs {name}; the config has none")
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+    for name, (accepted, holds) in _ROPE_FIELDS.items():
         value = getattr(rope, name)
-        if value is not None and (not _is_number(value) or value <= 0):
-            raise ConfigError(f"rope's {name} is {value!r}; expected a number above 0")
-    if rope.attention_factor is not None and not _NOT_NEGATIVE[1](rope.attention_factor):
-        raise ConfigError(
-            f"rope's attention_factor is {rope.attention_factor!r}; expected {_NOT_NEGATIVE[0]}"
-        )
-    length = rope.original_max_position_embeddings
-    if length is not None and not _POSITIVE[1](length):
-        raise ConfigError(
-            f"rope's original_max_position_embeddings is {length!r}; expected {_POSITIVE[0]}"
-        )
-    for name in ("short_factor", "long_factor"):
-        factors = getattr(rope, name)
-        if factors is not None and not all(_is_number(f) and f > 0 for f in factors):
-            raise ConfigError(f"rope's {name} is {factors!r}; expected numbers above 0")
+        if value is not None and not holds(value):
+            raise ConfigError(f"rope's {name} is {shown(value)}; expected {accepted}")
+    if not isinstance(rope.truncate, bool):
+        raise ConfigError(f"rope's truncate is {shown(rope.truncate)}; expected True or False")
     if rope.kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
         raise ConfigError(
             f"rope's low_freq_factor is {rope.low_freq_factor}; expected less than "
             f"high_freq_factor = {rope.high_freq_factor}"
+        )
+
+
+def _check_rope_beside(rope: RopeConfig, D: int, max_position: int) -> None:
+    """What check_rope cannot know without the head's size and max_position_embeddings."""
+    if rope.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(rope, name)) != D // 2:
+                raise ConfigError(
+                    f"rope's {name} has {len(getattr(rope, name))} numbers; expected head_dim / 2 "
+                    f"= {D // 2}"
+                )
+    try:
+        scale = attention_factor(rope, max_position)
+    except ZeroDivisionError:  # longrope divides by the logarithm of the original length
+        scale = float("inf")
+    if not _is_number(scale):
+        raise ConfigError(
+            f"rope's attention_factor comes to {scale}, which float32 does not hold; expected "
+            "another factor, mscale or original_max_position_embeddings, or an attention_factor"
         )

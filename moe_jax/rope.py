@@ -111,14 +111,15 @@ def _default(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) ->
 
 
 def _linear(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -> jax.Array:
-    return _default(rope, D, max_position, longest) / rope.factor
+    return _default(rope, D, max_position, longest) / float(rope.factor)
 
 
 def _dynamic(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -> jax.Array:
     """A larger base once the longest row is over max_position (not original_max_...)."""
     length = jnp.maximum(longest, max_position).astype(jnp.float32)
-    growth = rope.factor * length / max_position - (rope.factor - 1)
-    base = rope.theta * growth ** (D / (D - 2))
+    factor = float(rope.factor)  # JAX would take an integer for an int32
+    growth = factor * length / max_position - (factor - 1)
+    base = float(rope.theta) * growth ** (D / (D - 2))
     return 1.0 / base ** _exponents(D)
 
 
@@ -138,7 +139,7 @@ def _yarn(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -> ja
         high += 0.001  # the ramp becomes a step instead of a division by zero
     ramp = np.clip((np.arange(D // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     kept = _default(rope, D, max_position, longest)
-    return kept / rope.factor * ramp + kept * (1 - ramp)
+    return kept / float(rope.factor) * ramp + kept * (1 - ramp)
 
 
 def _longrope(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -> jax.Array:
@@ -152,15 +153,13 @@ def _longrope(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -
 def _llama3(rope: RopeConfig, D: int, max_position: int, longest: jax.Array) -> jax.Array:
     """Long wavelengths divided by the factor, short ones kept, a blend between the two."""
     original = rope.original_max_position_embeddings or max_position
+    factor, low, high = map(float, (rope.factor, rope.low_freq_factor, rope.high_freq_factor))
     kept = _default(rope, D, max_position, longest)
     wavelengths = 2 * math.pi / kept
-    blend = (original / wavelengths - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - blend) * kept / rope.factor + blend * kept
-    too_long = wavelengths > original / rope.low_freq_factor
-    short = wavelengths < original / rope.high_freq_factor
-    return jnp.where(too_long, kept / rope.factor, jnp.where(short, kept, blended))
+    blend = (original / wavelengths - low) / (high - low)
+    blended = (1 - blend) * kept / factor + blend * kept
+    too_long, short = wavelengths > original / low, wavelengths < original / high
+    return jnp.where(too_long, kept / factor, jnp.where(short, kept, blended))
 
 
 KINDS: dict[str, Callable[[RopeConfig, int, int, jax.Array], jax.Array]] = {

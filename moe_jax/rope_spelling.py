@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config_checks import ConfigError, check_rope
+from moe_jax.config_checks import ConfigError, check_rope, shown
 from moe_jax.rope import RopeConfig
 
 # RopeConfig's fields that have their own name in the files too.
@@ -30,7 +30,7 @@ def take_from(rest: dict[str, Any]) -> RopeConfig:
     v5, v4 = rest.pop("rope_parameters", None), rest.pop("rope_scaling", None)
     for name, value in (("rope_parameters", v5), ("rope_scaling", v4)):
         if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{name} is {value!r}; expected null or a mapping of settings")
+            raise ConfigError(f"{name} is {shown(value)}; expected null or a mapping of settings")
     settings = dict(v4 or v5 or {})
     inner_kind, old_kind = settings.pop("rope_type", None), settings.pop("type", None)
     kind = inner_kind or old_kind or "default"
@@ -43,11 +43,11 @@ def take_from(rest: dict[str, Any]) -> RopeConfig:
         settings["original_max_position_embeddings"] = outer_length
     fields = {name: settings.pop(name) for name in _SETTINGS if settings.get(name) is not None}
     for name in ("short_factor", "long_factor"):
-        if name in fields:
+        if isinstance(fields.get(name), list):
             fields[name] = tuple(fields[name])
     if settings:
         warnings.warn(
-            f"RoPE settings {sorted(settings)} are read by no kind: kept, and not used",
+            f"RoPE settings {sorted(settings, key=str)} are read by no kind: kept, and not used",
             stacklevel=3,
         )
     if theta is not None:
@@ -66,5 +66,5 @@ def spell(rope: RopeConfig, spelling: str) -> dict[str, Any]:
     } | dict(rope.extra)
     if spelling == "v5":
         return {"rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **settings}}
-    scaling = None if rope.kind == "default" else {"rope_type": rope.kind, **settings}
+    scaling = {"rope_type": rope.kind, **settings} if settings or rope.kind != "default" else None
     return {"rope_theta": rope.theta, "rope_scaling": scaling}

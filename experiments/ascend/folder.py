@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_jax.checkpoints.replace_directory import replaced_whole
+from moe_jax.json_files import read_json
 
 MANIFEST = "manifest.json"
 SAMPLE, WEIGHTS = "sample.safetensors", "weights.safetensors"
@@ -69,11 +70,11 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no artifact: there is no {MANIFEST}") from None
     except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON: {error}") from None
+        raise ArtifactError(str(error)) from None
     found = (
         (manifest.get("format"), manifest.get("format_version"))
         if isinstance(manifest, dict)

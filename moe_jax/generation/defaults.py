@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.generation.sampling import Sampling
-from moe_jax.json_files import read_object
+from moe_jax.json_files import local_path, read_object
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def read_generation_defaults(
     Raises:
       ValueError: a field has a value that it cannot have; the message names file and field.
     """
-    path = pathlib.Path(directory) / "generation_config.json"
+    path = local_path(directory, "directory") / "generation_config.json"
     data = read_object(path)
     try:
         stop_ids, sampling = _stop_ids(data), _sampling(data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 
-from moe_jax.json_files import read_object
+from moe_jax.json_files import local_path, read_object, read_text
 from moe_jax.tokenization import chat_template
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -114,15 +114,16 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
       FileNotFoundError: there is no tokenizer.json.
       ValueError: a file is malformed; the message names it.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected a Hugging Face tokenizer.json (vocab.json with "
             "merges.txt alone is not read)"
         )
+    text = read_text(path)
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} is no tokenizer of the `tokenizers` library: {error}") from error
     config = read_object(directory / "tokenizer_config.json")
@@ -155,7 +156,7 @@ def _chat_templates(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[
         templates = {item["name"]: item["template"] for item in value}
     file = directory / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = read_text(file)
     for more in sorted(directory.glob("additional_chat_templates/*.jinja")):
-        templates[more.stem] = more.read_text(encoding="utf-8")
+        templates[more.stem] = read_text(more)
     return templates

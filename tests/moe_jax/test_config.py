@@ -3,11 +3,12 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import ConfigError, Qwen3MoeConfig, read_config
 from moe_jax.presets import PRESETS
-from moe_jax.rope import RopeConfig
+from moe_jax.rope import KINDS, RopeConfig, rope_tables
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 each_spelling = pytest.mark.parametrize("spelling", ["v4", "v5"])
@@ -52,6 +53,7 @@ CODER = {
     "vocab_size": 151936,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
 @each_preset
@@ -142,13 +144,40 @@ def test_the_window_counts_only_if_it_is_used():
         ("num_key_value_heads", 3, "divisor of num_attention_heads = 32"),
         ("head_dim", 7, "even number"),
         ("num_experts_per_tok", 200, "at most num_experts = 128"),
+        ("mlp_only_layers", 3, "mlp_only_layers is 3; expected layer indices"),
+        ("mlp_only_layers", "01", "mlp_only_layers is '01'; expected layer indices"),
+        ("vocab_size", 2**31, "a positive integer below 2..31"),
+        ("hidden_size", [10**5000], "hidden_size is a list too long to show; expected a positive"),
+        ("rms_norm_eps", 10**400, "at least 0, in float32"),
+        ("num_experts", [[0] * 999], r"\.\.\. .*; expected an integer from 0"),
+        (
+            "shared_expert_intermediate_size",
+            512,
+            "is 512; expected 0, because a shared expert behi",
+        ),
         ("rope_theta", 0, "above 1"),
+        ("rope_theta", 10**400, "rope_theta is 10000.*; expected a number above 1, in float32"),
+        ("rope_theta", 1e39, "above 1, in float32"),
         ("rope_theta", "1e6", "above 1"),
         ("rope_scaling", {"type": "unheard"}, "'unheard'; expected one of"),
         ("rope_scaling", {"type": "yarn"}, "needs factor"),
         ("rope_scaling", {"type": "linear", "factor": -2.0}, "factor is -2.0"),
         ("rope_scaling", [1], "expected null or a mapping"),
         ("rope_scaling", {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}, "64"),
+        ("rope_scaling", {"type": "linear", "factor": 10**400}, "factor is 1000.*above 0, in flo"),
+        ("rope_scaling", {"type": "linear", "factor": 1e-45}, "factor is 1e-45; .*above 0, in flo"),
+        ("rope_scaling", {"type": "yarn", "mscale": "a", **YARN}, "mscale is 'a'; .*at least 0"),
+        ("rope_scaling", {"type": "yarn", "truncate": 0, **YARN}, "truncate is 0; .*True or False"),
+        ("rope_scaling", {"type": "yarn", "beta_fast": -(10**400), **YARN}, "beta_fast is -1"),
+        ("rope_scaling", LONGROPE | {"short_factor": 2.0}, "short_factor is 2.0; expected a list"),
+        ("rope_scaling", LONGROPE | {"long_factor": True}, "long_factor is True; expected a list"),
+        ("rope_scaling", LONGROPE | {"long_factor": "ab"}, "long_factor is 'ab'; expected a list"),
+        ("rope_scaling", LONGROPE | {"long_factor": [10**400]}, "long_factor is .*expected a list"),
+        (
+            "rope_scaling",
+            LONGROPE | {"factor": 2.0, "original_max_position_embeddings": 1},
+            "attention_factor comes to inf",
+        ),
         ("partial_rotary_factor", 0.5, "expected 1"),
         ("router_dtype", "bfloat16", "'float32' or 'model'"),
         ("moe_chunk_max_len", 0, "positive integer"),
@@ -181,6 +210,35 @@ def test_unknown_spelling():
         Qwen3MoeConfig().to_hf("v6")
 
 
+@pytest.mark.parametrize("levels", [101, 100_000])
+def test_nesting(levels):
+    deep = []
+    for _ in range(levels - 1):
+        deep = [deep]
+    for field in ("hidden_size", "rope_scaling", "unheard", "model_type"):
+        with pytest.raises(ConfigError, match="config is nested too deep; expected at most 100"):
+            Qwen3MoeConfig.from_hf({field: deep})
+    with pytest.raises(ConfigError, match=r"hidden_size is .*; expected a positive integer"):
+        Qwen3MoeConfig(hidden_size=deep)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "default"])
+def test_integers_beyond_int32_are_numbers(kind):
+    """JSON gives integers where a file writes 1 with many zeros; JAX takes those for int32."""
+    settings = {"factor": 10**12, "low_freq_factor": 1, "high_freq_factor": 10**12}
+    rope = {"type": kind, "short_factor": [10**12] * 2, "long_factor": [10**12] * 2, **settings}
+    config = Qwen3MoeConfig.from_hf({"head_dim": 4, "rope_theta": 10**12, "rope_scaling": rope})
+    tables = rope_tables(config.rope, 4, 32768, jnp.array([[0, 70000]]), jnp.float32)
+    assert all(bool(jnp.isfinite(table).all()) for table in tables)
+
+
+def test_settings_that_the_default_kind_does_not_read_are_written_back():
+    scaling = {"rope_type": "default", "factor": 2.0}
+    for spelling, name in (("v4", "rope_scaling"), ("v5", "rope_parameters")):
+        written = Qwen3MoeConfig.from_hf({"rope_scaling": scaling}).to_hf(spelling)[name]
+        assert {key: written[key] for key in scaling} == scaling
+
+
 def test_files(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CODER))
@@ -190,6 +248,9 @@ def test_files(tmp_path):
         read_config(path)
     path.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON: .*utf-8"):
+        read_config(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"config\.json is nested too deep"):
         read_config(path)
     path.write_text("[1]")
     with pytest.raises(ConfigError, match=r"config\.json: config is a list"):

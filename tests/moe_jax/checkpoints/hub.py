@@ -11,6 +11,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 F32 = np.dtype(np.float32)
 
+# What a clone without git-lfs, and a download without a login, leave in place of a file.
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 3998893112\n"
+HTML = "\n<!DOCTYPE html>\n<html><body>Log in</body></html>"
+
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
