@@ -45,7 +45,7 @@ def block_size(quantization_config: Mapping | None) -> tuple[int, int] | None:
 
 def may_be_quantised(key: str) -> bool:
     """Whether a hub key names a linear layer's weight, which an FP8 checkpoint quantises."""
-    return key.endswith("_proj.weight")
+    return key.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
 
 
 def scale_key(key: str) -> str:

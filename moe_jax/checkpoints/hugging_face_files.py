@@ -1,7 +1,6 @@
 """The files of a Hugging Face directory: its config, and where each tensor lies."""
 
 import dataclasses
-import json
 import pathlib
 
 import ml_dtypes
@@ -11,6 +10,8 @@ from moe_jax.checkpoints import keys
 from moe_jax.checkpoints.errors import CheckpointError, Problems
 from moe_jax.checkpoints.safetensors_file import DamagedFileError, StoredTensor, read_header
 from moe_jax.config import Qwen3MoeConfig, read_config
+from moe_jax.config_checks import shown
+from moe_jax.json_files import read_json
 
 CONFIG = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -32,6 +33,11 @@ class Found:
     explained: set[str] = dataclasses.field(default_factory=set)
     problems: Problems = dataclasses.field(default_factory=Problems)
 
+    @property
+    def known(self) -> set[str]:
+        """Every key that the files hold, or that they would hold if all could be read."""
+        return self.tensors.keys() | self.explained
+
 
 def config_of(directory: pathlib.Path) -> Qwen3MoeConfig:
     """Reads config.json; all that can be wrong with it is a CheckpointError."""
@@ -47,10 +53,28 @@ def config_of(directory: pathlib.Path) -> Qwen3MoeConfig:
 def tensors_of(directory: pathlib.Path) -> Found:
     """All tensors, from one file or from those that the index names; reads headers only.
 
+    A Qwen3MoeModel without its head is saved with keys that do not begin with "model."; here they
+    do, as transformers loads it too.
+
     Raises:
       CheckpointError: there are no weights, or the only file or the index is damaged. What is wrong
         with one file of several is among the problems that are returned.
     """
+    found = _read_headers(directory)
+    known = found.known
+    if keys.EMBEDDING_KEY.removeprefix("model.") in known and not any(
+        key.startswith("model.") for key in known
+    ):
+        found.tensors = {_of_causal_lm(key): tensor for key, tensor in found.tensors.items()}
+        found.explained = set(map(_of_causal_lm, found.explained))
+    return found
+
+
+def _of_causal_lm(key: str) -> str:
+    return key if key == keys.HEAD_KEY else f"model.{key}"
+
+
+def _read_headers(directory: pathlib.Path) -> Found:
     index_path, single_path = directory / INDEX, directory / SINGLE_FILE
     if index_path.exists() and single_path.exists():
         raise CheckpointError(
@@ -97,11 +121,15 @@ def tensors_of(directory: pathlib.Path) -> Found:
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
     accepted = "expected an object whose weight_map maps tensors to files beside it"
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path)["weight_map"]
         files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is malformed: {error!r}; {accepted}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {accepted}") from None
     for file in files:
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise CheckpointError(f"{path} names the file {file!r}; {accepted}")
+        # an unprintable name, such as one with half of a surrogate pair, is none that can be opened
+        plain = isinstance(file, str) and file.isprintable() and file not in ("", "..")
+        if not plain or pathlib.PurePath(file).name != file:
+            raise CheckpointError(f"{path} names the file {shown(file)}; {accepted}")
     return weight_map

@@ -4,7 +4,6 @@ import math
 import pathlib
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 from moe_jax.checkpoints import fp8, keys
@@ -12,6 +11,7 @@ from moe_jax.checkpoints.hugging_face_check import HubFiles, inspect
 from moe_jax.checkpoints.placing import Shardings, place, sharding_of
 from moe_jax.checkpoints.safetensors_file import FP8
 from moe_jax.checkpoints.sources import Progress, Source, counter, expect_float
+from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays
 
@@ -32,8 +32,8 @@ def load_hugging_face(
        `shardings` the unit is one device's shard: only its slices are read.
 
     Args:
-      directory: where config.json is.
-      dtype: of every parameter: bfloat16, float32 or float16. None keeps each tensor's own, and
+      directory: where config.json is; a leading ~ is the home directory, in every function here.
+      dtype: of every parameter: bfloat16, float32 or float16. None keeps each parameter's own, and
         makes bfloat16 of FP8 blocks (see checkpoints.fp8).
       shardings: (parameter name, shape) -> jax.sharding.Sharding, as from
         moe_jax.sharding.expert_parallel; None puts everything on the default device.
@@ -46,32 +46,31 @@ def load_hugging_face(
       CheckpointError: the directory is no whole Qwen3-MoE checkpoint; lists all that is wrong.
       NotImplementedError: a quantisation other than FP8 in blocks.
     """
-    files = inspect(directory)
-    dtype = None if dtype is None else expect_float(dtype)
+    files = _inspect(directory, dtype)
     count = counter(_bytes_to_read(files), progress)
     arrays = {}
     for name, struct in files.shapes.items():
         arrays[name] = place(
-            jax.ShapeDtypeStruct(struct.shape, dtype or struct.dtype),
+            struct,
             sharding_of(shardings, name, struct.shape),
-            lambda index, name=name: read_slice(files, name, index, dtype, count),
+            lambda index, name=name: read_slice(files, name, index, count=count),
         )
     return from_arrays(files.config, arrays)
 
 
 def open_hugging_face(directory: str | pathlib.Path, *, dtype=None) -> Source:
     """The directory's parameters, to be read one at a time; dtype and errors as above."""
-    files = inspect(directory)
-    dtype = None if dtype is None else expect_float(dtype)
-    shapes = {
-        name: jax.ShapeDtypeStruct(struct.shape, dtype or struct.dtype)
-        for name, struct in files.shapes.items()
-    }
+    files = _inspect(directory, dtype)
 
     def read(name: str) -> np.ndarray:
-        return read_slice(files, name, (slice(None),) * len(shapes[name].shape), dtype)
+        return read_slice(files, name, (slice(None),) * len(files.shapes[name].shape))
 
-    return Source(files.config, shapes, read)
+    return Source(files.config, files.shapes, read)
+
+
+def _inspect(directory: str | pathlib.Path, dtype) -> HubFiles:
+    dtype = None if dtype is None else expect_float(dtype)
+    return inspect(local_path(directory, "directory"), dtype)
 
 
 def read_slice(
@@ -91,25 +90,36 @@ def read_slice(
     struct = files.shapes[name]
     bounds = [slice(*part.indices(n)[:2]) for part, n in zip(index, struct.shape, strict=True)]
     out = np.empty([part.stop - part.start for part in bounds], dtype or struct.dtype)
-    for position, key in keys.hub_keys(name, struct.shape).items():
+    for position, place_ in files.places[name].items():
         leading, inner = bounds[: len(position)], tuple(bounds[len(position) :])
         if not all(part.start <= i < part.stop for i, part in zip(position, leading, strict=True)):
             continue
         target = out[tuple(i - part.start for i, part in zip(position, leading, strict=True))]
-        tensor = files.tensors[key]
-        if tensor.dtype == FP8:
-            scale = files.tensors[fp8.scale_key(key)].view()[:, :]
-            fp8.dequantise(tensor.view(), scale, files.block, inner, target)
-        else:
-            target[...] = tensor.view()[inner]
-        count(target.size * tensor.dtype.itemsize)
+        _read_part(files, place_, inner, target)
+        count(target.size * files.tensors[place_.key].dtype.itemsize)
     return out
+
+
+def _read_part(
+    files: HubFiles, place_: keys.Place, inner: tuple[slice, ...], out: np.ndarray
+) -> None:
+    """Reads slices of what lies at a place into an array of their size."""
+    tensor, (rows, *columns) = files.tensors[place_.key], inner
+    inner = (slice(place_.row + rows.start, place_.row + rows.stop), *columns)
+    expert = () if place_.expert is None else (slice(place_.expert, place_.expert + 1),)
+    if tensor.dtype == FP8:
+        weight = tensor.view()[(*expert, slice(None), slice(None))]
+        scale = files.tensors[fp8.scale_key(place_.key)].view()[(*expert, slice(None), slice(None))]
+        if expert:
+            weight, scale = weight[0], scale[0]
+        fp8.dequantise(weight, scale, files.block, inner, out)
+    else:
+        out[...] = tensor.view()[(*expert, *inner)].reshape(out.shape)
 
 
 def _bytes_to_read(files: HubFiles) -> int:
     """Of all parameters as they are stored; scales and ignored tensors are left out."""
+    tensors = {place_.key for places in files.places.values() for place_ in places.values()}
     return sum(
-        math.prod(files.tensors[key].shape) * files.tensors[key].dtype.itemsize
-        for name, struct in files.shapes.items()
-        for key in keys.hub_keys(name, struct.shape).values()
+        math.prod(files.tensors[key].shape) * files.tensors[key].dtype.itemsize for key in tensors
     )

@@ -16,10 +16,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from moe_jax.json_files import foreign_content
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+FLOAT64 = np.dtype(np.float64)
 
 # What checkpoints are read from.
 _DTYPES = {
+    "F64": FLOAT64,
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -61,9 +66,12 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     """The tensors of a file by key; reads the header only.
 
     Raises:
-      DamagedFileError: the file is cut off, or its header is not one; says what was found.
+      DamagedFileError: the file is cut off, a git-lfs pointer or HTML, or its header is not one;
+        says what was found.
       FileNotFoundError: there is no such file.
     """
+    if path.exists() and not path.is_file():
+        raise DamagedFileError("is no file, but a directory or a device")
     try:
         with safe_open(path, framework="numpy") as file:
             names = file.keys()
@@ -79,6 +87,8 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
                 for key, part in slices.items()
             }
     except SafetensorError as error:
+        if foreign := foreign_content(path):
+            raise DamagedFileError(foreign) from None
         size = path.stat().st_size
         raise DamagedFileError(f"is damaged or cut off, at {size} bytes: {error}") from None
 

@@ -4,7 +4,8 @@
 
 PYTHON has numpy, torch and transformers. For each FOLDER/NAME/ours, a checkpoint directory, writes
 FOLDER/NAME/logits.npy (float32, of the tokens in FOLDER/ids.npy), FOLDER/NAME/dtype.txt (what
-from_pretrained chose by itself) and FOLDER/NAME/theirs (by save_pretrained, in several files).
+from_pretrained chose by itself), FOLDER/NAME/theirs (by save_pretrained, in several files) and
+FOLDER/NAME/fused (the same with experts as version 5 holds them).
 """
 
 import pathlib
@@ -30,6 +31,7 @@ def main(folder: pathlib.Path) -> None:
             raise ValueError(f"{ours}: from_pretrained reports {report}")
         (ours.parent / "dtype.txt").write_text(str(model.dtype).removeprefix("torch."))
         model.save_pretrained(ours.parent / "theirs", max_shard_size="3KB")
+        model.save_pretrained(ours.parent / "fused", save_original_format=False)
         with torch.no_grad():
             logits = model.float().eval()(ids).logits
         np.save(ours.parent / "logits.npy", logits.numpy())

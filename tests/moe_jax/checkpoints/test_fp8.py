@@ -22,7 +22,7 @@ def quantised(config: dict, scale_dtype=np.float32, seed: int = 0) -> tuple[dict
     """Tensors with every linear layer in FP8, and what they mean, in float64."""
     rng = np.random.default_rng(seed)
     tensors, meant = hub.tensors(config), {}
-    rows, columns = QUANTIZATION["weight_block_size"]
+    rows, columns = config["quantization_config"]["weight_block_size"]
     for key in list(tensors):
         if not key.endswith("_proj.weight"):
             continue

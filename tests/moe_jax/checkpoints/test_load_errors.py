@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.checkpoints import CheckpointError, load_hugging_face
 from tests.moe_jax.checkpoints import hub
+from tests.moe_jax.checkpoints.hub import HTML, LFS
 
 NORM = "model.norm.weight"
 EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -69,7 +70,10 @@ def test_dtype(tmp_path, config, tensors, dtype, spelt):
 def test_experts_of_one_array_must_agree_on_a_dtype(tmp_path, config, tensors):
     tensors[EXPERT] = tensors[EXPERT].astype(np.float32)
     error = error_of(hub.write(tmp_path, config, tensors))
-    found = "the tensors of layers.2.mlp.experts.gate_up are bfloat16, float32; expected one dtype"
+    found = (
+        "the tensors of layers.2.mlp.experts.gate_up are bfloat16, float32; expected one dtype, or "
+        "dtype= to convert to"
+    )
     assert error.problems == (("dtype", found),)
 
 
@@ -95,6 +99,46 @@ def test_a_long_list_is_cut_off_but_no_kind_is_hidden(tmp_path, config, tensors)
     assert text.count("  missing: model.layers.") == 8
     assert "  missing: ... and 16 more" in text
     assert "  unexpected: lm_head.bias" in text
+
+
+def test_one_line_where_the_config_is_of_another_size(tmp_path, config, tensors):
+    """And no loop over layers or experts that no file has."""
+    hub.write(tmp_path, config | {"num_hidden_layers": 10**9}, tensors)
+    line = "all layers from 3 on; num_hidden_layers is 1000000000, and the files hold layers 0 to 2"
+    assert error_of(tmp_path).problems == (("missing", line),)
+    hub.write(tmp_path, config | {"num_experts": 10**9}, tensors)
+    line = (
+        "num_experts is 1000000000; the files have 4 in 2 layers, as model.layers.0.mlp.gate.weight"
+        " in model.safetensors is [4, 16]"
+    )
+    assert error_of(tmp_path).problems == (("experts", line),)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.language_", None])
+def test_keys_of_another_kind(tmp_path, config, tensors, prefix):
+    renamed = {f"{prefix}{key}": array for key, array in tensors.items() if prefix}
+    ((kind, line),) = error_of(hub.write(tmp_path, config, renamed)).problems
+    example = f", '{prefix}model.layers.0.input_layernorm.weight' for example" if prefix else ""
+    expected = "; expected keys such as 'model.layers.0.input_layernorm.weight'"
+    assert (kind, line) == ("keys", f"the files have {len(renamed)} tensors{example}{expected}")
+
+
+@pytest.mark.parametrize("content", [LFS, HTML], ids=["git-lfs", "html"])
+def test_what_lies_in_place_of_a_file_is_named(tmp_path, config, tensors, content):
+    named = "is a git-lfs pointer" if content == LFS else "is an HTML or XML page"
+    (tmp_path / "one").mkdir()
+    hub.write(tmp_path / "one", config, tensors)
+    hub.write(tmp_path / "two", config, tensors, files=2)
+    for file in ("one/model.safetensors", "one/config.json", "two/model.safetensors.index.json"):
+        (tmp_path / file).write_text(content)
+        message = str(error_of((tmp_path / file).parent))
+        assert f"{tmp_path / file} {named}" in message
+        assert "\n" not in message
+    hub.write(tmp_path / "two", config, tensors, files=2)
+    (tmp_path / "two" / "model-00001-of-00002.safetensors").write_text(content)
+    ((kind, line),) = error_of(tmp_path / "two").problems
+    assert kind == "damaged file"
+    assert line.startswith(f"model-00001-of-00002.safetensors {named}")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
@@ -180,10 +224,17 @@ def test_tensor_in_two_files(tmp_path, config, tensors):
         "[]",
         "{}",
         '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": []}}',
         '{"weight_map": {"a": 1}}',
         '{"weight_map": {"a": "../model.safetensors"}}',
         '{"weight_map": {"a": "/etc/passwd"}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {"a": "b\\u0000"}}',
+        '{"weight_map": {"a": "\\ud800"}}',
+        "[" * 100_000,
     ],
+    ids=range(13),
 )
 def test_malformed_index(tmp_path, config, tensors, text):
     hub.write(tmp_path, config, tensors, files=2)
@@ -217,6 +268,7 @@ def test_no_directory_and_no_config(tmp_path, config, tensors):
     [
         ("{", "is not valid JSON"),
         ("[]", "expected a mapping"),
+        ('{"a": ' * 10_000, "config.json is nested too deep"),
         ('{"model_type": "qwen3"}', "model_type is 'qwen3'; expected 'qwen3_moe'"),
         ('{"model_type": "qwen3_moe", "hidden_size": 0}', "hidden_size is 0; expected"),
         (b"\xff\xfe{", "config.json is not valid JSON: 'utf-8'"),
@@ -246,7 +298,8 @@ def test_head_of_a_tied_model_that_differs(tmp_path, change):
 def test_head_of_an_untied_model_is_needed(tmp_path, config, tensors):
     del tensors["lm_head.weight"]
     error = error_of(hub.write(tmp_path, config, tensors))
-    assert error.problems == (("missing", "lm_head.weight; expected [32, 16]"),)
+    found = "lm_head.weight; expected [32, 16]; tie_word_embeddings is false"
+    assert error.problems == (("missing", found),)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int8", np.float64, "bf17", float, hub.FP8])

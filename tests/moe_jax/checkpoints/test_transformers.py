@@ -57,3 +57,7 @@ def test_transformers_reads_ours_and_we_read_theirs(tmp_path):
         hub.expect_same(hub.read(folder / "theirs"), written[name])
         theirs, ours = (load_hugging_face(folder / which) for which in ("theirs", "ours"))
         hub.expect_same(to_arrays(theirs), to_arrays(ours))
+        assert any(".experts.gate_up_proj" in key for key in hub.read(folder / "fused")) or (
+            name == "all_dense"
+        )
+        hub.expect_same(to_arrays(load_hugging_face(folder / "fused")), to_arrays(ours))
