@@ -11,7 +11,6 @@ was there; it needs the space of both. Tokenizer and generation_config.json are 
 """
 
 import contextlib
-import os
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from moe_jax.checkpoints import (
     write_hugging_face,
     write_orbax,
 )
+from moe_jax.json_files import local_path
 
 _FORMATS = typing.get_args(Format)
 _DTYPES = ("", "bfloat16", "float32", "float16")
@@ -62,16 +62,17 @@ def main(argv: list[str]) -> None:
         _convert(console)
         if _VERIFY.value:
             _verify(console)
-    except (CheckpointError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         sys.exit(f"convert_checkpoint: {error}")
 
 
 def _check_flags() -> None:
-    """Raises a CheckpointError that names the flag."""
+    """Raises a ValueError that names the flag."""
     for flag in (_FROM, _TO):
         if not flag.value:
             raise CheckpointError(f"--{flag.name} is empty; expected a directory")
-    if os.path.realpath(_FROM.value) == os.path.realpath(_TO.value):
+    here, there = (local_path(flag.value, f"--{flag.name}").resolve() for flag in (_FROM, _TO))
+    if here == there:
         raise CheckpointError(f"--to is {_TO.value!r}, as --from is; expected another directory")
     for flag, accepted in ((_TO_FORMAT, ("", *_FORMATS)), (_DTYPE, _DTYPES)):
         if flag.value not in accepted:

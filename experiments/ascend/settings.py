@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from moe_jax.json_files import local_path
 from moe_jax.presets import PRESETS
 from moe_jax.superkernel import SCOPES
 
@@ -98,9 +99,9 @@ def parse(
             "--prompt_length and --steps together"
         )
     return Settings(
-        out=pathlib.Path(out),
+        out=local_path(out, "--out"),
         preset=preset or None,
-        checkpoint=pathlib.Path(checkpoint) if checkpoint else None,
+        checkpoint=local_path(checkpoint, "--checkpoint") if checkpoint else None,
         check=check,
         abstract=abstract,
         dtype=optional["dtype"] or None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from moe_jax.experts import BACKENDS
 from moe_jax.generation import Sampling
+from moe_jax.json_files import local_path
 from moe_jax.presets import PRESETS
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -108,7 +109,7 @@ def parse(
     if capture_trace and max_new_tokens < 2:
         raise ValueError(f"--max_new_tokens is {max_new_tokens}; expected 2 for --capture_trace")
     asked = Settings(
-        checkpoint=pathlib.Path(checkpoint) if checkpoint else None,
+        checkpoint=local_path(checkpoint, "--checkpoint") if checkpoint else None,
         preset=preset or None,
         prompts=_prompts(prompt, prompt_file, prompt_tokens),
         prompt_tokens=prompt_tokens,

@@ -8,6 +8,7 @@ from moe_jax.checkpoints.hugging_face_files import CONFIG, INDEX, SINGLE_FILE
 from moe_jax.checkpoints.hugging_face_load import open_hugging_face
 from moe_jax.checkpoints.orbax import is_orbax, open_orbax
 from moe_jax.checkpoints.sources import Source
+from moe_jax.json_files import local_path
 
 Format = Literal["hugging_face", "orbax"]
 
@@ -18,7 +19,7 @@ def detect_format(directory: str | pathlib.Path) -> Format:
     Raises:
       CheckpointError: neither format's files are there, or both.
     """
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "directory")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no directory; expected a checkpoint")
     hub = any((directory / name).exists() for name in (CONFIG, SINGLE_FILE, INDEX))

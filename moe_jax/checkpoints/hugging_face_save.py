@@ -15,6 +15,7 @@ from moe_jax.checkpoints.safetensors_file import write_file
 from moe_jax.checkpoints.sources import Progress, Source, counter, of_model
 from moe_jax.checkpoints.travelling import copy_files, travelling_files
 from moe_jax.config import Qwen3MoeConfig
+from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
 
 
@@ -35,7 +36,8 @@ def save_hugging_face(
     file at a time are on the host.
 
     Args:
-      directory: made if there is none. Its files that belong to no checkpoint are kept.
+      directory: made if there is none; a leading ~ is the home directory. Its files that belong to
+        no checkpoint are kept.
       model: its parameters are written in the dtypes they have.
       max_shard_bytes: of tensors in a file; a tensor of more gets a file of its own. With more than
         one file there is a model.safetensors.index.json.
@@ -74,13 +76,14 @@ def write_hugging_face(
     """save_hugging_face of parameters that may lie anywhere."""
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}; expected a positive integer")
+    directory = local_path(directory, "directory")
     files = travelling_files(copy_from)
     tensors = _tensors_of(source)
     shards = _plan(tensors, max_shard_bytes)
     config = _config_json(source, spelling)
     values = _values(source, tensors)
     count = counter(source.nbytes, progress)
-    with replacing(pathlib.Path(directory), overwrite=overwrite) as new:
+    with replacing(directory, overwrite=overwrite) as new:
         for file, keys_here in shards.items():
             # nothing here keeps a file's tensors while the next file's are read
             write_file(new / file, {key: next(values) for key in keys_here})

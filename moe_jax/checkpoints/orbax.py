@@ -6,6 +6,7 @@ and the two directories are exchanged in the end (see replace_directory).
 """
 
 import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from moe_jax.checkpoints.sources import (
 )
 from moe_jax.checkpoints.travelling import copy_files, travelling_files
 from moe_jax.config import Qwen3MoeConfig
+from moe_jax.json_files import foreign_content, local_path
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, parameter_shapes
 
@@ -54,7 +56,8 @@ def save_orbax(
     parameters at a time, or one parameter if that is larger, and Orbax twice as much again.
 
     Args:
-      path: the directory. Its files that belong to no checkpoint are kept.
+      path: the directory; a leading ~ is the home directory, in every function here. Its files that
+        belong to no checkpoint are kept.
       model: its parameters are written in the dtypes they have.
       overwrite: whether a checkpoint in the directory may be replaced.
       copy_from: a directory whose tokenizer and generation_config.json are copied.
@@ -76,12 +79,13 @@ def write_orbax(
     progress: Progress | None = None,
 ) -> None:
     """save_orbax of parameters that may lie anywhere."""
+    path = local_path(path, "path")
     files = travelling_files(copy_from)
     metadata = {"schema_version": SCHEMA_VERSION, "config": source.config.to_hf()}
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_of
     count = counter(source.nbytes, progress)
-    with replacing(pathlib.Path(path), overwrite=overwrite) as new:
+    with replacing(path, overwrite=overwrite) as new:
         new.rmdir()  # Orbax makes it
         with context:
             for names in _groups(source.shapes):
@@ -116,7 +120,7 @@ def load_orbax(
       CheckpointError: no Orbax checkpoint, one that is damaged, of a newer schema version, without
         a config, or whose arrays do not fit its config; lists all that do not.
     """
-    path = pathlib.Path(path)
+    path = local_path(path, "path")  # Orbax reads from absolute paths only
     config, saved, shapes = _inspect(path, dtype)
     count = counter(sum(map(bytes_of, shapes.values())), progress)
     arrays = {}
@@ -134,7 +138,7 @@ def load_orbax(
 
 def open_orbax(path: str | pathlib.Path, *, dtype=None) -> Source:
     """The checkpoint's parameters, to be read one at a time; dtype and errors as above."""
-    path = pathlib.Path(path)
+    path = local_path(path, "path")  # Orbax reads from absolute paths only
     config, saved, shapes = _inspect(path, dtype)
 
     def read(name: str) -> np.ndarray:
@@ -153,12 +157,18 @@ def _inspect(path: pathlib.Path, dtype) -> tuple[Qwen3MoeConfig, dict, dict]:
     dtype = None if dtype is None else expect_float(dtype)
     if not is_orbax(path):
         raise CheckpointError(f"{path} is no Orbax checkpoint; expected one from save_orbax")
-    with _errors_of_orbax(f"{path} is damaged"):
+    if foreign := foreign_content(path / _ORBAX_MARK):
+        raise CheckpointError(f"{path / _ORBAX_MARK} {foreign}")
+    with _errors_of_orbax(f"{path} is damaged", path):
         metadata = ocp.metadata(path)
         found = dict(_flat(metadata.metadata))
     config = _config_of(path, metadata.custom_metadata)
-    expected = parameter_shapes(config)
     problems = Problems()
+    held, wanted = keys.layer_count(found), config.num_hidden_layers
+    if held < wanted:
+        problems.add("missing", f"all layers from {held} on; num_hidden_layers is {wanted}")
+    compared = dataclasses.replace(config, num_hidden_layers=max(1, min(held, wanted)))
+    expected = parameter_shapes(compared)
     for name in sorted(expected.keys() - found.keys()):
         problems.add("missing", f"{name}; expected {list(expected[name].shape)}")
     for name in sorted(found.keys() - expected.keys()):
@@ -211,17 +221,21 @@ def _target(name: str, struct: jax.ShapeDtypeStruct, shardings: Shardings | None
 def _restore(path: pathlib.Path, saved: Mapping, targets: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that `targets` names; the others stay where they are."""
     tree = _nested({name: targets.get(name, ocp.PLACEHOLDER) for name in saved})
-    with _errors_of_orbax(f"{path} is damaged: of {', '.join(targets)} something cannot be read"):
+    what = f"{path} is damaged: of {', '.join(targets)} something cannot be read"
+    with _errors_of_orbax(what, path):
         restored = dict(_flat(ocp.load(path, tree)))
     return {name: restored[name] for name in targets}
 
 
 @contextlib.contextmanager
-def _errors_of_orbax(what: str) -> Iterator[None]:
+def _errors_of_orbax(what: str, read_from: pathlib.Path | None = None) -> Iterator[None]:
     """Orbax and TensorStore raise errors of every type, plain Exception included."""
     try:
         yield
     except Exception as error:
+        for file in sorted(read_from.rglob("*")) if read_from else ():
+            if file.is_file() and (foreign := foreign_content(file)):
+                raise CheckpointError(f"{file} {foreign}") from error
         raise CheckpointError(f"{what}; Orbax says: {error}") from error
 
 

@@ -4,6 +4,7 @@ import pathlib
 import shutil
 
 from moe_jax.checkpoints.errors import CheckpointError
+from moe_jax.json_files import foreign_content, local_path
 
 _NAMES = (
     "generation_config.json",
@@ -23,14 +24,18 @@ def travelling_files(directory: str | pathlib.Path | None) -> list[pathlib.Path]
     """Those of these files that the directory has; none if it is None.
 
     Raises:
-      CheckpointError: there is no such directory.
+      CheckpointError: there is no such directory, or a file in it is a git-lfs pointer or HTML.
     """
     if directory is None:
         return []
-    directory = pathlib.Path(directory)
+    directory = local_path(directory, "copy_from")
     if not directory.is_dir():
         raise CheckpointError(f"copy_from is {directory}; expected a directory")
-    return [directory / name for name in _NAMES if (directory / name).is_file()]
+    files = [directory / name for name in _NAMES if (directory / name).is_file()]
+    for path in files:
+        if foreign := foreign_content(path):
+            raise CheckpointError(f"{path} {foreign}")
+    return files
 
 
 def copy_files(files: list[pathlib.Path], target: pathlib.Path) -> None:

@@ -26,7 +26,7 @@ with pytest.MonkeyPatch.context() as patch:
 
 @pytest.fixture
 def source(tmp_path):
-    config = hub.config()
+    config = hub.config(num_hidden_layers=1)
     directory = hub.write(tmp_path / "hub", config, hub.tensors(config), files=2)
     (directory / "tokenizer.json").write_text('{"a": 1}')
     (directory / "generation_config.json").write_text('{"eos_token_id": 3}')
@@ -44,19 +44,17 @@ def run(monkeypatch, *arguments) -> None:
 
 
 def test_there_and_back(tmp_path, monkeypatch, capsys, source):
-    run(monkeypatch, f"--from={source}", f"--to={tmp_path / 'orbax'}", "--verify")
+    """As README writes it: in a folder, with paths that begin there. Then from the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(monkeypatch, "--from=hub", "--to=orbax", "--verify")
     there = capsys.readouterr().out
-    run(
-        monkeypatch,
-        f"--from={tmp_path / 'orbax'}",
-        f"--to={tmp_path / 'back'}",
-        "--verify",
-        "--max_shard_gb=2e-6",
-    )
+    run(monkeypatch, "--from=~/orbax/", "--to=~/back/", "--verify", "--max_shard_gb=2e-6")
     back = capsys.readouterr().out
-    arrays = len(to_arrays(load_orbax(tmp_path / "orbax")))
-    assert f"{source} (hugging_face): {arrays} arrays, 0.000 GB" in there
-    assert f"Wrote {tmp_path / 'orbax'} (orbax)" in there
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hub", "orbax"]
+    arrays = len(to_arrays(load_orbax("orbax")))
+    assert f"hub (hugging_face): {arrays} arrays, 0.000 GB" in there
+    assert "Wrote orbax (orbax)" in there
     for printed in (there, back):
         assert f"Verified: {arrays} arrays are equal, bit for bit" in printed
     checksum = re.compile(r"sha256 of the arrays: ([0-9a-f]{64})")
@@ -117,6 +115,7 @@ def test_verify_finds_what_differs(tmp_path, monkeypatch, source):
         ([], "--from is empty; expected a directory"),
         (["--from=a"], "--to is empty; expected a directory"),
         (["--from=a", "--to=b/../a"], "--to is 'b/../a', as --from is; expected another directory"),
+        (["--from=gs://a", "--to=b"], "--from is 'gs://a'; expected a path on this machine"),
         (["--from=a", "--to=b", "--dtype=int8"], "--dtype is 'int8'; expected one of bfloat16, fl"),
         (["--from=a", "--to=b", "--to_format=gguf"], "--to_format is 'gguf'; expected one of hugg"),
         (["--from=a", "--to=b", "--max_shard_gb=0"], "--max_shard_gb is 0.0; expected more than 0"),
@@ -148,6 +147,9 @@ def test_what_is_no_checkpoint_or_is_there_already(tmp_path, monkeypatch, source
 
 
 def test_damage_and_other_quantisations_end_in_a_message(tmp_path, monkeypatch, source):
+    (source / "tokenizer.json").write_text(hub.LFS)
+    with pytest.raises(SystemExit, match=r"hub/tokenizer\.json is a git-lfs pointer"):
+        run(monkeypatch, f"--from={source}", f"--to={tmp_path / 'b'}")
     (source / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(SystemExit, match=r"1 problem \(1 missing file\)"):
         run(monkeypatch, f"--from={source}", f"--to={tmp_path / 'b'}")
