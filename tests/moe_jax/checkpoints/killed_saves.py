@@ -1,11 +1,11 @@
 """Saves that are killed, each at another line of its code, over a checkpoint that must survive.
 
-    python -m tests.moe_jax.checkpoints.killed_saves FOLDER FORMAT STRIDE
+    python -m tests.moe_jax.checkpoints.killed_saves FOLDER FORMAT:STRIDE ...
 
-Puts checkpoint 0 into place, then forks a process that replaces it by checkpoint 1 and ends itself
-by SIGKILL at line STRIDE, 2 * STRIDE, ... that it executes of the files below, until one gets
-through. Prints, for every kill, which checkpoint is there afterwards (null if it is neither).
-JAX starts no backend in the process that forks.
+For each FORMAT, puts checkpoint 0 into place, then forks a process that replaces it by checkpoint 1
+and ends itself by SIGKILL at line STRIDE, 2 * STRIDE, ... that it executes of the files below,
+until one gets through. Prints by FORMAT, for every kill, which checkpoint is there afterwards (null
+if it is neither). JAX starts no backend in the process that forks.
 """
 
 import json
@@ -101,20 +101,27 @@ def in_a_fork(work) -> int | None:
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
 
 
-def which(directory: pathlib.Path, form: str) -> int | None:
-    """The number of the checkpoint that is there, None unless it is whole."""
+def numbers_of(directories: list[pathlib.Path], form: str, answer: pathlib.Path) -> list:
+    """The number of the checkpoint in each directory, None unless it is whole."""
+    if form != "orbax":
+        return [number_of(directory) for directory in directories]
 
     def look() -> int:
-        found = open_checkpoint(directory)
-        matching = [number for number in (0, 1) if not differences(source(number), found)[0]]
-        return matching[0] if matching else 99
+        # in one process for all, because JAX starts a backend in it
+        numbers = []
+        for directory in directories:
+            found = open_checkpoint(directory)
+            matching = [number for number in (0, 1) if not differences(source(number), found)[0]]
+            numbers.append(matching[0] if matching else None)
+        answer.write_text(json.dumps(numbers))
+        return 0
 
-    if (directory / "tokenizer.json").read_text() != "{}":
-        return None
-    if form == "orbax":
-        number = in_a_fork(look)
-        return number if number in (0, 1) else None
-    # By the safetensors package, which is quicker than a process with a JAX backend for each.
+    assert in_a_fork(look) == 0
+    return json.loads(answer.read_text())
+
+
+def number_of(directory: pathlib.Path) -> int | None:
+    """numbers_of a Hugging Face directory, read by the safetensors package, which is quicker."""
     (number,) = {float(value) for array in hub.read(directory).values() for value in array.flat}
     config = json.loads((directory / "config.json").read_text())
     expected = hub.shapes(config)
@@ -123,8 +130,8 @@ def which(directory: pathlib.Path, form: str) -> int | None:
     return int(number) if whole and named and config["vocab_size"] == 32 + number else None
 
 
-def main(folder: str, form: str, stride: str) -> None:
-    directory, first = pathlib.Path(folder, "places", "saved"), pathlib.Path(folder, "first")
+def outcomes_of(folder: pathlib.Path, form: str, stride: int) -> dict:
+    directory, first = folder / "places" / "saved", folder / "first"
 
     def prepare() -> int:
         save(first, form, 0)
@@ -133,9 +140,9 @@ def main(folder: str, form: str, stride: str) -> None:
 
     # Orbax starts threads, and a process with threads should not fork.
     assert in_a_fork(prepare) == 0
-    outcomes, leftovers, line, code = [], 0, 0, None
+    seen, leftovers, line, code = [], 0, 0, None
     while code is None:
-        line += int(stride)
+        line += stride
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(first, directory)
 
@@ -146,10 +153,19 @@ def main(folder: str, form: str, stride: str) -> None:
 
         code = in_a_fork(replace)
         leftovers += len(os.listdir(directory.parent)) > 1
-        outcomes.append(which(directory, form))
+        assert (directory / "tokenizer.json").read_text() == "{}"
+        seen.append(shutil.copytree(directory, folder / "seen" / str(line)))
     # What the killed ones left, each next one has removed.
     left = sorted(os.listdir(directory.parent))
-    print(json.dumps({"outcomes": outcomes, "leftovers": leftovers, "left": left, "code": code}))
+    outcomes = numbers_of(seen, form, folder / "answer.json")
+    return {"outcomes": outcomes, "leftovers": leftovers, "left": left, "code": code}
+
+
+def main(folder: str, *asked: str) -> None:
+    results = {}
+    for form, stride in (item.split(":") for item in asked):
+        results[form] = outcomes_of(pathlib.Path(folder, form), form, int(stride))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -16,28 +16,31 @@ from tests.moe_jax.checkpoints import hub, killed_saves
 
 
 @pytest.mark.parametrize(
-    ("form", "stride", "least"),
+    "cases",  # format -> stride, and more outcomes than this
     [
-        ("hugging_face", 31, 20),
-        ("orbax", 150, 3),
-        pytest.param("hugging_face", 1, 700, marks=pytest.mark.slow),
-        pytest.param("orbax", 7, 40, marks=pytest.mark.slow),
+        {"hugging_face": (31, 20), "orbax": (150, 3)},
+        pytest.param({"hugging_face": (1, 700)}, marks=pytest.mark.slow),
+        pytest.param({"orbax": (7, 40)}, marks=pytest.mark.slow),
     ],
+    ids=["both", "hugging_face", "orbax"],
 )
-def test_killed_saves(tmp_path, form, stride, least):
+def test_killed_saves(tmp_path, cases):
     """SIGKILL at every stride-th line that a save executes: the old checkpoint, or the new one."""
-    command = [sys.executable, "-m", killed_saves.__name__, str(tmp_path), form, str(stride)]
+    asked = [f"{form}:{stride}" for form, (stride, _) in cases.items()]
+    command = [sys.executable, "-m", killed_saves.__name__, str(tmp_path), *asked]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
-    outcomes = result["outcomes"]
-    assert result["code"] == 0  # the last one got through
-    assert len(outcomes) > least
-    assert outcomes == sorted(outcomes, key=lambda number: -1 if number is None else number)
-    assert set(outcomes) == {0, 1}
-    assert result["left"] == ["saved"]
-    assert result["leftovers"] > len(outcomes) / 2  # they were really cut off
+    results = json.loads(run.stdout)
+    assert results.keys() == cases.keys()
+    for form, result in results.items():
+        outcomes = result["outcomes"]
+        assert result["code"] == 0  # the last one got through
+        assert len(outcomes) > cases[form][1]
+        assert outcomes == sorted(outcomes, key=lambda number: -1 if number is None else number)
+        assert set(outcomes) == {0, 1}
+        assert result["left"] == ["saved"]
+        assert result["leftovers"] > len(outcomes) / 2  # they were really cut off
 
 
 def holds(directory, number) -> bool:
