@@ -77,7 +77,7 @@ def inspect(directory: pathlib.Path, dtype: np.dtype | None = None) -> HubFiles:
         warnings.warn(
             f"{directory} holds layers 0 to {held - 1}; those from {config.num_hidden_layers} on "
             f"are not read, because num_hidden_layers is {config.num_hidden_layers}",
-            stacklevel=3,
+            stacklevel=4,  # who called load_hugging_face
         )
     return HubFiles(config, shapes, places, check.found.tensors, block)
 

@@ -43,7 +43,7 @@ def config_of(directory: pathlib.Path) -> Qwen3MoeConfig:
     """Reads config.json; all that can be wrong with it is a CheckpointError."""
     try:
         return read_config(directory / CONFIG)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         there = "has no config.json" if directory.is_dir() else "is no directory"
         raise CheckpointError(f"{directory} {there}; expected a Hugging Face directory") from None
     except ValueError as error:

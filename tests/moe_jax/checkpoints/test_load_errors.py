@@ -259,6 +259,7 @@ def test_no_weights(tmp_path, config):
 def test_no_directory_and_no_config(tmp_path, config, tensors):
     assert "nowhere is no directory" in str(error_of(tmp_path / "nowhere"))
     hub.write(tmp_path, config, tensors)
+    assert "model.safetensors is no directory" in str(error_of(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").unlink()
     assert "has no config.json" in str(error_of(tmp_path))
 
