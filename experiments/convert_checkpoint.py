@@ -86,18 +86,18 @@ def _check_flags() -> None:
 def _convert(console: Console) -> None:
     is_from = detect_format(_FROM.value)
     to_format = _TO_FORMAT.value or _FORMATS[1 - _FORMATS.index(is_from)]
-    source = open_checkpoint(_FROM.value, dtype=_DTYPE.value or None)
+    reader = open_checkpoint(_FROM.value, dtype=_DTYPE.value or None)
     _say(
         console,
-        f"{_FROM.value} ({is_from}): {len(source.shapes)} arrays, {source.nbytes / 1e9:.3f} GB",
+        f"{_FROM.value} ({is_from}): {len(reader.shapes)} arrays, {reader.nbytes / 1e9:.3f} GB",
     )
     with _bar(console, f"writing {to_format}") as progress:
         shared = {"overwrite": _OVERWRITE.value, "copy_from": _FROM.value, "progress": progress}
         if to_format == "orbax":
-            write_orbax(_TO.value, source, **shared)
+            write_orbax(_TO.value, reader, **shared)
         else:
             max_shard_bytes = round(_MAX_SHARD_GB.value * 1e9)
-            write_hugging_face(_TO.value, source, max_shard_bytes=max_shard_bytes, **shared)
+            write_hugging_face(_TO.value, reader, max_shard_bytes=max_shard_bytes, **shared)
     _say(console, f"Wrote {_TO.value} ({to_format})")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.ascend.settings import DTYPES, Settings
-from moe_jax.checkpoints import Source, open_checkpoint
+from moe_jax.checkpoints import Reader, open_checkpoint
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
@@ -44,8 +44,8 @@ def load(asked: Settings) -> Loaded:
         dtype = jnp.dtype(asked.dtype or "bfloat16")
         origin = {"preset": asked.preset, "seed": asked.seed}
     else:
-        source = open_checkpoint(asked.checkpoint, dtype=asked.dtype)
-        config, dtype = source.config, _only_dtype(source, asked.checkpoint)
+        reader = open_checkpoint(asked.checkpoint, dtype=asked.dtype)
+        config, dtype = reader.config, _only_dtype(reader, asked.checkpoint)
         origin = {"checkpoint": str(asked.checkpoint.resolve())}
     config = dataclasses.replace(
         config,
@@ -64,12 +64,12 @@ def weights_of(origin: dict[str, Any], config: Qwen3MoeConfig, dtype) -> dict[st
     """
     if "preset" in origin:
         return to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(origin["seed"]), dtype=dtype))
-    source = open_checkpoint(origin["checkpoint"], dtype=dtype)
-    return {name: jnp.asarray(source.read(name)) for name in source.shapes}
+    reader = open_checkpoint(origin["checkpoint"], dtype=dtype)
+    return {name: jnp.asarray(reader.read(name)) for name in reader.shapes}
 
 
-def _only_dtype(source: Source, checkpoint: pathlib.Path) -> jnp.dtype:
-    found = sorted({struct.dtype.name for struct in source.shapes.values()})
+def _only_dtype(reader: Reader, checkpoint: pathlib.Path) -> jnp.dtype:
+    found = sorted({struct.dtype.name for struct in reader.shapes.values()})
     if len(found) > 1 or found[0] not in DTYPES:
         raise ValueError(
             f"{checkpoint} holds {' and '.join(found)}; expected --dtype={' or '.join(DTYPES)} "

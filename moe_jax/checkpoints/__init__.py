@@ -4,7 +4,7 @@
     save_orbax("qwen3_30b_orbax", model)
 
 A load checks everything first and lists all that does not fit in one CheckpointError. A save
-replaces a directory whole or not at all. `Source`, `open_checkpoint` and the write_* functions pass
+replaces a directory whole or not at all. `Reader`, `open_checkpoint` and the write_* functions pass
 a checkpoint through one parameter at a time, without a model.
 """
 
@@ -14,12 +14,12 @@ from moe_jax.checkpoints.formats import Format, detect_format, open_checkpoint
 from moe_jax.checkpoints.hugging_face_load import load_hugging_face, open_hugging_face
 from moe_jax.checkpoints.hugging_face_save import save_hugging_face, write_hugging_face
 from moe_jax.checkpoints.orbax import load_orbax, open_orbax, save_orbax, write_orbax
-from moe_jax.checkpoints.sources import Source
+from moe_jax.checkpoints.readers import Reader
 
 __all__ = [
     "CheckpointError",
     "Format",
-    "Source",
+    "Reader",
     "detect_format",
     "differences",
     "load_hugging_face",

@@ -5,13 +5,13 @@ import hashlib
 
 import numpy as np
 
-from moe_jax.checkpoints.sources import Progress, Source
+from moe_jax.checkpoints.readers import Progress, Reader
 
 
 def differences(
-    expected: Source, found: Source, progress: Progress | None = None
+    expected: Reader, found: Reader, progress: Progress | None = None
 ) -> tuple[list[str], str]:
-    """Compares two sources, one parameter of each at a time.
+    """Compares two readers, one parameter of each at a time.
 
     Returns:
       The parameters that differ in shape, dtype or any bit, or that only one has, and "config" if
@@ -36,9 +36,9 @@ def differences(
     return different, checksum.hexdigest()
 
 
-def _bytes(source: Source, name: str) -> np.ndarray:
-    return np.ascontiguousarray(source.read(name)).reshape(-1).view(np.uint8)
+def _bytes(reader: Reader, name: str) -> np.ndarray:
+    return np.ascontiguousarray(reader.read(name)).reshape(-1).view(np.uint8)
 
 
-def _model_config(source: Source):
-    return dataclasses.replace(source.config, extra={})
+def _model_config(reader: Reader):
+    return dataclasses.replace(reader.config, extra={})

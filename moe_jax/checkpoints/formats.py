@@ -7,7 +7,7 @@ from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.hugging_face_files import CONFIG, INDEX, SINGLE_FILE
 from moe_jax.checkpoints.hugging_face_load import open_hugging_face
 from moe_jax.checkpoints.orbax import is_orbax, open_orbax
-from moe_jax.checkpoints.sources import Source
+from moe_jax.checkpoints.readers import Reader
 from moe_jax.json_files import local_path
 
 Format = Literal["hugging_face", "orbax"]
@@ -32,7 +32,7 @@ def detect_format(directory: str | pathlib.Path) -> Format:
     return "hugging_face" if hub else "orbax"
 
 
-def open_checkpoint(directory: str | pathlib.Path, *, dtype=None) -> Source:
+def open_checkpoint(directory: str | pathlib.Path, *, dtype=None) -> Reader:
     """The parameters of a checkpoint of either format, to be read one at a time.
 
     Args:

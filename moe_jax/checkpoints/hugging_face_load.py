@@ -9,8 +9,8 @@ import numpy as np
 from moe_jax.checkpoints import fp8, keys
 from moe_jax.checkpoints.hugging_face_check import HubFiles, inspect
 from moe_jax.checkpoints.placing import Shardings, place, sharding_of
+from moe_jax.checkpoints.readers import Progress, Reader, counter, expect_float
 from moe_jax.checkpoints.safetensors_file import FP8
-from moe_jax.checkpoints.sources import Progress, Source, counter, expect_float
 from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays
@@ -58,14 +58,14 @@ def load_hugging_face(
     return from_arrays(files.config, arrays)
 
 
-def open_hugging_face(directory: str | pathlib.Path, *, dtype=None) -> Source:
+def open_hugging_face(directory: str | pathlib.Path, *, dtype=None) -> Reader:
     """The directory's parameters, to be read one at a time; dtype and errors as above."""
     files = _inspect(directory, dtype)
 
     def read(name: str) -> np.ndarray:
         return read_slice(files, name, (slice(None),) * len(files.shapes[name].shape))
 
-    return Source(files.config, files.shapes, read)
+    return Reader(files.config, files.shapes, read)
 
 
 def _inspect(directory: str | pathlib.Path, dtype) -> HubFiles:

@@ -10,10 +10,10 @@ import numpy as np
 from moe_jax.checkpoints import keys
 from moe_jax.checkpoints.errors import Problems
 from moe_jax.checkpoints.hugging_face_files import CONFIG, FLOATS, INDEX, SINGLE_FILE
+from moe_jax.checkpoints.readers import Progress, Reader, counter, of_model
 from moe_jax.checkpoints.replace_directory import replacing
 from moe_jax.checkpoints.safetensors_file import write_file
-from moe_jax.checkpoints.sources import Progress, Source, counter, of_model
-from moe_jax.checkpoints.travelling import copy_files, travelling_files
+from moe_jax.checkpoints.sidecar_files import copy_files, sidecar_files
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
@@ -65,7 +65,7 @@ def save_hugging_face(
 
 def write_hugging_face(
     directory: str | pathlib.Path,
-    source: Source,
+    reader: Reader,
     *,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -77,12 +77,12 @@ def write_hugging_face(
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes!r}; expected a positive integer")
     directory = local_path(directory, "directory")
-    files = travelling_files(copy_from)
-    tensors = _tensors_of(source)
+    files = sidecar_files(copy_from)
+    tensors = _tensors_of(reader)
     shards = _plan(tensors, max_shard_bytes)
-    config = _config_json(source, spelling)
-    values = _values(source, tensors)
-    count = counter(source.nbytes, progress)
+    config = _config_json(reader, spelling)
+    values = _values(reader, tensors)
+    count = counter(reader.nbytes, progress)
     with replacing(directory, overwrite=overwrite) as new:
         for file, keys_here in shards.items():
             # nothing here keeps a file's tensors while the next file's are read
@@ -108,17 +108,17 @@ class _Part:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def _tensors_of(source: Source) -> dict[str, _Part]:
+def _tensors_of(reader: Reader) -> dict[str, _Part]:
     """Hub key -> part, in the order of writing."""
     problems = Problems()
-    for name, struct in source.shapes.items():
+    for name, struct in reader.shapes.items():
         if np.dtype(struct.dtype) not in FLOATS:
             accepted = ", ".join(FLOATS.values())
             problems.add("dtype", f"{name} is {struct.dtype}; expected {accepted}")
     problems.raise_if_any("the model cannot be saved")
     return {
         key: _Part(name, position, np.dtype(struct.dtype), struct.shape[len(position) :])
-        for name, struct in source.shapes.items()
+        for name, struct in reader.shapes.items()
         for position, key in keys.hub_keys(name, struct.shape).items()
     }
 
@@ -139,13 +139,13 @@ def _plan(tensors: dict[str, _Part], max_shard_bytes: int) -> dict[str, list[str
     return {f"model-{i:05}-of-{count:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _values(source: Source, tensors: dict[str, _Part]) -> Iterator[np.ndarray]:
+def _values(reader: Reader, tensors: dict[str, _Part]) -> Iterator[np.ndarray]:
     """The tensors in order; a parameter stays on the host while its parts are written."""
     name, array = None, None
     for part in tensors.values():
         if part.name != name:
             array = None  # before the next is read
-            name, array = part.name, source.read(part.name)
+            name, array = part.name, reader.read(part.name)
         yield array[part.position]
 
 
@@ -156,15 +156,15 @@ def _index_json(tensors: dict[str, _Part], shards: dict[str, list[str]]) -> dict
     }
 
 
-def _config_json(source: Source, spelling: str) -> dict:
+def _config_json(reader: Reader, spelling: str) -> dict:
     # What is written is not quantised, whatever the weights once came from.
-    config: Qwen3MoeConfig = dataclasses.replace(source.config, quantization_config=None)
+    config: Qwen3MoeConfig = dataclasses.replace(reader.config, quantization_config=None)
     data = config.to_hf(spelling)
     data.setdefault("architectures", ["Qwen3MoeForCausalLM"])
     # transformers loads in this dtype, so it must be the one on disk and not the one of long ago.
     data.pop("torch_dtype", None)
     data.pop("dtype", None)
-    dtype = FLOATS[np.dtype(source.shapes["embed_tokens.weight"].dtype)]
+    dtype = FLOATS[np.dtype(reader.shapes["embed_tokens.weight"].dtype)]
     data["torch_dtype" if spelling == "v4" else "dtype"] = dtype
     return data
 

@@ -18,16 +18,16 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax.checkpoints import keys
 from moe_jax.checkpoints.errors import CheckpointError, Problems
 from moe_jax.checkpoints.placing import Shardings, place, sharding_of
-from moe_jax.checkpoints.replace_directory import replacing
-from moe_jax.checkpoints.sources import (
+from moe_jax.checkpoints.readers import (
     Progress,
-    Source,
+    Reader,
     bytes_of,
     counter,
     expect_float,
     of_model,
 )
-from moe_jax.checkpoints.travelling import copy_files, travelling_files
+from moe_jax.checkpoints.replace_directory import replacing
+from moe_jax.checkpoints.sidecar_files import copy_files, sidecar_files
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import foreign_content, local_path
 from moe_jax.model import Qwen3Moe
@@ -72,7 +72,7 @@ def save_orbax(
 
 def write_orbax(
     path: str | pathlib.Path,
-    source: Source,
+    reader: Reader,
     *,
     overwrite: bool = False,
     copy_from: str | pathlib.Path | None = None,
@@ -80,16 +80,16 @@ def write_orbax(
 ) -> None:
     """save_orbax of parameters that may lie anywhere."""
     path = local_path(path, "path")
-    files = travelling_files(copy_from)
-    metadata = {"schema_version": SCHEMA_VERSION, "config": source.config.to_hf()}
+    files = sidecar_files(copy_from)
+    metadata = {"schema_version": SCHEMA_VERSION, "config": reader.config.to_hf()}
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_of
-    count = counter(source.nbytes, progress)
+    count = counter(reader.nbytes, progress)
     with replacing(path, overwrite=overwrite) as new:
         new.rmdir()  # Orbax makes it
         with context:
-            for names in _groups(source.shapes):
-                group = {name: source.read(name) for name in names}
+            for names in _groups(reader.shapes):
+                group = {name: reader.read(name) for name in names}
                 with _errors_of_orbax(f"{path} cannot be written"):
                     ocp.partial.save(new, _nested(group), custom_metadata=metadata)
                 count(sum(array.nbytes for array in group.values()))
@@ -136,7 +136,7 @@ def load_orbax(
     return from_arrays(config, arrays)
 
 
-def open_orbax(path: str | pathlib.Path, *, dtype=None) -> Source:
+def open_orbax(path: str | pathlib.Path, *, dtype=None) -> Reader:
     """The checkpoint's parameters, to be read one at a time; dtype and errors as above."""
     path = local_path(path, "path")  # Orbax reads from absolute paths only
     config, saved, shapes = _inspect(path, dtype)
@@ -144,7 +144,7 @@ def open_orbax(path: str | pathlib.Path, *, dtype=None) -> Source:
     def read(name: str) -> np.ndarray:
         return _restore(path, saved, {name: _target(name, shapes[name], None)})[name]
 
-    return Source(config, shapes, read)
+    return Reader(config, shapes, read)
 
 
 def is_orbax(path: pathlib.Path) -> bool:

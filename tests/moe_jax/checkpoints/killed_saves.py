@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoints import (
-    Source,
+    Reader,
     differences,
     open_checkpoint,
     write_hugging_face,
@@ -36,7 +36,7 @@ TRACED = (
 )
 
 
-def source(number: int) -> Source:
+def reader(number: int) -> Reader:
     """A tiny checkpoint of one layer whose arrays are full of `number`, of its own vocabulary."""
     config = hub.config(num_hidden_layers=1, mlp_only_layers=[], num_experts=2)
     config["vocab_size"] = 32 + number
@@ -57,7 +57,7 @@ def source(number: int) -> Source:
         "norm.weight": (H,),
         "lm_head.weight": (config["vocab_size"], H),
     }
-    return Source(
+    return Reader(
         Qwen3MoeConfig.from_hf(config),
         {name: jax.ShapeDtypeStruct(shape, hub.BF16) for name, shape in shapes.items()},
         lambda name: np.full(shapes[name], number, hub.BF16),
@@ -66,9 +66,9 @@ def source(number: int) -> Source:
 
 def save(directory: pathlib.Path, form: str, number: int) -> None:
     if form == "orbax":
-        write_orbax(directory, source(number), overwrite=True)
+        write_orbax(directory, reader(number), overwrite=True)
     else:
-        write_hugging_face(directory, source(number), overwrite=True, max_shard_bytes=1000)
+        write_hugging_face(directory, reader(number), overwrite=True, max_shard_bytes=1000)
 
 
 def killed_at(line: int):
@@ -111,7 +111,7 @@ def numbers_of(directories: list[pathlib.Path], form: str, answer: pathlib.Path)
         numbers = []
         for directory in directories:
             found = open_checkpoint(directory)
-            matching = [number for number in (0, 1) if not differences(source(number), found)[0]]
+            matching = [number for number in (0, 1) if not differences(reader(number), found)[0]]
             numbers.append(matching[0] if matching else None)
         answer.write_text(json.dumps(numbers))
         return 0

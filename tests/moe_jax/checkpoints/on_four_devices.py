@@ -21,7 +21,7 @@ from moe_jax.checkpoints import (
     save_hugging_face,
     save_orbax,
 )
-from moe_jax.checkpoints.sources import host_copy
+from moe_jax.checkpoints.readers import host_copy
 from moe_jax.parameters import to_arrays
 from moe_jax.sharding import expert_parallel
 from tests.moe_jax.checkpoints import hub

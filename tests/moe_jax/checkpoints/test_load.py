@@ -177,10 +177,10 @@ def test_loaded_arrays_do_not_depend_on_the_file(tmp_path):
 def test_open_reads_what_load_loads(tmp_path):
     config = hub.config()
     hub.write(tmp_path, config, hub.tensors(config))
-    source = open_hugging_face(tmp_path, dtype="float32")
+    reader = open_hugging_face(tmp_path, dtype="float32")
     _, arrays = load(tmp_path, dtype="float32")
-    hub.expect_same({name: source.read(name) for name in source.shapes}, arrays)
-    assert source.nbytes == sum(array.nbytes for array in arrays.values())
+    hub.expect_same({name: reader.read(name) for name in reader.shapes}, arrays)
+    assert reader.nbytes == sum(array.nbytes for array in arrays.values())
 
 
 def test_a_loaded_model_runs(tmp_path):

@@ -104,8 +104,8 @@ def test_one_tensor_of_another_dtype(tmp_path, plain, other):
     expected = {name: array.astype(np.float32) for name, array in plain.items()}
     expected["layers.0.mlp.experts.down"][1] = TENSORS[DOWN].astype(other)
     hub.expect_same(arrays_of(tmp_path, dtype="float32"), expected)
-    source = open_hugging_face(tmp_path, dtype="float32")
-    hub.expect_same({name: source.read(name) for name in source.shapes}, expected)
+    reader = open_hugging_face(tmp_path, dtype="float32")
+    hub.expect_same({name: reader.read(name) for name in reader.shapes}, expected)
 
 
 def test_a_config_of_fewer_layers(tmp_path, plain):

@@ -22,7 +22,7 @@ from moe_jax.checkpoints import (
     save_hugging_face,
     save_orbax,
 )
-from moe_jax.checkpoints.sources import of_model
+from moe_jax.checkpoints.readers import of_model
 from moe_jax.parameters import from_arrays, to_arrays
 from tests.moe_jax.checkpoints import hub, killed_saves
 
@@ -79,8 +79,8 @@ def test_paths_that_are_relative_or_begin_at_home(tmp_path, model, monkeypatch):
     for written in ("here", "~/there/"):
         save_orbax(written, model)
         hub.expect_same(arrays_of(load_orbax(written)), arrays_of(model))
-        source = open_checkpoint(written)
-        assert hub.same(source.read("norm.weight"), arrays_of(model)["norm.weight"])
+        reader = open_checkpoint(written)
+        assert hub.same(reader.read("norm.weight"), arrays_of(model)["norm.weight"])
     save_hugging_face("~/hub", model, copy_from="~/there")
     assert detect_format("~/hub/") == "hugging_face"
     assert load_hugging_face("home/hub").config == load_hugging_face("~/hub").config
@@ -114,17 +114,17 @@ def test_one_group_at_a_time_is_read(tmp_path, monkeypatch):
         def __del__(self):
             alive.discard(id(self))
 
-    source = killed_saves.source(1)
+    reader = killed_saves.reader(1)
 
     def read(name):
         nonlocal most
-        array = np.ndarray.__new__(Tracked, source.shapes[name].shape, hub.BF16)
+        array = np.ndarray.__new__(Tracked, reader.shapes[name].shape, hub.BF16)
         array[...] = 1
         most = max(most, len(alive))
         return array
 
-    orbax.write_orbax(tmp_path / "saved", dataclasses.replace(source, read=read))
-    assert not differences(source, open_orbax(tmp_path / "saved"))[0]
+    orbax.write_orbax(tmp_path / "saved", dataclasses.replace(reader, read=read))
+    assert not differences(reader, open_orbax(tmp_path / "saved"))[0]
     assert most == 1
 
 
@@ -132,10 +132,10 @@ def test_one_group_at_a_time_is_read(tmp_path, monkeypatch):
 def test_dtype(saved, model, dtype):
     expected = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays_of(model).items()}
     hub.expect_same(arrays_of(load_orbax(saved, dtype=dtype)), expected)
-    source = open_orbax(saved, dtype=dtype)
-    assert source.shapes.keys() == expected.keys()
+    reader = open_orbax(saved, dtype=dtype)
+    assert reader.shapes.keys() == expected.keys()
     for name in ("norm.weight", "layers.0.mlp.experts.gate_up"):
-        assert hub.same(source.read(name), expected[name])
+        assert hub.same(reader.read(name), expected[name])
 
 
 def test_rounding_to_bfloat16_is_numpys(tmp_path, model):
@@ -252,7 +252,7 @@ def test_arrays_that_do_not_fit_the_config(tmp_path, model):
 def test_damaged_files(tmp_path, what):
     """Every file without which the arrays cannot be read: an error, and never other numbers."""
     path = tmp_path / "saved"
-    orbax.write_orbax(path, killed_saves.source(1))
+    orbax.write_orbax(path, killed_saves.reader(1))
     expected = arrays_of(load_orbax(path))
     refused = 0
     for file in sorted(file for file in path.rglob("*") if file.is_file()):

@@ -44,7 +44,7 @@ def test_killed_saves(tmp_path, cases):
 
 
 def holds(directory, number) -> bool:
-    return not differences(killed_saves.source(number), open_checkpoint(directory))[0]
+    return not differences(killed_saves.reader(number), open_checkpoint(directory))[0]
 
 
 def raising_at(line: int):

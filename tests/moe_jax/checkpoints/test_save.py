@@ -11,12 +11,12 @@ import pytest
 
 from moe_jax.checkpoints import (
     CheckpointError,
-    Source,
+    Reader,
     load_hugging_face,
     save_hugging_face,
     write_hugging_face,
 )
-from moe_jax.checkpoints.sources import host_copy, of_model
+from moe_jax.checkpoints.readers import host_copy, of_model
 from moe_jax.parameters import from_arrays, to_arrays
 from tests.moe_jax.checkpoints import hub
 
@@ -192,10 +192,10 @@ def test_one_file_at_a_time_is_on_the_host(tmp_path):
     shapes = of_model(model_of(tmp_path, config)).shapes
     model = load_hugging_face(tmp_path / "hub")
     largest = 16 * 2 * 64 * 128 * 2
-    source = Source(model.config, shapes, lambda name: np.ones(shapes[name].shape, hub.BF16))
-    assert source.nbytes > 3.5 * largest
+    reader = Reader(model.config, shapes, lambda name: np.ones(shapes[name].shape, hub.BF16))
+    assert reader.nbytes > 3.5 * largest
     tracemalloc.start()
-    write_hugging_face(tmp_path / "saved", source, max_shard_bytes=largest)
+    write_hugging_face(tmp_path / "saved", reader, max_shard_bytes=largest)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # a file that ends in one stacked array and begins in another keeps both

@@ -20,7 +20,7 @@ _NAMES = (
 )
 
 
-def travelling_files(directory: str | pathlib.Path | None) -> list[pathlib.Path]:
+def sidecar_files(directory: str | pathlib.Path | None) -> list[pathlib.Path]:
     """Those of these files that the directory has; none if it is None.
 
     Raises:

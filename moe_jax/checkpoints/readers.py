@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Reader:
     """A model's parameters, wherever they lie.
 
     Attributes:
@@ -55,7 +55,7 @@ def counter(total: int, progress: Progress | None) -> Callable[[int], None]:
     return count
 
 
-def of_model(model: Qwen3Moe) -> Source:
+def of_model(model: Qwen3Moe) -> Reader:
     """A model's parameters, copied from its devices one at a time.
 
     Raises:
@@ -79,7 +79,7 @@ def of_model(model: Qwen3Moe) -> Source:
         name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype)
         for name in keys.in_layer_order(arrays)
     }
-    return Source(model.config, shapes, lambda name: host_copy(arrays[name]))
+    return Reader(model.config, shapes, lambda name: host_copy(arrays[name]))
 
 
 def host_copy(array: jax.Array) -> np.ndarray:
