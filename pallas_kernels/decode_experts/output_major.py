@@ -51,7 +51,7 @@ _ALONG_ROWS = _TILE.reduce(1)
 _BLOCK_MS = (16, 32, 64)
 _BLOCK_KS = (64, 128, 192, 256)  # up to the widest TMA box
 _PIECE = 64  # columns whose products go to sums of their own
-# Beyond this number of tokens the layout reads experts often enough that no config can make up for it.
+# Beyond this number of tokens no config makes up for how often the layout reads an expert.
 _TUNED_UP_TO = 8
 
 
