@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     capture: bool
 
 
-class Fixed(NamedTuple):
+class StepInputs(NamedTuple):
     """Arrays that stay the same during a call of `stream`.
 
     Attributes:
@@ -53,7 +53,7 @@ class Fixed(NamedTuple):
     stop_ids: jax.Array
 
 
-class Kept(NamedTuple):
+class DecodeState(NamedTuple):
     """Arrays that each step takes over from the one before, by donation.
 
     Attributes:
@@ -65,8 +65,8 @@ class Kept(NamedTuple):
     seen: jax.Array | None
 
 
-class Chosen(NamedTuple):
-    """What a step chose.
+class Sampled(NamedTuple):
+    """The tokens that a step sampled.
 
     Attributes:
       tokens: [B] int32; NO_TOKEN where the logits allow no choice.
@@ -82,32 +82,36 @@ class Chosen(NamedTuple):
 class Step(NamedTuple):
     """What a compiled function returns; trace has the experts of the tokens it ran on, or None."""
 
-    chosen: Chosen
-    kept: Kept
+    sampled: Sampled
+    state: DecodeState
     trace: RoutingTrace | None
 
 
-def _prefill(plan: Plan, fixed: Fixed, kept: Kept, ids: jax.Array, valid: jax.Array) -> Step:
+def _prefill(
+    plan: Plan, inputs: StepInputs, state: DecodeState, ids: jax.Array, valid: jax.Array
+) -> Step:
     """Runs ids [B, S], padded on the left as `valid` [B, S] says.
 
     What is chosen means something after the last chunk only. The earlier chunks choose too, for
     nothing: that costs less than to compile the model a second time without.
     """
     rows = jnp.ones(ids.shape[0], bool)
-    return _advance(plan, fixed, kept, ids, valid, rows, jnp.int32(0))
+    return _advance(plan, inputs, state, ids, valid, rows, jnp.int32(0))
 
 
-def _decode(plan: Plan, fixed: Fixed, kept: Kept, last: Chosen, alive: jax.Array) -> Step:
+def _decode(
+    plan: Plan, inputs: StepInputs, state: DecodeState, last: Sampled, alive: jax.Array
+) -> Step:
     """Runs the last tokens. Rows that are not active, or not alive [B] bool, stay as they are."""
     active = last.active & alive
     return _advance(
-        plan, fixed, kept, last.tokens[:, None], active[:, None], active, last.index + 1
+        plan, inputs, state, last.tokens[:, None], active[:, None], active, last.index + 1
     )
 
 
-def _advance(plan: Plan, fixed: Fixed, kept: Kept, ids, valid, active, index) -> Step:
-    model = from_arrays(plan.config, fixed.parameters)
-    cache, seen = kept
+def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, active, index) -> Step:
+    model = from_arrays(plan.config, inputs.parameters)
+    cache, seen = state
     if seen is not None:
         seen = seen.at[jnp.arange(ids.shape[0])[:, None], ids].max(valid)
     output = model(
@@ -123,12 +127,12 @@ def _advance(plan: Plan, fixed: Fixed, kept: Kept, ids, valid, active, index) ->
     with jax.named_scope("choose"):
         logits = output.logits[:, -1]  # [B, V]
         tokens = choose(
-            logits, seen, fixed.keys, index, plan.steps, fixed.values, platform_ops(plan.platform)
+            logits, seen, inputs.keys, index, plan.steps, inputs.values, platform_ops(plan.platform)
         )
-        stops = jnp.any(tokens[:, None] == fixed.stop_ids, axis=-1)
+        stops = jnp.any(tokens[:, None] == inputs.stop_ids, axis=-1)
     trace = trace_of(output.routings) if plan.capture else None
     active = active & (tokens != NO_TOKEN) & ~stops
-    return Step(Chosen(tokens, active, index), Kept(output.cache, seen), trace)
+    return Step(Sampled(tokens, active, index), DecodeState(output.cache, seen), trace)
 
 
 # How both are compiled; a step's inputs that it returns anew are donated.

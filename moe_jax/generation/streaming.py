@@ -156,21 +156,21 @@ class _Job:
 
 def _events(job: _Job) -> Iterator[Event]:
     start = time.perf_counter()
-    fixed = compiled.Fixed(
+    inputs = compiled.StepInputs(
         parameters=to_arrays(job.model),
         values=job.sampling.values(),
         keys=job.keys,
         stop_ids=compiled.stop_array(job.stop_ids),
     )
     plan = job.plan(job.decode_backend, capture=job.on_routing is not None)
-    step = _prefill(job, fixed)
+    step = _prefill(job, inputs)
     going = np.ones(len(job.rows), bool)
     alive = jnp.array(going)  # a copy: `going` changes
     for index in range(job.max_new_tokens):
         is_last = index + 1 == job.max_new_tokens
-        # Started before this step's tokens are read. `kept` is donated; `chosen` is not.
-        ahead = None if is_last else compiled.decode(plan, fixed, step.kept, step.chosen, alive)
-        tokens = np.asarray(step.chosen.tokens)
+        # Started before this step's tokens are read. `state` is donated; `sampled` is not.
+        ahead = None if is_last else compiled.decode(plan, inputs, step.state, step.sampled, alive)
+        tokens = np.asarray(step.sampled.tokens)
         seconds = time.perf_counter() - start
         if step.trace is not None:
             job.on_routing(_only_rows(step.trace, going))
@@ -195,20 +195,20 @@ def _events(job: _Job) -> Iterator[Event]:
         step = ahead
 
 
-def _prefill(job: _Job, fixed: compiled.Fixed) -> compiled.Step:
+def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
     """Runs the prompts chunk by chunk; returns the last chunk's Step."""
     config, B = job.model.config, len(job.rows)
-    dtype = fixed.parameters["embed_tokens.weight"].dtype
+    dtype = inputs.parameters["embed_tokens.weight"].dtype
     seen = None
     if job.sampling.steps.repetition_penalty:
         seen = jnp.zeros((B, config.vocab_size), bool)
-    kept = compiled.Kept(init_cache(config, B, job.capacity, dtype), seen)
+    state = compiled.DecodeState(init_cache(config, B, job.capacity, dtype), seen)
     ids, valid = arguments.pad_left(job.rows, job.columns)
     plan = job.plan(job.prefill_backend, capture=False)
     for first in range(0, job.columns, job.prefill_chunk):
         chunk = slice(first, first + job.prefill_chunk)
-        step = compiled.prefill(plan, fixed, kept, ids[:, chunk], valid[:, chunk])
-        kept = step.kept
+        step = compiled.prefill(plan, inputs, state, ids[:, chunk], valid[:, chunk])
+        state = step.state
     return step
 
 
