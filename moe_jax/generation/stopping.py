@@ -1,7 +1,8 @@
 """Stop strings: found in text that comes in pieces, and never shown in part.
 
 Text that could be the beginning of a stop string is held back until it is clear that it is not.
-Where pieces are cut makes no difference to what comes out.
+Where pieces are cut makes no difference to what comes out. Hidden text, that of special tokens, is
+searched like any other but never shown.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,20 @@ class StopStrings:
             raise ValueError("stop_strings has an empty string; expected at least one character")
         self._strings = tuple(strings)
         self._held = ""
+        self._hidden: list[bool] = []  # for each held character
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, hidden: bool = False) -> tuple[str, bool]:
         """Returns the text that is now safe to show, and whether a stop string is complete.
 
         Of several, the one that ends first counts, and of those that end together the longest. The
         text before it is returned; what follows it is dropped.
+
+        Args:
+          text: the next piece.
+          hidden: whether the piece is only searched: it may complete a stop string, or be in one.
         """
         self._held += text
+        self._hidden += [hidden] * len(text)
         ends = [
             (start + len(string), start)
             for string in self._strings
@@ -38,15 +45,20 @@ class StopStrings:
         ]
         if ends:
             _, start = min(ends)
-            shown, self._held = self._held[:start], ""
+            shown = self._release(start)
+            self._release(len(self._held))
             return shown, True
-        border = len(self._held) - self._start_of_a_stop_string()
-        shown, self._held = self._held[:border], self._held[border:]
-        return shown, False
+        return self._release(len(self._held) - self._start_of_a_stop_string()), False
 
     def flush(self) -> str:
         """What was held back; for the end of a row that stops for another reason."""
-        shown, self._held = self._held, ""
+        return self._release(len(self._held))
+
+    def _release(self, length: int) -> str:
+        """Takes the first `length` held characters out; returns those that are not hidden."""
+        released = zip(self._held[:length], self._hidden, strict=False)
+        shown = "".join(character for character, hidden in released if not hidden)
+        self._held, self._hidden = self._held[length:], self._hidden[length:]
         return shown
 
     def _start_of_a_stop_string(self) -> int:

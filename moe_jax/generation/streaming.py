@@ -65,7 +65,7 @@ def stream(
 
     The next step is started before a token is read, so that the device does not wait for Python.
     The price is at most one step too many at the end, and for a row with a stop string one token
-    that nobody sees.
+    that is not reported.
 
     Args:
       model: its parameters are used in place; changing them while iterating changes what follows.
@@ -73,8 +73,11 @@ def stream(
       sampling: greedy by default.
       max_new_tokens: for every row.
       stop_ids: tokens that end a row.
-      stop_strings: text that ends a row; needs a tokenizer.
-      tokenizer: whatever has decode(ids) -> str, as moe_jax.tokenization's; None gives no text.
+      stop_strings: text that ends a row; needs a tokenizer. The text of special tokens counts, in
+        full or in part, although it is not shown.
+      tokenizer: an object with decode(ids) -> str, as moe_jax.tokenization's; None gives no text.
+        Where its decode skips special tokens, stop strings find them by special_text(id) -> str,
+        or None for an id that is not special.
       seed: row r draws from (seed, r), so its tokens do not depend on the rows beside it. A
         sequence has a seed for each row, and a row draws as if it were alone.
       prefill_chunk: columns of the prompts that run at once; changes memory, not results.

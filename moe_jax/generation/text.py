@@ -42,8 +42,9 @@ class IncrementalDecoder:
     def flush(self) -> str:
         """What is still held back; characters that never became complete are replaced."""
         piece = self._new_text()[self._shown :]
-        self._start = self._next = len(self._tokens)
-        self._shown = 0
+        if piece:  # else the tokens in hand stay, as the next ones may need them for their spaces
+            self._start = self._next = len(self._tokens)
+            self._shown = 0
         return piece
 
     def _new_text(self) -> str:
@@ -67,17 +68,30 @@ class IncrementalDecoder:
 
 
 class RowText:
-    """One row's decoder and stop strings together; without a tokenizer the text is empty."""
+    """One row's decoder and stop strings together; without a tokenizer the text is empty.
+
+    Special tokens are not shown, but stop strings match their text, where the tokenizer has
+    special_text(id) -> str | None. A special token ends a character that is incomplete before it.
+    """
 
     def __init__(self, tokenizer, stop_strings: Sequence[str]):
         self._decoder = None if tokenizer is None else IncrementalDecoder(tokenizer.decode)
         self._stops = StopStrings(stop_strings)
+        self._special_text = getattr(tokenizer, "special_text", None) if stop_strings else None
 
     def push(self, token: int) -> tuple[str, bool]:
         """The text that may now be shown, and whether a stop string is complete."""
         if self._decoder is None:
             return "", False
-        return self._stops.push(self._decoder.push(token))
+        text = self._decoder.push(token)
+        special = self._special_text(token) if self._special_text else None
+        if special is None:
+            return self._stops.push(text)
+        before, stopped = self._stops.push(text + self._decoder.flush())
+        if stopped:
+            return before, True
+        shown, stopped = self._stops.push(special, hidden=True)
+        return before + shown, stopped
 
     def flush(self) -> str:
         """The rest, for the end of a row that no stop string has ended."""

@@ -38,6 +38,11 @@ class Tokenizer:
         self.chat_templates = dict(chat_templates)
         ids = {name: backend.token_to_id(text) for name, text in special_tokens.items()}
         self.special_ids = {name: id_ for name, id_ in ids.items() if id_ is not None}
+        self._special_texts = {
+            id_: token.content
+            for id_, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -61,6 +66,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids; ids without a text, as models have at the end, give none."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def special_text(self, id_: int) -> str | None:
+        """The text of a special token, which `decode` skips; None for any other id."""
+        return self._special_texts.get(id_)
 
     def render_chat(
         self,

@@ -113,6 +113,30 @@ def test_stop_strings_end_their_row_only():
         assert made.tokens[row] == plain[row][: len(made.tokens[row])]
 
 
+class WithSpecialToken(ByteTokenizer):
+    """Bytes, one of which is a special token that `decode` skips."""
+
+    def __init__(self, special):
+        super().__init__(256)
+        self.special = special
+
+    def decode(self, ids):
+        return super().decode([id_ for id_ in ids if id_ != self.special])
+
+    def special_text(self, id_):
+        return "<end>" if id_ == self.special else None
+
+
+def test_a_stop_string_may_be_a_special_token():
+    plain = plain_greedy(PROMPTS[0], 20)
+    place = next(place for place in range(3, 20) if plain[place] not in plain[:place])
+    tokenizer = WithSpecialToken(plain[place])
+    made = generate(tiny(), PROMPTS, max_new_tokens=20, stop_strings=["<end>"], tokenizer=tokenizer)
+    assert made.tokens[0] == plain[: place + 1]
+    assert made.texts[0] == BYTES.decode(plain[:place])
+    assert made.finish_reasons[0] == "stop_string"
+
+
 def test_streaming_is_generating():
     model = tiny()
     options = {"max_new_tokens": 10, "sampling": DRAWN, "tokenizer": BYTES, "stop_ids": [3]}

@@ -88,6 +88,48 @@ def test_stop_string_across_tokens_and_characters():
     assert row.flush() == "€"
 
 
+@pytest.mark.parametrize(
+    ("stop", "shown", "stops_at"),
+    [
+        ("<|im_end|>", "ok", "<|im_end|>"),
+        ("im_e", "ok", "<|im_end|>"),  # as transformers: a part of a token is enough
+        ("k<|im_end|>", "o", "<|im_end|>"),  # "k" is held back until the token comes
+        ("<|im_end|>\n", "ok", "\n"),
+        ("<|im_end|>\n<|im_start|>", "ok", "<|im_start|>"),
+        ("ok\n", None, None),  # between "ok" and the line break there is a token
+        ("never", None, None),
+    ],
+)
+def test_a_stop_string_matches_special_tokens(stop, shown, stops_at):
+    row, made = RowText(BPE, [stop]), ""
+    for id_ in BPE.encode("ok<|im_end|>\n<|im_start|>user"):
+        text, stopped = row.push(id_)
+        made += text
+        if stopped:
+            assert (made, BPE.decode([id_], skip_special_tokens=False)) == (shown, stops_at)
+            return
+    assert (made + row.flush(), None) == ("ok\nuser", stops_at)
+
+
+def test_a_special_token_ends_a_character_that_is_incomplete():
+    end = BPE.special_ids["eos_token"]
+    half = BPE.encode("☃")[:1]
+    row = RowText(BPE, ["<|im_end|>"])
+    assert [row.push(id_) for id_ in [*BPE.encode("a"), *half, end]] == [
+        ("a", False),
+        ("", False),
+        ("�", True),
+    ]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from([*BPE.encode("a b"), *BPE.special_ids.values()]), max_size=20))
+def test_stop_strings_that_never_come_change_no_text(ids):
+    row = RowText(BPE, ["never", "<|im_start|>x"])
+    made = "".join(row.push(id_)[0] for id_ in ids) + row.flush()
+    assert made == BPE.decode(ids)
+
+
 def test_without_tokenizer_there_is_no_text():
     row = RowText(None, [])
     assert row.push(5) == ("", False)
