@@ -30,10 +30,13 @@ _RANDOM = flags.DEFINE_bool("random", False, "Random weights, and bytes as token
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "May be given several times: a row each.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "A file that is the prompt.")
 _PROMPT_TOKENS = flags.DEFINE_integer(
-    "prompt_tokens", 0, "In place of a prompt, so many random tokens; for timing."
+    "prompt_tokens", 0, "In place of a prompt, this number of random tokens."
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Whether prompts go through the chat template.")
 _SYSTEM = flags.DEFINE_string("system", "", "With --chat: the system message.")
+_ENABLE_THINKING = flags.DEFINE_bool(
+    "enable_thinking", None, "With --chat: the template's enable_thinking, its own by default."
+)
 _BATCH = flags.DEFINE_integer("batch", 1, "How many rows each prompt gets.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "For every row.")
 _FROM_CHECKPOINT = "The checkpoint's generation_config.json by default."
@@ -88,6 +91,7 @@ def _settings() -> settings.Settings:
         prompt_tokens=_PROMPT_TOKENS.value,
         chat=_CHAT.value,
         system=_SYSTEM.value,
+        enable_thinking=_ENABLE_THINKING.value,
         batch=_BATCH.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         sampling={

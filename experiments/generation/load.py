@@ -65,10 +65,13 @@ def prompt_ids(asked: Settings, loaded: Loaded) -> list[list[int]]:
         V = loaded.model.config.vocab_size
         return [random.integers(0, V, asked.prompt_tokens).tolist() for _ in range(asked.batch)]
     rows = []
+    system = [{"role": "system", "content": asked.system}] if asked.system else []
+    thinking = {"enable_thinking": asked.enable_thinking}
+    variables = {} if asked.enable_thinking is None else thinking
     for text in asked.prompts:
         if asked.chat:
-            system = [{"role": "system", "content": asked.system}] if asked.system else []
-            ids = loaded.tokenizer.encode_chat([*system, {"role": "user", "content": text}])
+            messages = [*system, {"role": "user", "content": text}]
+            ids = loaded.tokenizer.encode_chat(messages, **variables)
         else:
             ids = loaded.tokenizer.encode(text)
         rows += [ids] * asked.batch

@@ -22,6 +22,7 @@ class Settings:
       preset: a name in PRESETS, or None.
       prompts: texts; empty where prompt_tokens says how many random tokens to take instead.
       system: of a chat, or None.
+      enable_thinking: what the chat template is given under this name; None gives it nothing.
       sampling: the flags that were given; the checkpoint says the rest.
       dtype: None keeps a checkpoint's.
     """
@@ -32,6 +33,7 @@ class Settings:
     prompt_tokens: int
     chat: bool
     system: str | None
+    enable_thinking: bool | None
     batch: int
     max_new_tokens: int
     sampling: dict[str, float | int]
@@ -74,6 +76,7 @@ def parse(
     prompt_tokens: int,
     chat: bool,
     system: str,
+    enable_thinking: bool | None,
     batch: int,
     max_new_tokens: int,
     sampling: dict[str, float | int | None],
@@ -113,8 +116,9 @@ def parse(
         preset=preset or None,
         prompts=_prompts(prompt, prompt_file, prompt_tokens),
         prompt_tokens=prompt_tokens,
-        chat=_check_chat(chat, system, random, prompt_tokens),
+        chat=_check_chat(chat, system, enable_thinking, random, prompt_tokens),
         system=system or None,
+        enable_thinking=enable_thinking,
         batch=batch,
         max_new_tokens=max_new_tokens,
         sampling={name: value for name, value in sampling.items() if value is not None},
@@ -164,13 +168,17 @@ def _prompts(prompt: Sequence[str], prompt_file: str, prompt_tokens: int) -> tup
     return prompts
 
 
-def _check_chat(chat: bool, system: str, random: bool, prompt_tokens: int) -> bool:
+def _check_chat(
+    chat: bool, system: str, enable_thinking: bool | None, random: bool, prompt_tokens: int
+) -> bool:
     if chat and random:
         raise ValueError("--chat is given with --random; expected a checkpoint, with its template")
     if chat and prompt_tokens:
         raise ValueError("--chat is given with --prompt_tokens; expected a --prompt to say")
     if system and not chat:
         raise ValueError(f"--system is {system!r} without --chat; expected both")
+    if enable_thinking is not None and not chat:
+        raise ValueError(f"--enable_thinking is {enable_thinking} without --chat; expected both")
     return chat
 
 

@@ -75,45 +75,95 @@ class Tokenizer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         **variables: Any,
     ) -> str:
         """A conversation as the text that the model expects.
 
         Args:
-          messages: each {"role": ..., "content": ...}, and what else the template reads.
-          add_generation_prompt: whether the text ends where the assistant begins to speak.
+          messages: each {"role": ..., "content": ...}, and what else the template reads. What the
+            assistant thought may be under reasoning_content, thinking or reasoning.
+          add_generation_prompt: whether the text ends where the assistant begins to speak. None: it
+            does, unless the final message is to be continued.
+          continue_final_message: whether the text ends with the last message's, for the model to go
+            on with it; or the name of the message's field that it ends with, if not "content".
           tools: JSON schemas of functions.
+          documents: what the answer may draw on, for templates that read documents.
           template: the name of one of chat_templates; None takes "tool_use" where there are tools
             and such a template, else "default".
           variables: what else the template is to see, enable_thinking=False for instance.
 
         Raises:
-          ChatTemplateError: there is no such template, or it fails; names the file.
-          ValueError: the messages are none.
+          ChatTemplateError: there is no such template, it fails, or it does not read what it is
+            given; names the file.
+          ValueError: the messages are none, or the arguments exclude each other.
+          TypeError: an argument is of another type, or not plain JSON.
         """
+        _check_kind("add_generation_prompt", add_generation_prompt, bool | None)
+        _check_kind("continue_final_message", continue_final_message, bool | str)
+        _check_kind("template", template, str | None)
+        continues = continue_final_message is not False
+        if add_generation_prompt and continues:
+            raise ValueError(
+                f"continue_final_message is {continue_final_message!r} and add_generation_prompt "
+                "is True; expected one of them, because a new turn ends the one to go on with"
+            )
+        if add_generation_prompt is None:
+            add_generation_prompt = not continues
+        named = {"tools": tools, "documents": documents}
+        for name, value in named.items():
+            _check_mappings(name, value)
         if template is None:
             template = "tool_use" if tools and "tool_use" in self.chat_templates else "default"
-        if template not in self.chat_templates:
+        given = {name: value for name, value in named.items() if value} | variables
+        source, where = self._template(template, given)
+        seen = {
+            **self.special_tokens,
+            **named,
+            "messages": chat_template.chat_messages(messages),
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        if not continues:
+            return chat_template.render(source, where, seen)
+        field = "content" if continue_final_message is True else continue_final_message
+        return chat_template.render_to_continue(source, where, seen, field)
+
+    def _template(self, name: str, given: Mapping[str, Any]) -> tuple[str, str]:
+        """A template's source and what to call it in errors; checks that it reads what is given."""
+        if name not in self.chat_templates:
             raise chat_template.ChatTemplateError(
-                f"{self._where} has no chat template {template!r}; it has "
+                f"{self._where} has no chat template {name!r}; it has "
                 f"{', '.join(self.chat_templates) or 'none at all'}"
             )
-        seen = chat_template.chat_variables(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            special_tokens=self.special_tokens,
-            extra=variables,
-        )
-        where = f"chat template {template!r} of {self._where}"
-        return chat_template.render(self.chat_templates[template], where, seen)
+        where = f"chat template {name!r} of {self._where}"
+        reads = chat_template.variables_of(self.chat_templates[name], where)
+        for unread in sorted(given.keys() - reads):
+            raise chat_template.ChatTemplateError(
+                f"{where} does not read {unread}, which is {given[unread]!r}; it reads "
+                f"{', '.join(sorted(reads)) or 'nothing'}"
+            )
+        return self.chat_templates[name], where
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The ids of render_chat's text; the same arguments."""
         return self.encode(self.render_chat(messages, **options), add_special_tokens=False)
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}; expected {kind}")
+
+
+def _check_mappings(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
+        raise TypeError(f"{name} is {value!r}; expected a sequence of mappings, or None")
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:

@@ -39,6 +39,7 @@ FLAGS = {
     "prompt_tokens": 0,
     "chat": False,
     "system": "",
+    "enable_thinking": None,
     "batch": 1,
     "max_new_tokens": 6,
     "sampling": {"temperature": None, "top_k": None},
@@ -125,6 +126,7 @@ def test_main_ends_with_one_line():
             "--chat is given with --prompt_tokens",
         ),
         ({"system": "Be brief."}, "--system is 'Be brief.' without --chat"),
+        ({"enable_thinking": False}, "--enable_thinking is False without --chat; expected both"),
         ({"batch": 0}, "--batch is 0; expected 1 to"),
         ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 to"),
         ({"prefill_chunk": 0}, "--prefill_chunk is 0; expected 1 to"),
@@ -160,6 +162,16 @@ def test_sampling_flags_go_over_the_checkpoints():
     asked = dataclasses.replace(parse(), sampling={"temperature": 0.0, "top_k": 3})
     with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
         asked.sampling_over(defaults)
+
+
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_enable_thinking_is_for_the_chat_template(thinking):
+    tokenizer = load_tokenizer(TOKENIZER)
+    asked = of_checkpoint("x", chat=True, prompt=["hi"], enable_thinking=thinking)
+    rows = load.prompt_ids(asked, load.Loaded(model=None, tokenizer=tokenizer, defaults=None))
+    given = {} if thinking is None else {"enable_thinking": thinking}
+    assert rows == [tokenizer.encode_chat([{"role": "user", "content": "hi"}], **given)]
+    assert tokenizer.decode(rows[0]).endswith("</think>\n\n") == (thinking is False)
 
 
 def test_random_prompt_tokens():

@@ -34,6 +34,8 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 USER = {"role": "user", "content": "How warm is it in 東京? <b>&"}
 SYSTEM = {"role": "system", "content": "Be brief.\n"}
 THOUGHT = {"role": "assistant", "content": "<think>\nwarm?\n</think>\n\nWarm 😀"}
+WARM = {"role": "assistant", "content": "Warm, I "}
+THINKS = {"role": "assistant", "content": "Warm."}
 TOOL_TURNS = [
     SYSTEM,
     USER,
@@ -52,6 +54,17 @@ CASES = {
     "thinking": {"messages": [USER], "enable_thinking": True},
     "tools": {"messages": TOOL_TURNS, "tools": [TOOL, TOOL], "add_generation_prompt": False},
     "tools, no system": {"messages": [USER], "tools": [TOOL]},
+    "reasoning": {"messages": [USER, THINKS | {"reasoning": "warm?"}]},
+    "thinking field": {"messages": [USER, THINKS | {"thinking": "warm?", "reasoning": "cold?"}]},
+    "reasoning_content": {
+        "messages": [USER, THINKS | {"reasoning": "a", "thinking": "b", "reasoning_content": "c"}]
+    },
+    "continue": {"messages": [USER, WARM], "continue_final_message": True},
+    "continue thinking": {
+        "messages": [USER, THINKS | {"reasoning": "is it\nwarm "}],
+        "continue_final_message": "reasoning",
+    },
+    "continue the user": {"messages": [SYSTEM, USER], "continue_final_message": "content"},
     "blocks": {"messages": [USER], "pretty": {"b": {"z": 1, "a": ["ü", None]}, "a": True}},
     "special tokens": {"messages": [USER], "show_eos": 1},
 }
@@ -82,7 +95,7 @@ def main() -> None:
     (CHECKPOINT / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     chats = []
     for name, case in CASES.items():
-        options = {"add_generation_prompt": True, **case}
+        options = {"add_generation_prompt": "continue_final_message" not in case, **case}
         text = tokenizer.apply_chat_template(options.pop("messages"), tokenize=False, **options)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         chats.append({"name": name, "arguments": case, "text": text, "ids": ids})

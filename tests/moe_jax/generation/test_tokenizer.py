@@ -76,12 +76,15 @@ def test_templates_of_the_config(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**config, "chat_template": "one {{ eos_token }}"}))
     assert load_tokenizer(folder).render_chat(USER) == "one <|im_end|>"
-    several = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    several = [
+        {"name": "default", "template": "a"},
+        {"name": "tool_use", "template": "b{{ tools }}"},
+    ]
     path.write_text(json.dumps({**config, "chat_template": several}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.render_chat(USER) == "a"
-    assert tokenizer.render_chat(USER, tools=[{}]) == "b"
-    assert tokenizer.render_chat(USER, template="tool_use") == "b"
+    assert tokenizer.render_chat(USER, tools=[{}]) == "b[{}]"
+    assert tokenizer.render_chat(USER, template="tool_use") == "bNone"
     # the file wins, as newer checkpoints have it
     assert with_template(folder, "file").render_chat(USER) == "file"
 
@@ -90,6 +93,89 @@ def test_no_template(folder):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ChatTemplateError, match=r"has no chat template 'default'; it has none"):
         load_tokenizer(folder).render_chat(USER)
+
+
+CONTINUED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b  "}]
+BLOCKS = [{"type": "text", "text": "x"}, {"type": "text", "text": "y "}, {"type": "image"}]
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "field", "text"),
+    [  # what transformers 5.23 renders of them
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", CONTINUED, True, "<a>< b  "),
+        ("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", CONTINUED, True, "<a><b"),
+        (
+            "{% for block in messages[0].content %}[{{ block.text }}]{% endfor %}",
+            [{"role": "assistant", "content": BLOCKS}],
+            True,
+            "[x][y ",
+        ),
+        (
+            "{{ messages[0].thinking }}|{{ messages[0].content }}",
+            [{"role": "assistant", "content": "c", "reasoning_content": "t "}],
+            "reasoning_content",
+            "t ",
+        ),
+        (  # what looks like the marker is text like any other
+            "{{ messages[0].content }}!",
+            [{"role": "assistant", "content": "CONTINUE_HERE_0_"}],
+            "content",
+            "CONTINUE_HERE_0_",
+        ),
+    ],
+)
+def test_the_final_message_is_continued(folder, source, messages, field, text):
+    made = with_template(folder, source).render_chat(messages, continue_final_message=field)
+    assert made == text
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "error", "message"),
+    [
+        (
+            "{{ messages[0].content | upper }}",
+            {"continue_final_message": True},
+            ChatTemplateError,
+            "does not render content of the last message as it is.*'hi'",
+        ),
+        (
+            "{{ messages }}",
+            {"continue_final_message": "thinking"},
+            ValueError,
+            "the last message has None as thinking; expected text",
+        ),
+        (
+            "{{ messages }}",
+            {"continue_final_message": True, "add_generation_prompt": True},
+            ValueError,
+            "continue_final_message is True and add_generation_prompt is True; expected one of",
+        ),
+        (
+            "{{ enable_thinking }}{{ messages }}",
+            {"enable_thinkng": False},
+            ChatTemplateError,
+            "does not read enable_thinkng, which is False; it reads enable_thinking, messages",
+        ),
+        ("{{ messages }}", {"tools": [{}]}, ChatTemplateError, "does not read tools, which is"),
+        ("{{ messages }}", {"documents": [{}]}, ChatTemplateError, "does not read documents"),
+        ("{{ tools }}", {"tools": "a"}, TypeError, "tools is 'a'; expected a sequence of mapp"),
+        ("{{ tools }}", {"tools": [3]}, TypeError, r"tools is \[3\]; expected a sequence of mapp"),
+        ("a", {"add_generation_prompt": "no"}, TypeError, "add_generation_prompt is 'no'; exp"),
+        ("a", {"continue_final_message": None}, TypeError, "continue_final_message is None; exp"),
+        ("a", {"template": 5}, TypeError, "template is 5; expected str"),
+    ],
+)
+def test_chat_arguments_that_would_be_lost(folder, source, options, error, message):
+    with pytest.raises(error, match=message):
+        with_template(folder, source).render_chat(USER, **options)
+
+
+def test_variables_that_a_template_only_sets_if_they_are_absent(folder):
+    source = "{% if not mood is defined %}{% set mood = 'calm' %}{% endif %}{{ mood }}"
+    tokenizer = with_template(folder, source)
+    assert tokenizer.render_chat(USER) == "calm"
+    assert tokenizer.render_chat(USER, mood="brisk") == "brisk"
+    assert tokenizer.render_chat(USER, tools=[], documents=None) == "calm"  # nothing is lost
 
 
 def test_strftime_now(folder):
@@ -145,6 +231,7 @@ def test_errors_of_a_template_name_it(folder, source, message):
     [
         ([], ValueError, r"messages is \[\]; expected at least one"),
         ("hi", ValueError, "messages is 'hi'; expected at least one"),
+        (None, ValueError, "messages is None; expected at least one"),
         (["hi"], ValueError, r"messages\[0\] is 'hi'; expected a mapping with role"),
         ([{"content": "hi"}], ValueError, r"messages\[0\] is .*role"),
         ([{"role": "user", "content": object()}], TypeError, "must be plain JSON"),
