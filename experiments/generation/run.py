@@ -32,7 +32,7 @@ def run(asked: Settings, out: TextIO) -> Generation:
         loaded.model,
         prompts,
         max_new_tokens=asked.max_new_tokens,
-        stop_strings=asked.stop,
+        stop_strings=_stop_strings(asked, loaded),
         tokenizer=loaded.tokenizer,
         on_routing=recorder,
         **options,
@@ -44,6 +44,13 @@ def run(asked: Settings, out: TextIO) -> Generation:
         save_trace(asked.capture_trace, recorder.trace())
         out.write(f"wrote {asked.capture_trace}\n")
     return made
+
+
+def _stop_strings(asked: Settings, loaded: load.Loaded) -> tuple[str, ...]:
+    """Those asked for, and the checkpoint's, which go with its end tokens."""
+    if asked.ignore_eos or loaded.tokenizer is None:
+        return asked.stop
+    return (*asked.stop, *loaded.defaults.stop_strings)
 
 
 def _warm_up(asked: Settings, loaded: load.Loaded, prompts, options: dict[str, Any]) -> float:

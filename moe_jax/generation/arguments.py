@@ -1,7 +1,7 @@
 """The arguments of `stream`: checked, and the prompts padded on the left into one array."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,21 +99,45 @@ def cache_capacity(columns: int, max_new_tokens: int, asked: int | None, longest
     return asked
 
 
-def check_stop_ids(stop_ids: Sequence[int], V: int) -> frozenset[int]:
-    """The stop ids as a set.
+def check_token_ids(name: str, ids: Sequence[int], V: int | None = None) -> tuple[int, ...]:
+    """Token ids as Python's numbers.
+
+    Args:
+      name: the argument.
+      ids: whole numbers from 0 up, of any kind.
+      V: the vocabulary's size, which they must be below; None for any.
 
     Raises:
-      ValueError: one is outside the vocabulary of V tokens.
-      TypeError: one is no whole number.
+      ValueError: one is negative, or outside the vocabulary.
+      TypeError: `ids` is no sequence, or has something else than whole numbers.
     """
-    for value in stop_ids:
+    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise TypeError(f"{name} is {ids!r}; expected a sequence of token ids")
+    numbers = []
+    for place, value in enumerate(ids):
         try:
-            inside = 0 <= operator.index(value) < V
+            number = operator.index(value)
         except TypeError:
-            raise TypeError(f"stop_ids has {value!r}; expected whole numbers") from None
-        if not inside:
-            raise ValueError(f"stop_ids has {value}; expected 0 to {V - 1}, as vocab_size is {V}")
-    return frozenset(map(int, stop_ids))
+            raise TypeError(f"{name}[{place}] is {value!r}; expected a whole number") from None
+        if number < 0 or (V is not None and number >= V):
+            accepted = "0 or more" if V is None else f"0 to {V - 1}, as vocab_size is {V}"
+            raise ValueError(f"{name}[{place}] is {number}; expected {accepted}")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def check_words(name: str, words: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Sequences of token ids, none of them empty.
+
+    Raises:
+      ValueError, TypeError: as check_token_ids does; ValueError too for an empty word.
+    """
+    if isinstance(words, (str, bytes, Mapping)) or not isinstance(words, Iterable):
+        raise TypeError(f"{name} is {words!r}; expected a sequence of sequences of token ids")
+    made = tuple(check_token_ids(f"{name}[{place}]", word) for place, word in enumerate(words))
+    if () in made:
+        raise ValueError(f"{name}[{made.index(())}] is empty; expected at least one token id")
+    return made
 
 
 def check_seed(seed: int | Sequence[int], B: int) -> tuple[jax.Array, jax.Array]:

@@ -2,18 +2,18 @@
 
 Both run the model on new tokens, then choose the next one, so a decode step's input never leaves
 the device. They are compiled once for each Plan and shape; lengths, sampling values, seeds and stop
-ids are arrays. The cache and the record of seen tokens are donated: the caller's are gone after.
+ids are arrays. The cache and the history of tokens are donated: the caller's are gone after.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax.cache import KVCache
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.generation.sampling import NO_TOKEN, Steps, choose
+from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
+from moe_jax.generation.sampling import Steps, choose
 from moe_jax.parameters import from_arrays
 from moe_jax.platform_ops import platform_ops
 from moe_jax.traces import RoutingTrace, trace_of
@@ -24,7 +24,7 @@ class Plan(NamedTuple):
 
     Attributes:
       config: the model's.
-      steps: which of the sampling functions apply.
+      steps: which of the logits processors apply.
       backend: the experts' backend.
       platform: as resolve_platform returns it.
       capture: whether to return which experts were chosen.
@@ -58,11 +58,11 @@ class DecodeState(NamedTuple):
 
     Attributes:
       cache: of B rows.
-      seen: [B, V] bool, each row's tokens; None without a repetition penalty.
+      history: the rows' tokens, as far as the logits processors look at them.
     """
 
     cache: KVCache
-    seen: jax.Array | None
+    history: TokenHistory
 
 
 class Sampled(NamedTuple):
@@ -111,13 +111,12 @@ def _decode(
 
 def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, active, index) -> Step:
     model = from_arrays(plan.config, inputs.parameters)
-    cache, seen = state
-    if seen is not None:
-        seen = seen.at[jnp.arange(ids.shape[0])[:, None], ids].max(valid)
+    ops = platform_ops(plan.platform)
+    history = state.history.append(ids, valid, ops)
     output = model(
         ids,
         attention_mask=valid,
-        cache=cache,
+        cache=state.cache,
         logits_to_keep=1,
         output_router_logits=False,
         output_routings=plan.capture,
@@ -126,24 +125,14 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
     )
     with jax.named_scope("choose"):
         logits = output.logits[:, -1]  # [B, V]
-        tokens = choose(
-            logits, seen, inputs.keys, index, plan.steps, inputs.values, platform_ops(plan.platform)
-        )
+        tokens = choose(logits, history, inputs.keys, index, plan.steps, inputs.values, ops)
         stops = jnp.any(tokens[:, None] == inputs.stop_ids, axis=-1)
     trace = trace_of(output.routings) if plan.capture else None
     active = active & (tokens != NO_TOKEN) & ~stops
-    return Step(Sampled(tokens, active, index), DecodeState(output.cache, seen), trace)
+    return Step(Sampled(tokens, active, index), DecodeState(output.cache, history), trace)
 
 
 # How both are compiled; a step's inputs that it returns anew are donated.
 JIT = {"static_argnums": 0, "donate_argnums": 2}
 prefill = jax.jit(_prefill, **JIT)
 decode = jax.jit(_decode, **JIT)
-
-
-def stop_array(stop_ids: frozenset[int]) -> jax.Array:
-    """Stop ids as an array whose length grows in steps of 8, so that few shapes are compiled."""
-    length = max(8, -(-len(stop_ids) // 8) * 8)
-    padded = np.full(length, NO_TOKEN, np.int32)
-    padded[: len(stop_ids)] = sorted(stop_ids)
-    return jnp.asarray(padded)

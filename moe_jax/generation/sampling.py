@@ -1,25 +1,30 @@
-"""How a token is chosen from logits: functions on [B, V], in the order that `choose` applies them.
+"""How a token is chosen from logits: logits processors in the order that `choose` applies them.
 
-    1. repetition_penalty   tokens that the row has seen become less likely
-    2. temperature          logits / temperature; 0 takes the highest logit and skips 3 to 6
-    3. top_k                the k highest stay, the others become -inf
-    4. top_p                the fewest that hold a probability of p stay
-    5. min_p                those at least min_p times as likely as the likeliest stay
-    6. a draw from the softmax of what is left
+    1. repetition_penalty     tokens that the row has seen become less likely
+    2. no_repeat_ngram_size   a token that would repeat an n-gram of the row becomes -inf
+    3. bad_words_ids          the last token of a word that the row ends with becomes -inf
+    4. suppress_tokens        these tokens become -inf
+    5. temperature            logits / temperature; 0 takes the highest logit and skips 6 to 9
+    6. top_k                  the k highest stay, the others become -inf
+    7. top_p                  the fewest that hold a probability of p stay
+    8. min_p                  those at least min_p times as likely as the likeliest stay
+    9. a draw from the softmax of what is left
 
 Order and meaning are those of transformers' logits processors. All of it is float32.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from moe_jax.generation import arguments
+from moe_jax.generation import logits_processors as processors
+from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
 from moe_jax.platform_ops import XLA, PlatformOps
-
-# What `choose` returns for a row without a highest logit: NaN among them, or nothing but -inf.
-NO_TOKEN = -1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,12 @@ class Sampling:
       top_p: 1 is off.
       min_p: 0 is off.
       repetition_penalty: 1 is off; above 1 a row's prompt and what it has generated so far become
-        less likely, below 1 more likely. Applies to greedy choices too.
+        less likely, below 1 more likely. Applies to greedy choices too, as all below do.
+      no_repeat_ngram_size: 0 is off; else no n-gram of this size comes twice in a row, its prompt
+        included.
+      bad_words_ids: sequences of token ids that are never completed. As in transformers, one that
+        is a single stop id is let through.
+      suppress_tokens: token ids that are never chosen.
 
     Raises:
       ValueError: names the field, its value and what is accepted.
@@ -43,6 +53,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    suppress_tokens: Sequence[int] = ()
 
     def __post_init__(self):
         # Bounds beyond which float32 logits would overflow.
@@ -53,95 +66,119 @@ class Sampling:
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100, "; 1 is off")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k!r}; expected a whole number, 0 (off) or more")
+        arguments.whole_number("no_repeat_ngram_size", self.no_repeat_ngram_size, least=0)
+        words = arguments.check_words("bad_words_ids", self.bad_words_ids)
+        tokens = arguments.check_token_ids("suppress_tokens", self.suppress_tokens)
+        for name, value in (("bad_words_ids", words), ("suppress_tokens", tokens)):
+            object.__setattr__(self, name, value)  # tuples, as this is hashable
+
+    def for_model(self, V: int, stop_ids: frozenset[int] = frozenset()) -> "Sampling":
+        """The same for a vocabulary of V tokens: a bad word that is one stop id is let through.
+
+        Raises:
+          ValueError: a banned token is outside the vocabulary.
+        """
+        arguments.check_token_ids("suppress_tokens", self.suppress_tokens, V)
+        for place, word in enumerate(self.bad_words_ids):
+            arguments.check_token_ids(f"bad_words_ids[{place}]", word, V)
+        words = [word for word in self.bad_words_ids if len(word) > 1 or word[0] not in stop_ids]
+        return dataclasses.replace(self, bad_words_ids=words)
 
     @property
     def steps(self) -> "Steps":
-        """Which of the functions above do anything: what a compiled function is specialised to."""
+        """Which processors do anything: what a compiled function is specialised to."""
         drawn = self.temperature > 0
+        single = any(len(word) == 1 for word in self.bad_words_ids)
         return Steps(
             draw=drawn,
             repetition_penalty=self.repetition_penalty != 1,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            bad_words=any(len(word) > 1 for word in self.bad_words_ids),
+            suppress_tokens=single or bool(self.suppress_tokens),
             top_k=drawn and self.top_k > 0,
             top_p=drawn and self.top_p < 1,
             min_p=drawn and self.min_p > 0,
         )
 
     def values(self) -> dict[str, jax.Array]:
-        """The numbers as arrays, so that other values compile nothing anew."""
+        """The numbers as arrays, so that other values compile nothing anew.
+
+        Tables of tokens grow in steps of 8 and prefixes in steps of 4, so that few shapes are
+        compiled.
+        """
+        # A word of one token is the same as a suppressed token, and needs no history.
+        words = [word for word in self.bad_words_ids if len(word) > 1]
+        single = [word[0] for word in self.bad_words_ids if len(word) == 1]
+        prefixes = np.full(
+            (_padded(len(words), 8), _padded(max(map(len, words), default=1) - 1, 4)), NO_TOKEN
+        )
+        for row, word in enumerate(words):
+            prefixes[row, prefixes.shape[1] + 1 - len(word) :] = word[:-1]
         return {
             "temperature": jnp.float32(self.temperature),
             "top_k": jnp.int32(min(self.top_k, 2**31 - 1)),
             "removed_mass": jnp.float32(1 - self.top_p),
             "min_p": jnp.float32(self.min_p),
             "repetition_penalty": jnp.float32(self.repetition_penalty),
+            "bad_word_prefixes": jnp.asarray(prefixes, jnp.int32),
+            "bad_word_ends": token_table([word[-1] for word in words]),
+            "suppressed": token_table([*self.suppress_tokens, *single]),
         }
 
 
 class Steps(NamedTuple):
-    """Which functions apply; hashable, as a static argument must be."""
+    """Which processors apply; hashable, as a static argument must be."""
 
     draw: bool
     repetition_penalty: bool
+    no_repeat_ngram_size: int
+    bad_words: bool
+    suppress_tokens: bool
     top_k: bool
     top_p: bool
     min_p: bool
 
+    @property
+    def bans(self) -> bool:
+        """Whether tokens may be ruled out before the draw, perhaps all of them."""
+        return bool(self.no_repeat_ngram_size or self.bad_words or self.suppress_tokens)
 
-def repetition_penalty(logits: jax.Array, seen: jax.Array, penalty) -> jax.Array:
-    """Divides positive logits of seen tokens by the penalty, multiplies negative ones with it.
-
-    Args:
-      logits: [B, V] float32.
-      seen: [B, V] bool, the tokens of each row's prompt and of what it generated.
-      penalty: above 0.
-    """
-    penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
-    return jnp.where(seen, penalised, logits)
-
-
-def temperature(logits: jax.Array, value) -> jax.Array:
-    """Divides logits [B, V] by a temperature above 0."""
-    return logits / value
+    def empty_history(self, B: int, V: int, N: int) -> TokenHistory:
+        """What the processors look at: of B rows without tokens, which may have up to N."""
+        in_order = self.no_repeat_ngram_size or self.bad_words
+        return TokenHistory(
+            seen=jnp.zeros((B, V), bool) if self.repetition_penalty else None,
+            ids=jnp.zeros((B, N), jnp.int32) if in_order else None,
+            lengths=jnp.zeros(B, jnp.int32) if in_order else None,
+        )
 
 
-def top_k(logits: jax.Array, k) -> jax.Array:
-    """Keeps the k highest of each row and all that equal the last of them; the rest is -inf."""
-    return _drop_below(logits, _kth_highest(jnp.sort(logits, axis=-1), k))
-
-
-def top_p(logits: jax.Array, p) -> jax.Array:
-    """Keeps the fewest tokens of each row that together reach probability p, at least one.
-
-    Of equal logits at the border the lower ids stay. How many stay is as in transformers; which
-    ones is left to an unstable sort there.
-    """
-    return _drop_tail(logits, jnp.sort(logits, axis=-1), 1 - p)
-
-
-def min_p(logits: jax.Array, p) -> jax.Array:
-    """Keeps tokens whose probability is at least p times that of their row's likeliest."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    floor = p * jnp.max(probabilities, axis=-1, keepdims=True)
-    return jnp.where(probabilities < floor, -jnp.inf, logits)
-
-
-def process(logits: jax.Array, seen: jax.Array | None, steps: Steps, values: dict[str, Any]):
-    """Steps 1 to 5 of the module on logits [B, V] of any float dtype; `seen` as above or None."""
+def process(logits: jax.Array, history: TokenHistory, steps: Steps, values: dict[str, Any]):
+    """Steps 1 to 8 of the module on logits [B, V] of any float dtype."""
     logits = logits.astype(jnp.float32)
+    row = history.ids, history.lengths
     if steps.repetition_penalty:
-        logits = repetition_penalty(logits, seen, values["repetition_penalty"])
+        penalty = values["repetition_penalty"]
+        logits = processors.repetition_penalty(logits, history.seen, penalty)
+    if steps.no_repeat_ngram_size:
+        logits = processors.no_repeat_ngrams(logits, *row, steps.no_repeat_ngram_size)
+    if steps.bad_words:
+        prefixes, ends = values["bad_word_prefixes"], values["bad_word_ends"]
+        logits = processors.bad_words(logits, *row, prefixes, ends)
+    if steps.suppress_tokens:
+        logits = processors.suppress_tokens(logits, values["suppressed"])
     if steps.draw:
-        logits = temperature(logits, values["temperature"])
+        logits = processors.temperature(logits, values["temperature"])
     if steps.top_k or steps.top_p:
         # One sort serves both: what top_k drops is the lower end of the sorted row too.
         ordered = jnp.sort(logits, axis=-1)
         if steps.top_k:
-            border = _kth_highest(ordered, values["top_k"])
-            logits, ordered = _drop_below(logits, border), _drop_below(ordered, border)
+            border = processors.kth_highest(ordered, values["top_k"])
+            logits, ordered = (processors.drop_below(rows, border) for rows in (logits, ordered))
         if steps.top_p:
-            logits = _drop_tail(logits, ordered, values["removed_mass"])
+            logits = processors.drop_tail(logits, ordered, values["removed_mass"])
     if steps.min_p:
-        logits = min_p(logits, values["min_p"])
+        logits = processors.min_p(logits, values["min_p"])
     return logits
 
 
@@ -152,7 +189,7 @@ def row_keys(seeds: jax.Array, rows: jax.Array) -> jax.Array:
 
 def choose(
     logits: jax.Array,
-    seen: jax.Array | None,
+    history: TokenHistory,
     keys: jax.Array,
     index: jax.Array,
     steps: Steps,
@@ -161,22 +198,25 @@ def choose(
 ) -> jax.Array:
     """Chooses a token for each row.
 
-    The draw depends on the row's key, the token's number and the row's logits, on nothing else: not
-    on the batch, nor on padding.
+    The draw depends on the row's key, the token's number, the row's logits and its history, on
+    nothing else: not on the batch, nor on padding.
 
     Args:
       logits: [B, V] of any float dtype.
-      seen: [B, V] bool; None where steps.repetition_penalty is off.
+      history: of the rows' tokens, as `Steps.empty_history` begins it.
       keys: [B] random keys, from `row_keys`.
       index: int32, how many tokens each row has generated so far.
       steps, values: of the Sampling.
       ops: the platform's form of argmax, for greedy choices; draws sort, on any platform.
 
     Returns:
-      [B] int32; NO_TOKEN for a row that has a NaN or no finite maximum.
+      [B] int32; NO_TOKEN for a row that has a NaN or no finite maximum, or in which every token is
+      ruled out.
     """
     has_choice = jnp.max(logits, axis=-1) > -jnp.inf  # False for NaN
-    logits = process(logits, seen, steps, values)
+    logits = process(logits, history, steps, values)
+    if steps.bans:
+        has_choice &= jnp.max(logits, axis=-1) > -jnp.inf
     if steps.draw:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
         tokens = jax.vmap(jax.random.categorical)(keys, logits)
@@ -185,36 +225,15 @@ def choose(
     return jnp.where(has_choice, tokens, NO_TOKEN).astype(jnp.int32)
 
 
-def _kth_highest(ordered: jax.Array, k) -> jax.Array:
-    """[B, 1], from rows [B, V] in ascending order; the lowest where k exceeds V."""
-    V = ordered.shape[-1]
-    place = jnp.maximum(V - jnp.asarray(k), 0)
-    return jax.lax.dynamic_slice_in_dim(ordered, place, 1, axis=-1)
+def _padded(length: int, step: int) -> int:
+    return max(step, -(-length // step) * step)
 
 
-def _drop_below(logits: jax.Array, border: jax.Array) -> jax.Array:
-    return jnp.where(logits < border, -jnp.inf, logits)
-
-
-def _drop_tail(logits: jax.Array, ordered: jax.Array, removed_mass) -> jax.Array:
-    """Drops the least likely tokens that together hold no more than `removed_mass`.
-
-    Args:
-      logits: [B, V].
-      ordered: [B, V], the same in ascending order.
-      removed_mass: a probability.
-    """
-    V = ordered.shape[-1]
-    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-    dropped = jnp.sum(mass <= removed_mass, axis=-1, keepdims=True)
-    dropped = jnp.minimum(dropped, V - 1)  # [B, 1]; the likeliest always stays
-    border = jnp.take_along_axis(ordered, dropped, axis=-1)
-    # Without moving `dropped` back through the sort: all below the border go, and of those equal to
-    # it stay as many as the sorted row still has from there on.
-    equal = logits == border
-    stay = V - dropped - jnp.sum(logits > border, axis=-1, keepdims=True)
-    goes = (logits < border) | (equal & (jnp.cumsum(equal, axis=-1) > stay))
-    return jnp.where(goes, -jnp.inf, logits)
+def token_table(tokens: Sequence[int]) -> jax.Array:
+    """Tokens as an int32 array whose length grows in steps of 8, filled up with NO_TOKEN."""
+    table = np.full(_padded(len(tokens), 8), NO_TOKEN, np.int32)
+    table[: len(tokens)] = tokens
+    return jnp.asarray(table)
 
 
 def _check_number(name: str, value: Any, least: float, most: float, note: str) -> None:

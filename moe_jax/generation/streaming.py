@@ -12,7 +12,8 @@ from moe_jax.cache import init_cache
 from moe_jax.experts import BACKENDS
 from moe_jax.generation import arguments
 from moe_jax.generation import decode as compiled
-from moe_jax.generation.sampling import NO_TOKEN, Sampling, row_keys
+from moe_jax.generation.logits_processors import NO_TOKEN
+from moe_jax.generation.sampling import Sampling, row_keys, token_table
 from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
@@ -103,7 +104,7 @@ def stream(
     longest = max(map(len, rows))
     columns = arguments.padded_length(longest, prefill_chunk)
     capacity = arguments.cache_capacity(columns, max_new_tokens, capacity, longest)
-    stops = arguments.check_stop_ids(stop_ids, config.vocab_size)
+    stops = frozenset(arguments.check_token_ids("stop_ids", stop_ids, config.vocab_size))
     seeds, places = arguments.check_seed(seed, len(rows))
     texts = [RowText(tokenizer, stop_strings) for _ in rows]
     if stop_strings and tokenizer is None:
@@ -115,7 +116,7 @@ def stream(
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
     job = _Job(
         model=model,
-        sampling=sampling,
+        sampling=sampling.for_model(config.vocab_size, stops),
         rows=rows,
         columns=columns,
         prefill_chunk=min(prefill_chunk, columns),
@@ -163,7 +164,7 @@ def _events(job: _Job) -> Iterator[Event]:
         parameters=to_arrays(job.model),
         values=job.sampling.values(),
         keys=job.keys,
-        stop_ids=compiled.stop_array(job.stop_ids),
+        stop_ids=token_table(sorted(job.stop_ids)),
     )
     plan = job.plan(job.decode_backend, capture=job.on_routing is not None)
     step = _prefill(job, inputs)
@@ -202,10 +203,8 @@ def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
     """Runs the prompts chunk by chunk; returns the last chunk's Step."""
     config, B = job.model.config, len(job.rows)
     dtype = inputs.parameters["embed_tokens.weight"].dtype
-    seen = None
-    if job.sampling.steps.repetition_penalty:
-        seen = jnp.zeros((B, config.vocab_size), bool)
-    state = compiled.DecodeState(init_cache(config, B, job.capacity, dtype), seen)
+    history = job.sampling.steps.empty_history(B, config.vocab_size, job.capacity)
+    state = compiled.DecodeState(init_cache(config, B, job.capacity, dtype), history)
     ids, valid = arguments.pad_left(job.rows, job.columns)
     plan = job.plan(job.prefill_backend, capture=False)
     for first in range(0, job.columns, job.prefill_chunk):
@@ -220,7 +219,8 @@ def _read(job: _Job, row: int, index: int, token: int, is_last: bool) -> tuple[s
     if token == NO_TOKEN:
         raise FloatingPointError(
             f"row {row}: the logits for its token {index} are NaN, or all -inf; no token can be "
-            "chosen. Look for NaN in the weights, or for overflow in their dtype"
+            "chosen. Look for NaN in the weights, for overflow in their dtype, or for a sampling "
+            "that bans every token"
         )
     text = job.texts[row]
     if token in job.stop_ids:

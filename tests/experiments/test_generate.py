@@ -242,22 +242,25 @@ def test_defaults_of_a_checkpoint_and_flags_over_them(checkpoint, model):
 def test_end_tokens_and_stop_strings(checkpoint, model):
     ids = load_tokenizer(TOKENIZER).encode("hello")
     plain = generate(model, [ids], max_new_tokens=6).tokens[0]
-    end = plain[2]
+    end, unused = plain[2], next(id_ for id_ in range(512) if id_ not in plain)
+    text = load_tokenizer(TOKENIZER).decode(plain)
+    stop = next(character for character in text if character != "\N{REPLACEMENT CHARACTER}")
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": end}))
     try:
         made = run(of_checkpoint(checkpoint), io.StringIO())
         assert made.tokens == [plain[: plain.index(end) + 1]]
         assert made.finish_reasons == ["stop_id"]
+        path.write_text(json.dumps({"eos_token_id": unused, "stop_strings": stop}))
+        of_file = run(of_checkpoint(checkpoint), io.StringIO())
         made = run(of_checkpoint(checkpoint, ignore_eos=True), io.StringIO())
         assert (made.tokens, made.finish_reasons) == ([plain], ["length"])
     finally:
         path.unlink()
-    text = load_tokenizer(TOKENIZER).decode(plain)
-    stop = next(character for character in text if character != "\N{REPLACEMENT CHARACTER}")
-    made = run(of_checkpoint(checkpoint, stop=[stop], ignore_eos=True), io.StringIO())
-    assert made.texts == [text.partition(stop)[0]]
-    assert made.finish_reasons == ["stop_string"]
+    of_flag = run(of_checkpoint(checkpoint, stop=[stop], ignore_eos=True), io.StringIO())
+    for made in (of_file, of_flag):
+        assert made.texts == [text.partition(stop)[0]]
+        assert made.finish_reasons == ["stop_string"]
 
 
 def test_checkpoint_without_tokenizer_or_template(model, tmp_path):

@@ -53,17 +53,22 @@ def _whole_model(**changes):
         valid = jnp.arange(LONGEST)[None] < length
         kept = jnp.asarray(length - 1)[None]
         out = model(ids, attention_mask=valid, logits_to_keep=kept, output_routings=True)
-        return jnp.argmax(out.logits[0, 0]), out.routings
+        return out.logits[0, 0], out.routings
 
     return run
 
 
-def plain_greedy(prompt: list[int], new: int, **changes) -> list[int]:
-    """The argmax loop through the whole model, without a cache."""
+def plain_greedy(prompt: list[int], new: int, banned=lambda row: [], **changes) -> list[int]:
+    """The argmax loop through the whole model, without a cache.
+
+    `banned` says which tokens may not follow a row.
+    """
     ids = np.zeros((1, LONGEST), np.int32)
     ids[0, : len(prompt)] = prompt
     for length in range(len(prompt), len(prompt) + new):
-        ids[0, length], _ = _whole_model(**changes)(ids, length)
+        logits = np.array(_whole_model(**changes)(ids, length)[0])
+        logits[banned(ids[0, :length].tolist())] = -np.inf
+        ids[0, length] = logits.argmax()
     return ids[0, len(prompt) : len(prompt) + new].tolist()
 
 

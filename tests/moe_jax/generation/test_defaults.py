@@ -1,6 +1,7 @@
 """generation_config.json: stop ids and sampling, with transformers' defaults for what is absent."""
 
 import json
+import warnings
 
 import pytest
 
@@ -46,6 +47,14 @@ def test_as_qwen3_has_it(tmp_path):
             {"do_sample": True, "top_k": 0, "temperature": 1, "repetition_penalty": 1.1},
             Sampling(temperature=1.0, repetition_penalty=1.1),
         ),
+        (
+            {"no_repeat_ngram_size": 3, "bad_words_ids": [[1], [2, 3]], "suppress_tokens": [4]},
+            Sampling(no_repeat_ngram_size=3, bad_words_ids=[[1], [2, 3]], suppress_tokens=[4]),
+        ),
+        (
+            {"no_repeat_ngram_size": 0, "bad_words_ids": None, "suppress_tokens": []},
+            Sampling(),
+        ),
     ],
 )
 def test_sampling(tmp_path, file, sampling):
@@ -68,8 +77,55 @@ def test_stop_ids(tmp_path, generation, config, stop_ids):
 
 
 @pytest.mark.parametrize(
+    ("value", "strings"),
+    [(None, ()), ("END", ("END",)), (["END", "\n\n"], ("END", "\n\n")), ([], ())],
+)
+def test_stop_strings(tmp_path, value, strings):
+    assert read(tmp_path, {"stop_strings": value}).stop_strings == strings
+
+
+def test_what_is_not_applied_is_named_once(tmp_path):
+    file = {"min_new_tokens": 5, "num_beams": 2, "typical_p": 0.5, "max_length": 2048}
+    neutral = {"min_length": 0, "guidance_scale": 1, "penalty_alpha": None, "token_healing": False}
+    with pytest.warns(UserWarning) as caught:
+        read(tmp_path, file | neutral)
+        read(tmp_path, file | neutral)
+    path = tmp_path / "generation_config.json"
+    assert [str(warning.message) for warning in caught] == [
+        f"{path}: not applied here: min_new_tokens = 5, num_beams = 2"
+    ]
+    with pytest.warns(UserWarning, match=r"typical_p = 0\.5$"):  # without draws it changes nothing
+        read(tmp_path, file | neutral | {"do_sample": True})
+
+
+def test_transformers_defaults_warn_of_nothing(tmp_path):
+    # What its GenerationConfig writes where a checkpoint changes nothing, and what is off.
+    file = {
+        "do_sample": True,
+        "encoder_no_repeat_ngram_size": 0,
+        "encoder_repetition_penalty": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "remove_invalid_values": False,
+        "typical_p": 1.0,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, file).sampling == Sampling(temperature=1.0, top_k=50)
+
+
+@pytest.mark.parametrize(
     ("file", "message"),
     [
+        ({"suppress_tokens": [-1]}, r"suppress_tokens\[0\] is -1; expected 0 or more"),
+        ({"suppress_tokens": 5}, "suppress_tokens is 5; expected a sequence of token ids"),
+        ({"bad_words_ids": [5]}, r"bad_words_ids\[0\] is 5; expected a sequence of token ids"),
+        ({"bad_words_ids": [[1], []]}, r"bad_words_ids\[1\] is empty; expected at least one"),
+        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size is 1.5; expected a whole number"),
+        ({"stop_strings": [""]}, r"stop_strings is \[''\]; expected a string or a list"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'; expected a token id or a list"),
         ({"eos_token_id": [1, -1]}, "eos_token_id is .*; expected a token id"),
         ({"do_sample": 1}, "do_sample is 1; expected true or false"),

@@ -1,15 +1,16 @@
 """What is generated: equal to the plain loop, whatever the batch, the padding and the chunks."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.generation import collect, generate, stream, streaming
+from moe_jax.generation import Sampling, collect, generate, stream, streaming
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import ByteTokenizer
-from tests.moe_jax.generation.models import DRAWN, PROMPTS, plain_greedy, plain_routings, tiny
+from tests.moe_jax.generation.models import DRAWN, PROMPTS, V, plain_greedy, plain_routings, tiny
 
 BYTES = ByteTokenizer(256)
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
@@ -66,6 +67,32 @@ def test_repetition_penalty_counts_the_prompt_and_what_was_generated():
     for tokens, before in zip(made.tokens, PROMPTS, strict=True):
         assert len(set(tokens)) == len(tokens)
         assert not set(tokens) & set(before)
+
+
+def test_bans_count_the_prompt_and_what_was_generated():
+    free = [plain_greedy(prompt, 3) for prompt in PROMPTS]
+    words = [free[0][:1], [PROMPTS[1][-1], free[1][0]], [PROMPTS[2][-1], *free[2][:2]]]
+    suppressed = [free[2][2], 5]
+
+    def banned(row):
+        bigrams = set(itertools.pairwise(row))
+        return [
+            token
+            for token in range(V)
+            if token in suppressed
+            or (row[-1], token) in bigrams
+            or any([*row, token][-len(word) :] == word for word in words)
+        ]
+
+    made = generate(
+        tiny(),
+        PROMPTS,
+        max_new_tokens=20,
+        prefill_chunk=8,
+        capacity=64,
+        sampling=Sampling(no_repeat_ngram_size=2, bad_words_ids=words, suppress_tokens=suppressed),
+    )
+    assert made.tokens == [plain_greedy(prompt, 20, banned) for prompt in PROMPTS]
 
 
 def test_stop_ids():

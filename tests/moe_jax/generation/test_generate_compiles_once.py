@@ -30,11 +30,13 @@ def traced_once(monkeypatch):
 def test_one_compilation_serves_all_calls_of_a_batch_size():
     model = tiny()
     others = {"top_k": 9, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.1}
+    others |= {"no_repeat_ngram_size": 3, "bad_words_ids": [[1, 2]], "suppress_tokens": [3]}
     first = {"sampling": Sampling(temperature=1.0, **others), "prefill_chunk": 16}
     generate(model, PROMPTS, max_new_tokens=20, **first)
     # other prompts and lengths of the same bucket
     generate(model, [[9] * 16, [1], [2, 3]], max_new_tokens=3, **first)
     # other values, seeds and stop ids
+    others |= {"bad_words_ids": [[3, 4, 5], [6, 7], [8]], "suppress_tokens": [9, 10]}
     second = Sampling(temperature=0.3, **others | {"top_k": 5, "top_p": 0.5})
     second = {**first, "sampling": second, "seed": 8, "stop_ids": [5, 9]}
     generate(model, PROMPTS, max_new_tokens=20, **second)

@@ -38,8 +38,8 @@ ERRORS = {
     "capacity a float": ({"capacity": 64.0}, ValueError, "capacity is 64.0; expected a whole"),
     "chunk": ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0; expected a whole number"),
     "sampling": ({"sampling": 0.7}, TypeError, "sampling is 0.7; expected a Sampling"),
-    "stop id": ({"stop_ids": [128]}, ValueError, "stop_ids has 128; expected 0 to 127"),
-    "stop id text": ({"stop_ids": ["a"]}, TypeError, "stop_ids has 'a'; expected whole numbers"),
+    "stop id": ({"stop_ids": [128]}, ValueError, r"stop_ids\[0\] is 128; expected 0 to 127"),
+    "stop id text": ({"stop_ids": ["a"]}, TypeError, r"stop_ids\[0\] is .a.; expected a whole"),
     "stop string": ({"stop_strings": ["a"]}, ValueError, "stop_strings is .* without tokenizer"),
     "stop string empty": (
         {"stop_strings": [""], "tokenizer": ByteTokenizer(256)},

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from moe_jax.generation import sampling as functions
-from moe_jax.generation.sampling import NO_TOKEN, Sampling, choose, process, row_keys
+from moe_jax.generation import logits_processors as processors
+from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
+from moe_jax.generation.sampling import Sampling, choose, process, row_keys
 
 GOLDENS = np.load(pathlib.Path(__file__).with_name("sampling_goldens.npz"))
 CASES = json.loads(str(GOLDENS["_cases"]))
@@ -24,10 +25,13 @@ jitted_process = jax.jit(process, static_argnames="steps")
 jitted_choose = jax.jit(choose, static_argnames="steps")
 
 
-def seen_of(ids: np.ndarray, V: int) -> np.ndarray:
-    seen = np.zeros((ids.shape[0], V), bool)
+def history_of(ids: np.ndarray, V: int) -> TokenHistory:
+    """Rows of equal length, in places for more; what lies behind their ends must not matter."""
+    B, length = ids.shape
+    seen = np.zeros((B, V), bool)
     np.put_along_axis(seen, ids, True, axis=1)
-    return seen
+    stored = np.concatenate([ids, ids[:, :5]], axis=1)
+    return TokenHistory(seen, stored, np.full(B, length, np.int32))
 
 
 @pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in CASES), ("all", False)])
@@ -35,11 +39,11 @@ def test_process_as_transformers_does(name, jit):
     # A penalty alone is what transformers applies to a greedy choice, as here.
     asked = Sampling(**{"temperature": 0.0, **CASES[name]})
     run = jitted_process if jit else process
-    logits = GOLDENS["_logits"]
-    seen = seen_of(GOLDENS["_ids"], logits.shape[1])
-    made = np.asarray(run(logits, seen, steps=asked.steps, values=asked.values()))
+    logits = jnp.asarray(GOLDENS["_logits"])
+    history = jax.tree.map(jnp.asarray, history_of(GOLDENS["_ids"], logits.shape[1]))
+    made = np.asarray(run(logits, history, steps=asked.steps, values=asked.values()))
     expected = GOLDENS[name]
-    for given_row, row, expected_row in zip(logits, made, expected, strict=True):
+    for given_row, row, expected_row in zip(GOLDENS["_logits"], made, expected, strict=True):
         finite = given_row[np.isfinite(given_row)]
         if len(np.unique(finite)) < len(finite):
             # Which of equal logits stay is left open there; how many is not.
@@ -49,22 +53,70 @@ def test_process_as_transformers_does(name, jit):
 
 
 def test_top_p_keeps_the_lower_ids_of_equal_logits():
-    made = functions.top_p(jnp.asarray([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0]]), 0.6)
+    made = processors.top_p(jnp.asarray([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0]]), 0.6)
     np.testing.assert_array_equal(np.isfinite(made), [[False, True, True, False, True, False]])
-    made = functions.top_p(jnp.zeros((1, 8)), 0.3)
+    made = processors.top_p(jnp.zeros((1, 8)), 0.3)
     np.testing.assert_array_equal(np.isfinite(made), [[True] * 3 + [False] * 5])
 
 
 def test_functions_one_by_one_are_what_process_applies():
     logits = jnp.asarray(GOLDENS["_logits"])
-    seen = jnp.asarray(seen_of(GOLDENS["_ids"], logits.shape[1]))
-    made = functions.repetition_penalty(logits, seen, 1.2)
-    made = functions.temperature(made, 0.7)
-    made = functions.top_k(made, 12)
-    made = functions.top_p(made, 0.9)
-    made = functions.min_p(made, 0.02)
+    history = jax.tree.map(jnp.asarray, history_of(GOLDENS["_ids"], logits.shape[1]))
     asked = Sampling(**CASES["all"])
-    chex.assert_trees_all_equal(made, process(logits, seen, asked.steps, asked.values()))
+    values = asked.values()
+    row = history.ids, history.lengths
+    made = processors.repetition_penalty(logits, history.seen, 1.2)
+    made = processors.no_repeat_ngrams(made, *row, 2)
+    made = processors.bad_words(made, *row, values["bad_word_prefixes"], values["bad_word_ends"])
+    made = processors.suppress_tokens(made, jnp.asarray([15, 40, 7]))
+    made = processors.temperature(made, 0.7)
+    made = processors.top_k(made, 12)
+    made = processors.top_p(made, 0.9)
+    made = processors.min_p(made, 0.02)
+    chex.assert_trees_all_equal(made, process(logits, history, asked.steps, values))
+
+
+def test_history_of_chunks_with_padding():
+    ids = jnp.asarray([[9, 9, 1, 2], [9, 3, 9, 4], [5, 6, 7, 8]], jnp.int32)
+    valid = jnp.asarray([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]], bool)
+    history = TokenHistory(
+        jnp.zeros((3, 10), bool), jnp.zeros((3, 6), jnp.int32), jnp.zeros(3, int)
+    )
+    for chunk in (slice(0, 3), slice(3, 4)):
+        history = history.append(ids[:, chunk], valid[:, chunk])
+    history = history.append(
+        jnp.asarray([[2], [NO_TOKEN], [1]]), jnp.asarray([[1], [0], [1]], bool)
+    )
+    np.testing.assert_array_equal(history.lengths, [3, 2, 5])
+    np.testing.assert_array_equal(
+        history.ids, [[1, 2, 2, 0, 0, 0], [3, 4, 0, 0, 0, 0], [5, 6, 7, 8, 1, 0]]
+    )
+    seen = [np.flatnonzero(row).tolist() for row in history.seen]
+    assert seen == [[1, 2], [3, 4], [1, 5, 6, 7, 8]]
+
+
+def test_bans_look_at_a_rows_own_tokens_only():
+    # Rows of 1, 2 and 4 tokens, and behind them what would repeat 5 6 and end the words.
+    ids = jnp.asarray([[5, 6, 5, 6], [6, 5, 6, 5], [5, 6, 0, 5]], jnp.int32)
+    lengths = jnp.asarray([1, 2, 4], jnp.int32)
+    logits = jnp.zeros((3, 8))
+    made = processors.no_repeat_ngrams(logits, ids, lengths, 2)
+    assert [np.flatnonzero(np.isinf(row)).tolist() for row in made] == [[], [], [6]]
+    asked = Sampling(bad_words_ids=[[6, 5, 1], [0, 5, 2], [5, 3]])
+    values = asked.values()
+    made = processors.bad_words(
+        logits, ids, lengths, values["bad_word_prefixes"], values["bad_word_ends"]
+    )
+    assert [np.flatnonzero(np.isinf(row)).tolist() for row in made] == [[3], [1, 3], [2, 3]]
+
+
+def test_a_stop_id_is_no_bad_word():
+    asked = Sampling(bad_words_ids=[[3], [4], [3, 4]]).for_model(8, frozenset([3]))
+    assert asked.bad_words_ids == ((4,), (3, 4))
+    with pytest.raises(ValueError, match=r"bad_words_ids\[1\]\[0\] is 8; expected 0 to 7"):
+        Sampling(bad_words_ids=[[3], [8]]).for_model(8)
+    with pytest.raises(ValueError, match=r"suppress_tokens\[0\] is 8; expected 0 to 7"):
+        Sampling(suppress_tokens=[8]).for_model(8)
 
 
 rows = hnp.arrays(
@@ -106,7 +158,7 @@ def test_min_p_keeps_the_likeliest(logits, p):
 
 @functools.cache
 def _jitted(name):
-    return jax.jit(getattr(functions, name))
+    return jax.jit(getattr(processors, name))
 
 
 def keys_of(*seeds, rows=None):
@@ -116,9 +168,9 @@ def keys_of(*seeds, rows=None):
 
 def drawn(logits, asked, keys, index=0):
     logits = jnp.asarray(logits)
-    seen = jnp.zeros(logits.shape, bool)
+    history = asked.steps.empty_history(*logits.shape, 4)
     made = jitted_choose(
-        logits, seen, keys, jnp.int32(index), steps=asked.steps, values=asked.values()
+        logits, history, keys, jnp.int32(index), steps=asked.steps, values=asked.values()
     )
     return np.asarray(made)
 
@@ -129,9 +181,9 @@ def test_greedy_takes_the_lowest_of_equal_ids():
 
 def test_repetition_penalty_changes_a_greedy_choice():
     asked = Sampling(repetition_penalty=2.0)
-    seen = jnp.asarray([[False, True, False]])
+    history = TokenHistory(seen=jnp.asarray([[False, True, False]]))
     logits = jnp.asarray([[1.5, 2.0, 1.2]])
-    made = choose(logits, seen, keys_of(0), jnp.int32(0), asked.steps, asked.values())
+    made = choose(logits, history, keys_of(0), jnp.int32(0), asked.steps, asked.values())
     np.testing.assert_array_equal(made, [0])
 
 
@@ -185,10 +237,18 @@ def test_a_row_without_a_highest_logit_has_no_token(asked):
     np.testing.assert_array_equal(drawn(logits, asked, keys_of(0, 0, 0, 0)), [NO_TOKEN, -1, 5, 7])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_in_which_all_is_banned_has_no_token(temperature):
+    asked = Sampling(temperature=temperature, suppress_tokens=range(V))
+    np.testing.assert_array_equal(
+        drawn(np.zeros((4, V)), asked, keys_of(0, 0, 0, 0)), [NO_TOKEN] * 4
+    )
+
+
 def test_bfloat16_logits_are_processed_in_float32():
     logits = jnp.asarray([[1.0, 1.0078125]], jnp.bfloat16)
     asked = Sampling(temperature=0.3)
-    made = process(logits, None, asked.steps, asked.values())
+    made = process(logits, TokenHistory(), asked.steps, asked.values())
     assert made.dtype == jnp.float32
     np.testing.assert_allclose(made, [[1 / 0.3, 1.0078125 / 0.3]], rtol=1e-6)
 
@@ -207,6 +267,7 @@ def test_bfloat16_logits_are_processed_in_float32():
         ("top_p", None, "0 to 1 (off)"),
         ("min_p", -0.1, "0 to 1; 0 is off"),
         ("repetition_penalty", 0, "0.01 to 100; 1 is off"),
+        ("no_repeat_ngram_size", -1, "a whole number from 0 up"),
     ],
 )
 def test_errors_name_field_value_and_range(field, value, accepted):
