@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.cache import KVCache
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.losses import IGNORED_LABEL
+from moe_jax.traces import RoutingTrace
 
 
 def check_inputs(
@@ -20,7 +22,10 @@ def check_inputs(
     logits_to_keep,
     replay,
 ) -> tuple[int, int]:
-    """Returns (B, S), or raises a ValueError. Values are looked at outside compiled functions."""
+    """Returns (B, S), or raises a ValueError, or a TypeError for what is no array.
+
+    Values are looked at outside compiled functions.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(
@@ -41,19 +46,23 @@ def check_inputs(
 
     if attention_mask is not None:
         _expect("attention_mask", attention_mask, "[B, S], of the new tokens", (B, S))
-    if position_ids is not None and tuple(position_ids.shape) not in ((1, S), (B, S)):
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; expected [1, S] or [B, S] with "
-            f"B, S = {B}, {S}"
-        )
+    if position_ids is not None:
+        found = _shape_of("position_ids", position_ids, "[1, S] or [B, S]")
+        if found not in ((1, S), (B, S)):
+            raise ValueError(
+                f"position_ids has shape {found}; expected [1, S] or [B, S] with B, S = {B}, {S}"
+            )
     if labels is not None:
         _expect("labels", labels, "[B, S]", (B, S), jnp.integer)
         check_ids("labels", labels, config.vocab_size, also=IGNORED_LABEL)
-        if not isinstance(logits_to_keep, int) or logits_to_keep:
+        if not isinstance(logits_to_keep, (int, np.integer)) or logits_to_keep:
             raise ValueError(
                 "labels and logits_to_keep are both given; the loss needs every position's logits"
             )
     _check_kept(logits_to_keep, B, S)
+    for name, value, kind in (("cache", cache, KVCache), ("replay", replay, RoutingTrace)):
+        if not isinstance(value, kind | None):
+            raise TypeError(f"{name} is {value!r}; expected a {kind.__name__}, or None")
     if cache is not None:
         layers, rows = len(cache.keys), cache.lengths.shape[0]
         if (layers, rows) != (config.num_hidden_layers, B):
@@ -91,7 +100,7 @@ def check_ids(name: str, ids, limit: int, also: int | None = None) -> None:
 
 
 def _expect(name: str, value, letters: str, shape: tuple[int | None, ...], kind=None) -> None:
-    found = tuple(value.shape)
+    found = _shape_of(name, value, letters)
     fits = len(found) == len(shape) and all(
         size in (None, actual) for size, actual in zip(shape, found, strict=True)
     )
@@ -102,12 +111,18 @@ def _expect(name: str, value, letters: str, shape: tuple[int | None, ...], kind=
         raise ValueError(f"{name} has dtype {value.dtype}; expected {kind.__name__} values")
 
 
+def _shape_of(name: str, value, letters: str) -> tuple[int, ...]:
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name} is {value!r}; expected an array {letters}")
+    return tuple(value.shape)
+
+
 def _check_kept(logits_to_keep, B: int, S: int) -> None:
-    if isinstance(logits_to_keep, int):
+    if isinstance(logits_to_keep, (int, np.integer)):
         if not 0 <= logits_to_keep <= S:
             raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to S = {S}")
         return
-    shape = tuple(logits_to_keep.shape)
+    shape = _shape_of("logits_to_keep", logits_to_keep, "[N] or [B, N], or an int")
     if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != B):
         raise ValueError(
             f"logits_to_keep has shape {shape}; expected an int, or indices [N] or [B, N] with "

@@ -86,7 +86,7 @@ def read_json(path: pathlib.Path) -> Any:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is foreign_content, no JSON, or or nested too deep; names the file.
+      ValueError: it is foreign_content, no JSON, or nested too deep; names the file.
     """
     if foreign := foreign_content(path):
         raise ValueError(f"{path} {foreign}")

@@ -112,6 +112,7 @@ class Qwen3Moe(nnx.Module):
         Raises:
           ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
             out of range, labels together with logits_to_keep.
+          TypeError: a list in place of an array.
         """
         config = self.config
         B, S = check_inputs(
@@ -193,7 +194,7 @@ def _phase(labels, cache: KVCache | None, S: int) -> str:
 
 def _keep(x: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
     """[B, S', H]: the positions whose logits are wanted."""
-    if isinstance(logits_to_keep, int):
+    if jnp.ndim(logits_to_keep) == 0:
         return x[:, -logits_to_keep:] if logits_to_keep else x
     if logits_to_keep.ndim == 1:
         return x[:, logits_to_keep]

@@ -54,7 +54,12 @@ def resolve_platform(
     Returns:
       "cpu", "cuda", "ascend", or another name, for which the portable functions are taken; a
       warning says so once for each name.
+
+    Raises:
+      TypeError: platform is no name.
     """
+    if not isinstance(platform, str | None):
+        raise TypeError(f"platform is {platform!r}; expected a name, or None")
     name = platform or environment.get(PLATFORM_VARIABLE) or _of_jax()
     name = name.strip().casefold()
     if name == "gpu":

@@ -1,7 +1,13 @@
-"""The arguments of `stream`: checked, and the prompts padded on the left into one array."""
+"""The arguments of `stream` and `Sampling`: checked, and the prompts padded on the left.
 
+Numbers may be Python's, NumPy's or JAX's; every error names the argument, its value and what is
+accepted.
+"""
+
+import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +16,7 @@ import numpy as np
 from moe_jax.config import Qwen3MoeConfig
 
 SMALLEST_BUCKET = 16
+LARGEST_SEED = 2**32 - 1
 
 
 def check_prompts(
@@ -20,44 +27,33 @@ def check_prompts(
     Raises:
       ValueError: there is no prompt, one is empty, an id is outside the vocabulary, or prompt and
         new tokens are more than the model has positions for.
-      TypeError: an id is no whole number.
+      TypeError: prompts is no sequence of sequences, or an id is no whole number.
     """
-    whole_number("max_new_tokens", max_new_tokens, least=1)
-    if isinstance(prompts, (str, bytes)) or len(prompts) == 0:
+    _expect_sequence("prompts", prompts, "at least one row of token ids")
+    if len(prompts) == 0:
         raise ValueError(f"prompts is {prompts!r}; expected at least one row of token ids")
     return [_check_prompt(row, ids, config, max_new_tokens) for row, ids in enumerate(prompts)]
 
 
 def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int) -> np.ndarray:
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__len__"):
-        raise TypeError(f"prompts[{row}] is {ids!r}; expected a sequence of token ids")
+    name = f"prompts[{row}]"
+    _expect_sequence(name, ids, "a sequence of token ids")
     if len(ids) == 0:
-        raise ValueError(f"prompts[{row}] is empty; expected at least one token id")
-    V = config.vocab_size
-    for place, value in enumerate(ids):
-        try:
-            inside = 0 <= operator.index(value) < V
-        except TypeError:
-            raise TypeError(
-                f"prompts[{row}][{place}] is {value!r}; expected a whole number"
-            ) from None
-        if not inside:
-            raise ValueError(
-                f"prompts[{row}][{place}] is {value}; expected 0 to {V - 1}, as vocab_size is {V}"
-            )
+        raise ValueError(f"{name} is empty; expected at least one token id")
+    numbers = check_token_ids(name, ids, config.vocab_size)
     limit = position_limit(config)
-    if limit is not None and len(ids) + new > limit:
+    if limit is not None and len(numbers) + new > limit:
         raise ValueError(
-            f"prompts[{row}] has {len(ids)} tokens and max_new_tokens is {new}; expected at most "
+            f"{name} has {len(numbers)} tokens and max_new_tokens is {new}; expected at most "
             f"max_position_embeddings = {limit} together"
         )
-    return np.asarray(ids, np.int32)
+    return np.asarray(numbers, np.int32)
 
 
 def position_limit(config: Qwen3MoeConfig) -> int | None:
     """The most tokens that a row may have; None for RoPE kinds that are made to go further.
 
-    How far yarn or another of them is any good is for whoever set it up to know.
+    How far yarn or another of them is any good, only its authors know.
     """
     return config.max_position_embeddings if config.rope.kind == "default" else None
 
@@ -90,7 +86,7 @@ def cache_capacity(columns: int, max_new_tokens: int, asked: int | None, longest
     """
     if asked is None:
         return -(-(columns + max_new_tokens) // 64) * 64
-    whole_number("capacity", asked, least=1)
+    asked = whole_number("capacity", asked, least=1)
     if longest + max_new_tokens > asked:
         raise ValueError(
             f"capacity is {asked}; expected at least {longest + max_new_tokens}: the longest "
@@ -99,41 +95,40 @@ def cache_capacity(columns: int, max_new_tokens: int, asked: int | None, longest
     return asked
 
 
-def check_token_ids(name: str, ids: Sequence[int], V: int | None = None) -> tuple[int, ...]:
+def check_token_ids(name: str, ids: Iterable[int], V: int | None = None) -> tuple[int, ...]:
     """Token ids as Python's numbers.
 
     Args:
       name: the argument.
-      ids: whole numbers from 0 up, of any kind.
+      ids: whole numbers from 0 up.
       V: the vocabulary's size, which they must be below; None for any.
 
     Raises:
       ValueError: one is negative, or outside the vocabulary.
-      TypeError: `ids` is no sequence, or has something else than whole numbers.
+      TypeError: `ids` is not iterable, or has something else than whole numbers.
     """
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-        raise TypeError(f"{name} is {ids!r}; expected a sequence of token ids")
-    numbers = []
-    for place, value in enumerate(ids):
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name}[{place}] is {value!r}; expected a whole number") from None
+    _expect_iterable(name, ids, "a sequence of token ids")
+    # One copy of a JAX array, instead of one for each of its numbers.
+    values = np.asarray(ids) if isinstance(ids, jax.Array) else ids
+    made = []
+    for place, value in enumerate(values):
+        number = _as_index(value)
+        if number is None:
+            raise TypeError(f"{name}[{place}] is {value!r}; expected a whole number")
         if number < 0 or (V is not None and number >= V):
             accepted = "0 or more" if V is None else f"0 to {V - 1}, as vocab_size is {V}"
             raise ValueError(f"{name}[{place}] is {number}; expected {accepted}")
-        numbers.append(number)
-    return tuple(numbers)
+        made.append(number)
+    return tuple(made)
 
 
-def check_words(name: str, words: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def check_words(name: str, words: Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
     """Sequences of token ids, none of them empty.
 
     Raises:
       ValueError, TypeError: as check_token_ids does; ValueError too for an empty word.
     """
-    if isinstance(words, (str, bytes, Mapping)) or not isinstance(words, Iterable):
-        raise TypeError(f"{name} is {words!r}; expected a sequence of sequences of token ids")
+    _expect_iterable(name, words, "a sequence of sequences of token ids")
     made = tuple(check_token_ids(f"{name}[{place}]", word) for place, word in enumerate(words))
     if () in made:
         raise ValueError(f"{name}[{made.index(())}] is empty; expected at least one token id")
@@ -145,21 +140,79 @@ def check_seed(seed: int | Sequence[int], B: int) -> tuple[jax.Array, jax.Array]
 
     Raises:
       ValueError: a seed is no unsigned number of 32 bits, or there is not one for each row.
+      TypeError: seed is neither a whole number nor a sequence of them.
     """
-    alone = isinstance(seed, (int, np.integer))
-    seeds = [seed] * B if alone else list(seed)
-    if len(seeds) != B:
-        raise ValueError(
-            f"seed has {len(seeds)} numbers; expected one, or one for each of {B} rows"
-        )
-    for value in seeds:
-        if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**32:
-            raise ValueError(f"seed is {value!r}; expected 0 to {2**32 - 1}")
-    places = np.arange(B) if alone else np.zeros(B)
+    accepted = f"0 to {LARGEST_SEED}"
+    alone = _as_index(seed)
+    if alone is not None:
+        seeds, places = [alone] * B, np.arange(B)
+    else:
+        _expect_sequence("seed", seed, f"{accepted}, or a sequence with one for each row")
+        seeds, places = [_as_index(value) for value in seed], np.zeros(B)
+        if len(seeds) != B:
+            raise ValueError(
+                f"seed has {len(seeds)} numbers; expected one, or one for each of {B} rows"
+            )
+    for place, value in enumerate(seeds):
+        if value is None or not 0 <= value <= LARGEST_SEED:
+            found = f"seed is {alone}" if alone is not None else f"seed[{place}] is {seed[place]!r}"
+            raise ValueError(f"{found}; expected {accepted}")
     return jnp.asarray(seeds, jnp.uint32), jnp.asarray(places, jnp.uint32)
 
 
-def whole_number(name: str, value: int, least: int) -> None:
-    """Raises a ValueError unless value is a whole number from `least` up."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def whole_number(name: str, value: int, least: int) -> int:
+    """The value as Python's number.
+
+    Raises:
+      ValueError: it is no whole number from `least` up.
+    """
+    number = _as_index(value)
+    if number is None or number < least:
         raise ValueError(f"{name} is {value!r}; expected a whole number from {least} up")
+    return number
+
+
+def real_number(
+    name: str, value: float, least: float, most: float, note: str, also: float | None = None
+) -> float:
+    """The value as Python's number.
+
+    Args:
+      name: the argument.
+      value: from `least` to `most`.
+      least, most: the range.
+      note: ends the message, behind the range.
+      also: one value more that is accepted.
+
+    Raises:
+      ValueError: it is no number in this range.
+    """
+    is_scalar = isinstance(value, (np.generic, np.ndarray, jax.Array)) and value.ndim == 0
+    number = value.item() if is_scalar else value
+    is_number = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not is_number or not (least <= number <= most or number == also):
+        raise ValueError(f"{name} is {value!r}; expected {least:g} to {most:g}{note}")
+    return number
+
+
+def _as_index(value: Any) -> int | None:
+    """A whole number of any kind as Python's; None for anything else, truth values included."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _expect_sequence(name: str, value: Any, accepted: str) -> None:
+    is_sequence = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if not is_sequence or getattr(value, "shape", None) == ():
+        raise TypeError(f"{name} is {value!r}; expected {accepted}")
+    _expect_iterable(name, value, accepted)
+
+
+def _expect_iterable(name: str, value: Any, accepted: str) -> None:
+    text_or_mapping = isinstance(value, (str, bytes, Mapping))
+    if text_or_mapping or not isinstance(value, Iterable) or getattr(value, "shape", None) == ():
+        raise TypeError(f"{name} is {value!r}; expected {accepted}")

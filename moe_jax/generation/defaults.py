@@ -85,8 +85,11 @@ def read_generation_defaults(
 
     Raises:
       ValueError: a field has a value that it cannot have; the message names file and field.
+      TypeError: directory is no path, or config no mapping.
     """
     path = local_path(directory, "directory") / "generation_config.json"
+    if config is not None and not isinstance(config, Mapping):
+        raise TypeError(f"config is {config!r}; expected what config.json holds, or None")
     data = read_object(path)
     try:
         stop_ids, stop_strings, sampling = _stop_ids(data), _stop_strings(data), _sampling(data)
@@ -104,8 +107,8 @@ def read_generation_defaults(
 
 
 def _sampling(data: Mapping[str, Any]) -> Sampling:
-    do_sample = data.get("do_sample") or False
-    if not isinstance(do_sample, bool):
+    do_sample = data.get("do_sample")
+    if not isinstance(do_sample, bool | None):
         raise ValueError(f"do_sample is {do_sample!r}; expected true or false")
     absent = _ALWAYS | _ABSENT if do_sample else _ALWAYS
     return Sampling(

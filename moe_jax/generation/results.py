@@ -102,16 +102,13 @@ def generate(
 
     Raises:
       ValueError, TypeError, FloatingPointError: as `stream` does; ValueError too for a capture
-        without any decode step.
+        without any decode step, or besides on_routing.
     """
-    recorder = TraceRecorder() if capture else None
-    events = stream(
-        model,
-        prompts,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        on_routing=recorder,
-        **options,
-    )
+    recorder = TraceRecorder()
+    if capture and options.get("on_routing") is not None:
+        raise ValueError("capture and on_routing are both given; expected one of the two")
+    if capture:
+        options["on_routing"] = recorder
+    events = stream(model, prompts, sampling=sampling, max_new_tokens=max_new_tokens, **options)
     made = collect(events, len(prompts))
     return dataclasses.replace(made, trace=recorder.trace()) if capture else made

@@ -58,19 +58,21 @@ class Sampling:
     suppress_tokens: Sequence[int] = ()
 
     def __post_init__(self):
-        # Bounds beyond which float32 logits would overflow.
-        if self.temperature != 0:
-            _check_number("temperature", self.temperature, 1e-5, 1e5, " or 0 (greedy)")
-        _check_number("top_p", self.top_p, 0, 1, " (off)")
-        _check_number("min_p", self.min_p, 0, 1, "; 0 is off")
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100, "; 1 is off")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k!r}; expected a whole number, 0 (off) or more")
-        arguments.whole_number("no_repeat_ngram_size", self.no_repeat_ngram_size, least=0)
-        words = arguments.check_words("bad_words_ids", self.bad_words_ids)
-        tokens = arguments.check_token_ids("suppress_tokens", self.suppress_tokens)
-        for name, value in (("bad_words_ids", words), ("suppress_tokens", tokens)):
-            object.__setattr__(self, name, value)  # tuples, as this is hashable
+        real = arguments.real_number
+        real, whole = arguments.real_number, arguments.whole_number
+        checks = {
+            # Bounds beyond which float32 logits would overflow.
+            "temperature": lambda name, value: real(name, value, 1e-5, 1e5, " or 0 (greedy)", 0),
+            "top_k": lambda name, value: whole(name, value, least=0),
+            "top_p": lambda name, value: real(name, value, 0, 1, " (off)"),
+            "min_p": lambda name, value: real(name, value, 0, 1, "; 0 is off"),
+            "repetition_penalty": lambda name, value: real(name, value, 0.01, 100, "; 1 is off"),
+            "no_repeat_ngram_size": lambda name, value: whole(name, value, least=0),
+            "bad_words_ids": arguments.check_words,
+            "suppress_tokens": arguments.check_token_ids,
+        }
+        for name, check in checks.items():  # Python's numbers and tuples, as this is hashable
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     def for_model(self, V: int, stop_ids: frozenset[int] = frozenset()) -> "Sampling":
         """The same for a vocabulary of V tokens: a bad word that is one stop id is let through.
@@ -234,9 +236,3 @@ def token_table(tokens: Sequence[int]) -> jax.Array:
     table = np.full(_padded(len(tokens), 8), NO_TOKEN, np.int32)
     table[: len(tokens)] = tokens
     return jnp.asarray(table)
-
-
-def _check_number(name: str, value: Any, least: float, most: float, note: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not least <= value <= most:
-        raise ValueError(f"{name} is {value!r}; expected {least:g} to {most:g}{note}")

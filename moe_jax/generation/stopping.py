@@ -5,20 +5,21 @@ Where pieces are cut makes no difference to what comes out. Hidden text, that of
 searched like any other but never shown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 
 
 class StopStrings:
     """Watches one row's text."""
 
-    def __init__(self, strings: Sequence[str]):
+    def __init__(self, strings: Collection[str]):
         """Takes the strings to stop at; with none, all text passes.
 
         Raises:
           ValueError: one of them is empty.
           TypeError: `strings` is a string itself, or holds something else than strings.
         """
-        if isinstance(strings, str) or not all(isinstance(item, str) for item in strings):
+        several = isinstance(strings, (Sequence, Set)) and not isinstance(strings, str)
+        if not several or not all(isinstance(item, str) for item in strings):
             raise TypeError(f"stop_strings is {strings!r}; expected a sequence of strings")
         if "" in strings:
             raise ValueError("stop_strings has an empty string; expected at least one character")

@@ -96,22 +96,29 @@ def stream(
       ValueError, TypeError: an argument cannot be; the message names it, its value and what can.
       FloatingPointError: while iterating, if a row's logits are NaN; names row and token.
     """
+    if not isinstance(model, Qwen3Moe):
+        raise TypeError(f"model is {model!r}; expected a Qwen3Moe")
     config = model.config
+    max_new_tokens = arguments.whole_number("max_new_tokens", max_new_tokens, least=1)
     rows = arguments.check_prompts(prompts, config, max_new_tokens)
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling is {sampling!r}; expected a Sampling")
-    arguments.whole_number("prefill_chunk", prefill_chunk, least=1)
+    prefill_chunk = arguments.whole_number("prefill_chunk", prefill_chunk, least=1)
     longest = max(map(len, rows))
     columns = arguments.padded_length(longest, prefill_chunk)
     capacity = arguments.cache_capacity(columns, max_new_tokens, capacity, longest)
     stops = frozenset(arguments.check_token_ids("stop_ids", stop_ids, config.vocab_size))
     seeds, places = arguments.check_seed(seed, len(rows))
+    if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        raise TypeError(f"tokenizer is {tokenizer!r}; expected an object with decode(ids), or None")
     texts = [RowText(tokenizer, stop_strings) for _ in rows]
-    if stop_strings and tokenizer is None:
+    if tokenizer is None and len(stop_strings):
         raise ValueError(f"stop_strings is {stop_strings!r} without tokenizer; expected both")
     for name, backend in (("prefill_backend", prefill_backend), ("decode_backend", decode_backend)):
-        if backend != "auto" and backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
             raise ValueError(f"{name} is {backend!r}; expected auto or one of {sorted(BACKENDS)}")
+    if on_routing is not None and not callable(on_routing):
+        raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
     job = _Job(

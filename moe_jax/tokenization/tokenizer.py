@@ -8,6 +8,7 @@ import tokenizers
 
 from moe_jax.json_files import local_path, read_object, read_text
 from moe_jax.tokenization import chat_template
+from moe_jax.tokenization.byte_tokenizer import utf8
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
@@ -60,12 +61,26 @@ class Tokenizer:
           text: what to encode.
           add_special_tokens: whether to put around it what the file says (Qwen3: nothing). Not for
             the text of a chat template, which has written them already.
+
+        Raises:
+          TypeError: text is no string.
+          ValueError: it has half of a surrogate pair.
         """
+        utf8(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids; ids without a text, as models have at the end, give none."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of ids; ids without a text, as models have at the end, give none.
+
+        Raises:
+          TypeError: ids is no sequence of whole numbers from 0 up.
+        """
+        try:
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except (TypeError, OverflowError):
+            raise TypeError(
+                f"ids is {ids!r}; expected a sequence of token ids from 0 to {2**32 - 1}"
+            ) from None
 
     def special_text(self, id_: int) -> str | None:
         """The text of a special token, which `decode` skips; None for any other id."""
@@ -160,9 +175,8 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def _check_mappings(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Sequence) or not all(isinstance(item, Mapping) for item in value):
+    several = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if value is not None and not (several and all(isinstance(item, Mapping) for item in value)):
         raise TypeError(f"{name} is {value!r}; expected a sequence of mappings, or None")
 
 
@@ -172,6 +186,7 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
     Raises:
       FileNotFoundError: there is no tokenizer.json.
       ValueError: a file is malformed; the message names it.
+      TypeError: directory is no path.
     """
     directory = local_path(directory, "directory")
     path = directory / "tokenizer.json"
@@ -185,11 +200,16 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} is no tokenizer of the `tokenizers` library: {error}") from error
-    config = read_object(directory / "tokenizer_config.json")
+    config_path = directory / "tokenizer_config.json"
+    config = read_object(config_path)
+    try:
+        special_tokens, chat_templates = _special_tokens(config), _chat_templates(config)
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from None
     return Tokenizer(
         backend,
-        special_tokens=_special_tokens(config),
-        chat_templates=_chat_templates(directory, config),
+        special_tokens=special_tokens,
+        chat_templates=chat_templates | _chat_template_files(directory),
         where=str(directory),
     )
 
@@ -198,24 +218,33 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens = {}
     for name in _SPECIAL:
         value = config.get(name)
-        if isinstance(value, Mapping):  # an added token spelt out, with its flags
-            value = value.get("content")
-        if isinstance(value, str):
-            tokens[name] = value
+        # An added token may be spelt out, with its flags.
+        text = value.get("content") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            tokens[name] = text
+        elif value is not None:
+            raise ValueError(f"{name} is {value!r}; expected a token's text, or null")
     return tokens
 
 
-def _chat_templates(directory: pathlib.Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates of the config, and of the files, which newer checkpoints have instead."""
-    templates = {}
+def _chat_templates(config: Mapping[str, Any]) -> dict[str, str]:
     value = config.get("chat_template")
-    if isinstance(value, str):
-        templates["default"] = value
-    elif isinstance(value, list):
-        templates = {item["name"]: item["template"] for item in value}
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        templates["default"] = read_text(file)
-    for more in sorted(directory.glob("additional_chat_templates/*.jinja")):
-        templates[more.stem] = read_text(more)
-    return templates
+    if value is None:
+        return {}
+    items = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    for item in items:
+        names = [item.get(key) for key in ("name", "template")] if isinstance(item, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"chat_template has {item!r}; expected text, or a list of objects with name and "
+                "template"
+            )
+    return {item["name"]: item["template"] for item in items}
+
+
+def _chat_template_files(directory: pathlib.Path) -> dict[str, str]:
+    """The templates of files, which newer checkpoints have instead of the config's."""
+    files = {path.stem: path for path in directory.glob("additional_chat_templates/*.jinja")}
+    if (directory / "chat_template.jinja").is_file():
+        files = {"default": directory / "chat_template.jinja"} | files
+    return {name: read_text(path) for name, path in sorted(files.items())}

@@ -228,6 +228,10 @@ WRONG = {
     "labels": ({"ids": True, "labels": jnp.zeros((B, 3), int)}, r"labels has shape \(2, 3\)"),
     "label": ({"ids": True, "labels": jnp.full((B, S), -1)}, r"labels\[0, 0\] is -1; .* or -100"),
     "keep": ({"ids": True, "logits_to_keep": 12}, "logits_to_keep is 12; expected 0 to S = 11"),
+    "keep NumPy's": (
+        {"ids": True, "logits_to_keep": np.int64(12)},
+        "logits_to_keep is 12; expected 0",
+    ),
     "keep 3-D": ({"ids": True, "logits_to_keep": jnp.zeros((1, 1, 1), int)}, "logits_to_keep has"),
     "loss of some": (
         {"ids": True, "labels": jnp.zeros((B, S), int), "logits_to_keep": 1},
@@ -245,6 +249,26 @@ def test_a_wrong_argument_is_named(name):
         arguments["input_ids"] = random_ids()
     with pytest.raises(ValueError, match=message):
         model_of(TINY)(**arguments)
+
+
+LISTS = {
+    "input_ids": (
+        {"input_ids": [[1, 2]]},
+        r"input_ids is \[\[1, 2\]\]; expected an array \[B, S\]",
+    ),
+    "mask": ({"attention_mask": [[1]]}, r"attention_mask is \[\[1\]\]; expected an array \[B, S\]"),
+    "positions": ({"position_ids": [[1]]}, r"position_ids is \[\[1\]\]; expected an array"),
+    "keep": ({"logits_to_keep": [1]}, r"logits_to_keep is \[1\]; expected an array \[N\]"),
+    "cache": ({"cache": 5}, "cache is 5; expected a KVCache, or None"),
+    "replay": ({"replay": [1]}, r"replay is \[1\]; expected a RoutingTrace, or None"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_what_is_no_array_is_named(name):
+    arguments, message = LISTS[name]
+    with pytest.raises(TypeError, match=message):
+        model_of(TINY)(**{"input_ids": random_ids()} | arguments)
 
 
 def test_a_trace_of_another_batch_is_refused():

@@ -76,6 +76,13 @@ def test_stop_ids(tmp_path, generation, config, stop_ids):
     assert read(tmp_path, generation, config).stop_ids == stop_ids
 
 
+def test_arguments():
+    with pytest.raises(TypeError, match="directory is 5; expected a path"):
+        read_generation_defaults(5)
+    with pytest.raises(TypeError, match=r"config is 5; expected what config.json holds"):
+        read_generation_defaults("/nowhere", 5)
+
+
 @pytest.mark.parametrize(
     ("value", "strings"),
     [(None, ()), ("END", ("END",)), (["END", "\n\n"], ("END", "\n\n")), ([], ())],
@@ -128,6 +135,7 @@ def test_transformers_defaults_warn_of_nothing(tmp_path):
         ({"stop_strings": [""]}, r"stop_strings is \[''\]; expected a string or a list"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'; expected a token id or a list"),
         ({"eos_token_id": [1, -1]}, "eos_token_id is .*; expected a token id"),
+        ({"do_sample": 0}, "do_sample is 0; expected true or false"),
         ({"do_sample": 1}, "do_sample is 1; expected true or false"),
         ({"do_sample": True, "top_p": 2}, "top_p is 2; expected 0 to 1"),
         ([], "holds a list; expected an object"),

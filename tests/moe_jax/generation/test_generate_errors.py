@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.generation import Sampling, generate, stream
@@ -12,7 +14,13 @@ from tests.moe_jax.generation.models import DRAWN, PROMPTS, spoilt, tiny
 
 ERRORS = {
     "no prompts": ({"prompts": []}, ValueError, r"prompts is \[\]; expected at least one row"),
-    "text": ({"prompts": "hello"}, ValueError, "prompts is 'hello'; expected .* token ids"),
+    "text": ({"prompts": "hello"}, TypeError, "prompts is 'hello'; expected .* token ids"),
+    "prompts a number": ({"prompts": 5}, TypeError, "prompts is 5; expected at least one row"),
+    "prompts None": ({"prompts": None}, TypeError, "prompts is None; expected at least one row"),
+    "row None": ({"prompts": [None]}, TypeError, r"prompts\[0\] is None; expected a sequence"),
+    "row nested": ({"prompts": [[[1]]]}, TypeError, r"prompts\[0\]\[0\] is \[1\]; expected a w"),
+    "id True": ({"prompts": [[True]]}, TypeError, r"prompts\[0\]\[0\] is True; expected a whole"),
+    "model": ({"model": 5}, TypeError, "model is 5; expected a Qwen3Moe"),
     "row of text": ({"prompts": ["hello"]}, TypeError, r"prompts\[0\] is 'hello'; expected"),
     "one row, unnested": ({"prompts": [1, 2]}, TypeError, r"prompts\[0\] is 1; expected a seq"),
     "empty prompt": ({"prompts": [[1], []]}, ValueError, r"prompts\[1\] is empty; expected"),
@@ -40,6 +48,22 @@ ERRORS = {
     "sampling": ({"sampling": 0.7}, TypeError, "sampling is 0.7; expected a Sampling"),
     "stop id": ({"stop_ids": [128]}, ValueError, r"stop_ids\[0\] is 128; expected 0 to 127"),
     "stop id text": ({"stop_ids": ["a"]}, TypeError, r"stop_ids\[0\] is .a.; expected a whole"),
+    "stop ids alone": ({"stop_ids": 5}, TypeError, "stop_ids is 5; expected a sequence of tok"),
+    "stop ids None": ({"stop_ids": None}, TypeError, "stop_ids is None; expected a sequence"),
+    "stop strings None": (
+        {"stop_strings": None},
+        TypeError,
+        "stop_strings is None; expected a seq",
+    ),
+    "stop strings 5": ({"stop_strings": 5}, TypeError, "stop_strings is 5; expected a sequence"),
+    "tokenizer": ({"tokenizer": 3}, TypeError, "tokenizer is 3; expected an object with decode"),
+    "on_routing": ({"on_routing": 3}, TypeError, "on_routing is 3; expected a function"),
+    "platform": ({"platform": 3}, TypeError, "platform is 3; expected a name, or None"),
+    "banned": (
+        {"sampling": Sampling(suppress_tokens=[1, 128])},
+        ValueError,
+        r"suppress_tokens\[1\] is 128; expected 0 to 127, as vocab_size is 128",
+    ),
     "stop string": ({"stop_strings": ["a"]}, ValueError, "stop_strings is .* without tokenizer"),
     "stop string empty": (
         {"stop_strings": [""], "tokenizer": ByteTokenizer(256)},
@@ -48,6 +72,10 @@ ERRORS = {
     ),
     "seed": ({"seed": -1}, ValueError, "seed is -1; expected 0 to 4294967295"),
     "seeds": ({"seed": [1, 2]}, ValueError, "seed has 2 numbers; expected one, or one for each"),
+    "seed None": ({"seed": None}, TypeError, "seed is None; expected 0 to 4294967295, or a seq"),
+    "seed a float": ({"seed": 1.0}, TypeError, "seed is 1.0; expected 0 to 4294967295, or a seq"),
+    "one seed": ({"seed": [1, None, 2]}, ValueError, r"seed\[1\] is None; expected 0 to 42949"),
+    "backends": ({"decode_backend": ["grouped"]}, ValueError, r"decode_backend is \['grouped'\];"),
     "backend": (
         {"decode_backend": "cuda"},
         ValueError,
@@ -61,7 +89,19 @@ def test_arguments(name):
     changes, error, message = ERRORS[name]
     # `stream` itself raises, not its first event.
     with pytest.raises(error, match=message):
-        stream(tiny(), **{"prompts": PROMPTS, "max_new_tokens": 8} | changes)
+        stream(**{"model": tiny(), "prompts": PROMPTS, "max_new_tokens": 8} | changes)
+
+
+def test_numbers_may_be_numpys_and_jaxs():
+    numbers = {
+        "max_new_tokens": np.int64(8),
+        "prefill_chunk": np.int8(4),
+        "capacity": jnp.int32(64),
+        "stop_ids": np.array([1, 2]),
+        "seed": np.array([1, 2, 3], np.uint32),
+    }
+    stream(tiny(), [np.array(prompt) for prompt in PROMPTS], **numbers)  # raises nothing
+    stream(tiny(), jnp.ones((2, 3), jnp.int32), max_new_tokens=1, seed=jnp.uint32(5), stop_ids={1})
 
 
 def test_capture_needs_experts_and_a_decode_step():
@@ -70,6 +110,8 @@ def test_capture_needs_experts_and_a_decode_step():
         generate(dense, PROMPTS, max_new_tokens=8, capture=True)
     with pytest.raises(ValueError, match="no decode step"):
         generate(tiny(), PROMPTS, max_new_tokens=1, capture=True)
+    with pytest.raises(ValueError, match="capture and on_routing are both given"):
+        generate(tiny(), PROMPTS, max_new_tokens=8, capture=True, on_routing=print)
 
 
 def test_rope_kinds_that_go_further_have_no_limit_of_positions():

@@ -253,6 +253,23 @@ def test_bfloat16_logits_are_processed_in_float32():
     np.testing.assert_allclose(made, [[1 / 0.3, 1.0078125 / 0.3]], rtol=1e-6)
 
 
+def test_numbers_may_be_numpys_and_jaxs():
+    plain = Sampling(temperature=0.5, top_k=3, top_p=0.25, bad_words_ids=[[1, 2]])
+    arrays = Sampling(
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        top_p=jnp.bfloat16(0.25),
+        min_p=np.array(0.0),
+        repetition_penalty=jnp.float32(1),
+        no_repeat_ngram_size=np.uint8(0),
+        bad_words_ids=np.array([[1, 2]]),
+        suppress_tokens=jnp.array([], jnp.int32),
+    )
+    assert arrays == plain and hash(arrays) == hash(plain) and arrays.steps == plain.steps
+    with pytest.raises(TypeError, match=r"suppress_tokens\[1\] is 1.5; expected a whole number"):
+        Sampling(suppress_tokens=[1, 1.5])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "accepted"),
     [
@@ -260,7 +277,9 @@ def test_bfloat16_logits_are_processed_in_float32():
         ("temperature", float("nan"), "or 0 (greedy)"),
         ("temperature", "hot", "or 0 (greedy)"),
         ("temperature", 1e-50, "or 0 (greedy)"),
-        ("top_k", -1, "a whole number, 0 (off) or more"),
+        ("temperature", np.float32(-1), "1e-05 to 100000 or 0 (greedy)"),
+        ("temperature", jnp.array([0.5]), "1e-05 to 100000 or 0 (greedy)"),
+        ("top_k", -1, "a whole number from 0 up"),
         ("top_k", 2.0, "a whole number"),
         ("top_k", True, "a whole number"),
         ("top_p", 1.5, "0 to 1 (off)"),

@@ -69,6 +69,7 @@ def test_what_is_shown_has_no_stop_string_and_is_how_the_text_begins(strings, te
     ("strings", "error", "message"),
     [
         ([""], ValueError, "empty string"),
+        (None, TypeError, "stop_strings is None; expected a sequence"),
         ("END", TypeError, "'END'; expected a sequence"),
         ([1], TypeError, r"\[1\]; expected a sequence of strings"),
     ],

@@ -245,6 +245,8 @@ def test_messages_that_are_none(tokenizer, messages, error, message):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist; expected"):
         load_tokenizer(tmp_path)
+    with pytest.raises(TypeError, match="directory is None; expected a path"):
+        load_tokenizer(None)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         load_tokenizer(tmp_path)
@@ -252,9 +254,43 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_arguments(tokenizer, kind):
+    tokenizer = tokenizer if kind == "bpe" else ByteTokenizer(256)
+    for text in (5, None, b"a"):
+        with pytest.raises(TypeError, match=f"text is {text}; expected a string"):
+            tokenizer.encode(text)
+    with pytest.raises(ValueError, match=r"text\[1\] is '\\udcff'; expected UTF-8"):
+        tokenizer.encode("a\udcff")  # a byte of a shell's argument that is no UTF-8
+    for ids in (5, None, [None], [1.5], "ab"):
+        with pytest.raises(TypeError, match=r"ids is .*; expected a sequence of token ids"):
+            tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"chat_template": 5}, "chat_template has .*5.*; expected text, or a list of objects"),
+        ({"chat_template": [{"name": "a"}]}, "chat_template has {'name': 'a'}; expected text"),
+        ({"eos_token": 5}, "eos_token is 5; expected a token's text, or null"),
+    ],
+)
+def test_configs_that_are_none(folder, config, message):
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {message}"):
+        load_tokenizer(folder)
 
 
 def test_bytes():
