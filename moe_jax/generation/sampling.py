@@ -184,6 +184,7 @@ def process(logits: jax.Array, history: TokenHistory, steps: Steps, values: dict
     return logits
 
 
+@jax.jit
 def row_keys(seeds: jax.Array, rows: jax.Array) -> jax.Array:
     """[B] random keys, each of (seed, row) alone; seeds and rows are [B] unsigned integers."""
     return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(seeds, rows)

@@ -160,9 +160,9 @@ class _Job:
     on_routing: Callable[[RoutingTrace], None] | None
 
     def plan(self, backend: str, capture: bool) -> compiled.Plan:
-        return compiled.Plan(
-            self.model.config, self.sampling.steps, backend, self.platform, capture
-        )
+        # Without what config.json has besides, which differs by checkpoint and computes nothing.
+        config = dataclasses.replace(self.model.config, extra={})
+        return compiled.Plan(config, self.sampling.steps, backend, self.platform, capture)
 
 
 def _events(job: _Job) -> Iterator[Event]:
