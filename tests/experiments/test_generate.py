@@ -59,53 +59,55 @@ def parse(**changes):
     return settings.parse(**{**FLAGS, **changes})
 
 
-SUBPROCESS = {
-    "cwd": ROOT,
-    "env": {**os.environ, "JAX_PLATFORMS": "cpu"},
-    "capture_output": True,
-    "text": True,
-    "encoding": "utf-8",
-    "timeout": 300,
-}
+# Several command lines in one process, whose imports are most of the time: main's errors, then the
+# module as `python -m` runs it, with a preset of one layer.
+PROGRAM = """
+import dataclasses, json, runpy, sys
+from absl import flags
+from experiments import generate
+from moe_jax.presets import PRESETS
+*wrong, right = json.loads(sys.argv[1])
+for argv in wrong:
+    flags.FLAGS.unparse_flags()
+    try:
+        generate.main(flags.FLAGS(["generate", *argv]))
+    except SystemExit as end:
+        print(end)
+flags.FLAGS.unparse_flags()
+for flag in [*flags.FLAGS.flags_by_module_dict()["experiments.generate"]]:
+    delattr(flags.FLAGS, flag.name)
+PRESETS["tiny"] = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1)
+sys.argv = ["generate", *right]
+runpy.run_module("experiments.generate", run_name="__main__")
+"""
 
 
 def test_script():
-    command = "-m experiments.generate --preset=tiny --random --prompt=hello --max_new_tokens=8"
-    made = subprocess.run([sys.executable, *command.split()], **SUBPROCESS)
+    calls = ["hello", "--random --preset=gpt --prompt=a", "--checkpoint=/nowhere --prompt=a"]
+    calls += ["--preset=tiny --random --prompt=hello --max_new_tokens=8"]
+    made = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps([call.split() for call in calls])],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert made.returncode == 0, made.stderr
-    text, _, figures = made.stdout.partition("\n\n")
+    *errors, rest = made.stdout.split("\n", 3)
+    assert errors == [
+        "generate takes flags only; left over: hello",
+        f"generate: --preset is 'gpt'; expected one of {', '.join(PRESETS)}",
+        "generate: /nowhere is no directory; expected a checkpoint",
+    ]
+    text, _, figures = rest.partition("\n\n")
     assert 0 < len(text) <= 8 * 4
     assert "rows: 1, prompt tokens: 5, new tokens: 8 (length 1)" in figures
     assert re.search(r"time to first token: [\d.]+ ms, compiled before", figures)
     assert re.search(r"decode: [\d.]+ tokens/s, 7 steps of [\d.]+ ms", figures)
     assert re.search(r"compiling and warming up: [\d.]+ s", figures)
     assert "cpu, jax " in figures
-
-
-_MAIN = """
-import json, sys
-from absl import flags
-from experiments import generate
-for argv in json.loads(sys.argv[1]):
-    flags.FLAGS.unparse_flags()
-    try:
-        generate.main(flags.FLAGS(["generate", *argv]))
-    except SystemExit as end:
-        print(end)
-"""
-
-
-def test_main_ends_with_one_line():
-    calls = [["hello"], ["--random", "--preset=gpt"], ["--checkpoint=/nowhere"]]
-    made = subprocess.run(
-        [sys.executable, "-c", _MAIN, json.dumps([[*call, "--prompt=a"] for call in calls])],
-        **SUBPROCESS,
-    )
-    assert made.stdout.splitlines() == [
-        "generate takes flags only; left over: hello",
-        f"generate: --preset is 'gpt'; expected one of {', '.join(PRESETS)}",
-        "generate: /nowhere is no directory; expected a checkpoint",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,8 @@ class _Config:
 
 @pytest.fixture(scope="module")
 def model():
-    config = dataclasses.replace(PRESETS["tiny"], initializer_range=0.1, extra={"eos_token_id": 5})
+    fields = {"num_hidden_layers": 1, "initializer_range": 0.1, "extra": {"eos_token_id": 5}}
+    config = dataclasses.replace(PRESETS["tiny"], **fields)
     return Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
 
 
@@ -202,8 +205,13 @@ def checkpoint(request, model, tmp_path_factory):
     return folder
 
 
+# With these, every prompt runs the same two compiled functions.
+SHAPES = {"prefill_chunk": 16}
+
+
 def of_checkpoint(folder, **changes):
-    return parse(**{"checkpoint": str(folder), "preset": "", "random": False} | changes)
+    of_file = {"checkpoint": str(folder), "preset": "", "random": False}
+    return parse(**of_file | SHAPES | changes)
 
 
 def test_checkpoint(checkpoint, model):
@@ -218,7 +226,7 @@ def test_checkpoint(checkpoint, model):
     out = io.StringIO()
     made = run(asked, out)
     options = {"stop_ids": [5], "tokenizer": tokenizer, "capacity": 64}
-    expected = generate(model, [ids], max_new_tokens=6, **options)
+    expected = generate(model, [ids], max_new_tokens=6, **options, **SHAPES)
     assert made.tokens == expected.tokens
     assert out.getvalue().startswith(output.printable(expected.texts[0]) + "\n")
 
@@ -279,7 +287,7 @@ def test_random_model_with_trace(model, tmp_path, monkeypatch):
     monkeypatch.setitem(load.PRESETS, "tiny", model.config)  # the weights, too, are of one seed
     path = tmp_path / "t.npz"
     out = io.StringIO()
-    made = run(parse(dtype="float32", capture_trace=str(path)), out)
+    made = run(parse(dtype="float32", capture_trace=str(path), **SHAPES), out)
     again = generate(model, [list(b"hello")], max_new_tokens=6, capture=True)
     assert made.tokens == again.tokens
     np.testing.assert_array_equal(load_trace(path).expert_ids, again.trace.expert_ids)

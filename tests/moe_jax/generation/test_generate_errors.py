@@ -105,7 +105,7 @@ def test_numbers_may_be_numpys_and_jaxs():
 
 
 def test_capture_needs_experts_and_a_decode_step():
-    dense = tiny(mlp_only_layers=(0, 1))
+    dense = tiny(mlp_only_layers=(0,))
     with pytest.raises(ValueError, match="no MoE layer"):
         generate(dense, PROMPTS, max_new_tokens=8, capture=True)
     with pytest.raises(ValueError, match="no decode step"):

@@ -1,10 +1,10 @@
 """Choosing a token: against transformers' processors, properties, and errors."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,18 @@ GOLDENS = np.load(pathlib.Path(__file__).with_name("sampling_goldens.npz"))
 CASES = json.loads(str(GOLDENS["_cases"]))
 V = 16
 
-jitted_process = jax.jit(process, static_argnames="steps")
+# All processors on, but none that changes more than token 0's logit: with other numbers in it, one
+# compiled function serves several tests.
+NEUTRAL = Sampling(
+    temperature=1.0,
+    top_k=8,
+    top_p=0.999999,
+    min_p=1e-9,
+    repetition_penalty=1.001,
+    no_repeat_ngram_size=2,
+    bad_words_ids=[[1, 2]],
+    suppress_tokens=[0],
+)
 jitted_choose = jax.jit(choose, static_argnames="steps")
 
 
@@ -34,16 +45,41 @@ def history_of(ids: np.ndarray, V: int) -> TokenHistory:
     return TokenHistory(seen, stored, np.full(B, length, np.int32))
 
 
-@pytest.mark.parametrize(("name", "jit"), [*((name, True) for name in CASES), ("all", False)])
-def test_process_as_transformers_does(name, jit):
+@pytest.fixture(scope="module")
+def processed():
+    """What `process` makes of each case, and its functions one by one of "all"; compiled once."""
     # A penalty alone is what transformers applies to a greedy choice, as here.
-    asked = Sampling(**{"temperature": 0.0, **CASES[name]})
-    run = jitted_process if jit else process
-    logits = jnp.asarray(GOLDENS["_logits"])
-    history = jax.tree.map(jnp.asarray, history_of(GOLDENS["_ids"], logits.shape[1]))
-    made = np.asarray(run(logits, history, steps=asked.steps, values=asked.values()))
-    expected = GOLDENS[name]
-    for given_row, row, expected_row in zip(GOLDENS["_logits"], made, expected, strict=True):
+    asked = {name: Sampling(**{"temperature": 0.0, **case}) for name, case in CASES.items()}
+
+    @jax.jit
+    def run(logits, history, values):
+        made = {name: process(logits, history, asked[name].steps, values[name]) for name in asked}
+        return {**made, "one by one": one_by_one(logits, history, values["all"])}
+
+    logits = GOLDENS["_logits"]
+    history = history_of(GOLDENS["_ids"], logits.shape[1])
+    return jax.device_get(run(logits, history, {name: asked[name].values() for name in asked}))
+
+
+def one_by_one(logits, history, values):
+    row = history.ids, history.lengths
+    logits = processors.repetition_penalty(logits, history.seen, 1.2)
+    logits = processors.no_repeat_ngrams(logits, *row, 2)
+    words = values["bad_word_prefixes"], values["bad_word_ends"]
+    logits = processors.bad_words(logits, *row, *words)
+    logits = processors.suppress_tokens(logits, jnp.asarray([15, 40, 7]))
+    logits = processors.temperature(logits, 0.7)
+    logits = processors.top_k(logits, 12)
+    logits = processors.top_p(logits, 0.9)
+    return processors.min_p(logits, 0.02)
+
+
+@pytest.mark.parametrize("name", [*CASES, "one by one"])
+def test_process_as_transformers_does(name, processed):
+    expected = GOLDENS["all" if name == "one by one" else name]
+    for given_row, row, expected_row in zip(
+        GOLDENS["_logits"], processed[name], expected, strict=True
+    ):
         finite = given_row[np.isfinite(given_row)]
         if len(np.unique(finite)) < len(finite):
             # Which of equal logits stay is left open there; how many is not.
@@ -53,40 +89,24 @@ def test_process_as_transformers_does(name, jit):
 
 
 def test_top_p_keeps_the_lower_ids_of_equal_logits():
-    made = processors.top_p(jnp.asarray([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0]]), 0.6)
-    np.testing.assert_array_equal(np.isfinite(made), [[False, True, True, False, True, False]])
-    made = processors.top_p(jnp.zeros((1, 8)), 0.3)
-    np.testing.assert_array_equal(np.isfinite(made), [[True] * 3 + [False] * 5])
-
-
-def test_functions_one_by_one_are_what_process_applies():
-    logits = jnp.asarray(GOLDENS["_logits"])
-    history = jax.tree.map(jnp.asarray, history_of(GOLDENS["_ids"], logits.shape[1]))
-    asked = Sampling(**CASES["all"])
-    values = asked.values()
-    row = history.ids, history.lengths
-    made = processors.repetition_penalty(logits, history.seen, 1.2)
-    made = processors.no_repeat_ngrams(made, *row, 2)
-    made = processors.bad_words(made, *row, values["bad_word_prefixes"], values["bad_word_ends"])
-    made = processors.suppress_tokens(made, jnp.asarray([15, 40, 7]))
-    made = processors.temperature(made, 0.7)
-    made = processors.top_k(made, 12)
-    made = processors.top_p(made, 0.9)
-    made = processors.min_p(made, 0.02)
-    chex.assert_trees_all_equal(made, process(logits, history, asked.steps, values))
+    logits = np.full((3, V), -np.inf, np.float32)
+    logits[0, :6] = [1, 2, 2, 1, 2, 1]
+    logits[1:, :8] = 0
+    kept = np.isfinite(_jitted("top_p")(logits, 0.3))
+    assert [np.flatnonzero(row).tolist() for row in kept[:2]] == [[1, 2], [0, 1, 2]]
+    kept = np.isfinite(_jitted("top_p")(logits, 0.6))
+    assert [np.flatnonzero(row).tolist() for row in kept[:2]] == [[1, 2, 4], [0, 1, 2, 3, 4]]
 
 
 def test_history_of_chunks_with_padding():
-    ids = jnp.asarray([[9, 9, 1, 2], [9, 3, 9, 4], [5, 6, 7, 8]], jnp.int32)
-    valid = jnp.asarray([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]], bool)
-    history = TokenHistory(
-        jnp.zeros((3, 10), bool), jnp.zeros((3, 6), jnp.int32), jnp.zeros(3, int)
-    )
+    ids = np.asarray([[9, 9, 1, 2], [9, 3, 9, 4], [5, 6, 7, 8]], np.int32)
+    valid = np.asarray([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]], bool)
+    history = NEUTRAL.steps.empty_history(3, 10, 6)
+    append = jax.jit(TokenHistory.append)
     for chunk in (slice(0, 3), slice(3, 4)):
-        history = history.append(ids[:, chunk], valid[:, chunk])
-    history = history.append(
-        jnp.asarray([[2], [NO_TOKEN], [1]]), jnp.asarray([[1], [0], [1]], bool)
-    )
+        history = append(history, ids[:, chunk], valid[:, chunk])
+    decoded = np.asarray([[2], [NO_TOKEN], [1]], np.int32), np.asarray([[1], [0], [1]], bool)
+    history = append(history, *decoded)
     np.testing.assert_array_equal(history.lengths, [3, 2, 5])
     np.testing.assert_array_equal(
         history.ids, [[1, 2, 2, 0, 0, 0], [3, 4, 0, 0, 0, 0], [5, 6, 7, 8, 1, 0]]
@@ -97,17 +117,19 @@ def test_history_of_chunks_with_padding():
 
 def test_bans_look_at_a_rows_own_tokens_only():
     # Rows of 1, 2 and 4 tokens, and behind them what would repeat 5 6 and end the words.
-    ids = jnp.asarray([[5, 6, 5, 6], [6, 5, 6, 5], [5, 6, 0, 5]], jnp.int32)
-    lengths = jnp.asarray([1, 2, 4], jnp.int32)
-    logits = jnp.zeros((3, 8))
-    made = processors.no_repeat_ngrams(logits, ids, lengths, 2)
-    assert [np.flatnonzero(np.isinf(row)).tolist() for row in made] == [[], [], [6]]
-    asked = Sampling(bad_words_ids=[[6, 5, 1], [0, 5, 2], [5, 3]])
-    values = asked.values()
-    made = processors.bad_words(
-        logits, ids, lengths, values["bad_word_prefixes"], values["bad_word_ends"]
-    )
-    assert [np.flatnonzero(np.isinf(row)).tolist() for row in made] == [[3], [1, 3], [2, 3]]
+    row = np.asarray([[5, 6, 5, 6], [6, 5, 6, 5], [5, 6, 0, 5]], np.int32), np.asarray([1, 2, 4])
+    values = Sampling(bad_words_ids=[[6, 5, 1], [0, 5, 2], [5, 3]]).values()
+
+    @jax.jit
+    def run(logits, row, prefixes, ends):
+        ngrams = processors.no_repeat_ngrams(logits, *row, 2)
+        return jnp.isinf(ngrams), jnp.isinf(processors.bad_words(logits, *row, prefixes, ends))
+
+    logits = np.zeros((3, 8), np.float32)
+    made = run(logits, row, values["bad_word_prefixes"], values["bad_word_ends"])
+    ngrams, words = ([np.flatnonzero(row).tolist() for row in banned] for banned in made)
+    assert ngrams == [[], [], [6]]
+    assert words == [[3], [1, 3], [2, 3]]
 
 
 def test_a_stop_id_is_no_bad_word():
@@ -166,83 +188,83 @@ def keys_of(*seeds, rows=None):
     return row_keys(jnp.asarray(seeds, jnp.uint32), jnp.asarray(list(rows), jnp.uint32))
 
 
-def drawn(logits, asked, keys, index=0):
-    logits = jnp.asarray(logits)
+def drawn(logits, asked, keys, index=0, seen=None):
+    logits = np.asarray(logits, np.float32)
     history = asked.steps.empty_history(*logits.shape, 4)
+    if seen is not None:
+        history = history._replace(seen=seen)
     made = jitted_choose(
-        logits, history, keys, jnp.int32(index), steps=asked.steps, values=asked.values()
+        logits, history, keys, np.int32(index), steps=asked.steps, values=asked.values()
     )
     return np.asarray(made)
 
 
+KEYS = keys_of(1, 2, 3, 4)
+
+
 def test_greedy_takes_the_lowest_of_equal_ids():
-    assert drawn([[0.0, 3.0, 3.0, 1.0]], Sampling(), keys_of(0)) == [1]
+    logits = np.tile([0, 3, 3, 1, 0, 0, 3, 0], (4, 1))
+    np.testing.assert_array_equal(drawn(logits, Sampling(), KEYS), [1] * 4)
 
 
 def test_repetition_penalty_changes_a_greedy_choice():
-    asked = Sampling(repetition_penalty=2.0)
-    history = TokenHistory(seen=jnp.asarray([[False, True, False]]))
-    logits = jnp.asarray([[1.5, 2.0, 1.2]])
-    made = choose(logits, history, keys_of(0), jnp.int32(0), asked.steps, asked.values())
-    np.testing.assert_array_equal(made, [0])
+    logits = np.tile([1.5, 2.0, 1.2, 0, 0, 0, 0, 0], (4, 1))
+    seen = np.zeros((4, 8), bool)
+    seen[:2, 1] = True
+    made = drawn(logits, Sampling(repetition_penalty=2.0), KEYS, seen=seen)
+    np.testing.assert_array_equal(made, [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize(
-    "asked",
-    [
-        Sampling(temperature=1.0, top_k=1),
-        Sampling(temperature=1.0, top_p=0.0),
-        Sampling(temperature=1.0, min_p=1.0),
-        Sampling(temperature=1e-5),
-    ],
+    "changes",
+    [{"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}, {"temperature": 1e-5}],
     ids=str,
 )
-def test_one_token_left_is_the_greedy_one(asked):
-    logits = np.random.default_rng(0).normal(size=(4, V)).astype(np.float32)
-    np.testing.assert_array_equal(drawn(logits, asked, keys_of(1, 2, 3, 4)), logits.argmax(axis=1))
+def test_one_token_left_is_the_greedy_one(changes):
+    logits = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    best = logits[:, 1:].argmax(axis=1) + 1  # token 0 is suppressed
+    asked = dataclasses.replace(NEUTRAL, **changes)
+    np.testing.assert_array_equal(drawn(logits, asked, KEYS), best)
 
 
 def test_draws_follow_the_distribution():
-    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
     asked = Sampling(temperature=1.0, top_k=3)
     many = 4000
-    tokens = drawn(jnp.tile(logits, (many, 1)), asked, keys_of(*[5] * many))
+    tokens = drawn(np.tile(logits, (many, 1)), asked, keys_of(*[5] * many))
     share = np.bincount(tokens, minlength=4) / many
     np.testing.assert_allclose(share, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.03)
 
 
 def test_a_row_depends_on_its_key_and_number_only():
     asked = Sampling(temperature=1.0)
-    logits = np.random.default_rng(0).normal(size=(3, 512)).astype(np.float32)
+    logits = np.random.default_rng(0).normal(size=(3, 512))
     together = drawn(logits, asked, keys_of(7, 7, 7))
     alone = [drawn(logits[row : row + 1], asked, keys_of(7, rows=[row])).item() for row in range(3)]
     np.testing.assert_array_equal(together, alone)
-    flat = np.zeros((1, 512), np.float32)
     draws = {
-        drawn(flat, asked, keys_of(seed, rows=[row]), index).item()
+        token
         for seed in (0, 1, 2)
-        for row in (0, 1, 2)
         for index in (0, 1, 2)
+        for token in drawn(np.zeros((3, 512)), asked, keys_of(seed, seed, seed), index).tolist()
     }
     assert len(draws) > 20  # 27 independent draws of 512 tokens
 
 
-@pytest.mark.parametrize("asked", [Sampling(), Sampling(temperature=1.0, top_p=0.9, top_k=3)])
+@pytest.mark.parametrize("asked", [Sampling(), dataclasses.replace(NEUTRAL, top_p=0.9, top_k=3)])
 def test_a_row_without_a_highest_logit_has_no_token(asked):
-    logits = np.zeros((4, V), np.float32)
+    logits = np.zeros((4, 8), np.float32)
     logits[0, 3] = np.nan
     logits[1] = -np.inf
     logits[2, 5] = np.inf
     logits[3, 7] = 100
-    np.testing.assert_array_equal(drawn(logits, asked, keys_of(0, 0, 0, 0)), [NO_TOKEN, -1, 5, 7])
+    np.testing.assert_array_equal(drawn(logits, asked, KEYS), [NO_TOKEN, -1, 5, 7])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_in_which_all_is_banned_has_no_token(temperature):
-    asked = Sampling(temperature=temperature, suppress_tokens=range(V))
-    np.testing.assert_array_equal(
-        drawn(np.zeros((4, V)), asked, keys_of(0, 0, 0, 0)), [NO_TOKEN] * 4
-    )
+@pytest.mark.parametrize("asked", [Sampling(), NEUTRAL])
+def test_a_row_in_which_all_is_banned_has_no_token(asked):
+    asked = dataclasses.replace(asked, suppress_tokens=range(8))
+    np.testing.assert_array_equal(drawn(np.zeros((4, 8)), asked, KEYS), [NO_TOKEN] * 4)
 
 
 def test_bfloat16_logits_are_processed_in_float32():
