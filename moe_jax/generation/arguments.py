@@ -53,7 +53,7 @@ def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int
 def position_limit(config: Qwen3MoeConfig) -> int | None:
     """The most tokens that a row may have; None for RoPE kinds that are made to go further.
 
-    How far yarn or another of them is any good, only its authors know.
+    How far yarn or another of them is any good depends on the checkpoint.
     """
     return config.max_position_embeddings if config.rope.kind == "default" else None
 
