@@ -21,14 +21,22 @@ WINDOW = {"num_hidden_layers": 2, "mlp_only_layers": (0,), "use_sliding_window":
 WINDOW |= {"sliding_window": 8}
 
 
-# Prefill at once, token by token, and in chunks longer than the window.
-@pytest.mark.parametrize(("changes", "chunk"), [({}, 512), ({}, 1), (WINDOW, 12)], ids=str)
-def test_greedy_is_the_plain_loop(changes, chunk):
-    model = tiny(**changes)
-    made = generate(model, PROMPTS, max_new_tokens=20, prefill_chunk=chunk, capacity=64)
-    assert made.tokens == [plain_greedy(prompt, 20, **changes) for prompt in PROMPTS]
+def test_greedy_is_the_plain_loop():
+    made = generate(tiny(), PROMPTS, max_new_tokens=20)
+    assert made.tokens == [plain_greedy(prompt, 20) for prompt in PROMPTS]
     assert made.finish_reasons == ["length"] * 3
     assert made.texts == [""] * 3
+
+
+def test_a_window_and_chunks_longer_than_it_and_another_backend():
+    options = {"prefill_chunk": 12, "capacity": 64, "prefill_backend": "reference"}
+    made = generate(tiny(**WINDOW), PROMPTS, max_new_tokens=20, **options)
+    assert made.tokens == [plain_greedy(prompt, 20, **WINDOW) for prompt in PROMPTS]
+
+
+def test_a_row_alone_prefilled_token_by_token():
+    made = generate(tiny(), PROMPTS[1:2], max_new_tokens=12, prefill_chunk=1)
+    assert made.tokens == [plain_greedy(PROMPTS[1], 12)]
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():
@@ -183,17 +191,16 @@ def test_a_stream_comes_token_by_token():
     events.close()
 
 
-def test_a_row_alone_and_on_other_backends():
-    backends = {"prefill_backend": "reference", "decode_backend": "grouped"}
-    made = generate(tiny(), PROMPTS[1:2], max_new_tokens=12, **backends)
-    assert made.tokens == [plain_greedy(PROMPTS[1], 12)]
+CAPTURED = {"capture": True, "decode_backend": "grouped"}
 
 
 def test_captured_trace_is_what_the_model_routes():
     model = tiny()
-    plain = [plain_greedy(prompt, 20) for prompt in PROMPTS]
+    plain = [plain_greedy(prompt, 8) for prompt in PROMPTS]
     stop = plain[2][3]
-    made = generate(model, PROMPTS, max_new_tokens=8, stop_ids=[stop], capture=True)
+    made = generate(model, PROMPTS, max_new_tokens=8, stop_ids=[stop], **CAPTURED)
+    ends = [row.index(stop) + 1 if stop in row else 8 for row in plain]
+    assert made.tokens == [row[:end] for row, end in zip(plain, ends, strict=True)]
     steps = max(map(len, made.tokens)) - 1
     layers, K = 1, model.config.num_experts_per_tok
     assert made.trace.expert_ids.shape == (layers, steps * 3, K)
@@ -213,9 +220,8 @@ def test_captured_trace_is_what_the_model_routes():
 
 def test_trace_has_nothing_of_a_row_after_its_stop_string():
     text = BYTES.decode(plain_greedy(PROMPTS[0], 20))
-    made = generate(
-        tiny(), PROMPTS, max_new_tokens=8, stop_strings=[text[2]], tokenizer=BYTES, capture=True
-    )
+    options = {"stop_strings": [text[2]], "tokenizer": BYTES, **CAPTURED}
+    made = generate(tiny(), PROMPTS, max_new_tokens=8, **options)
     ids = np.asarray(made.trace.expert_ids).reshape(1, -1, 3, 2)
     length = len(made.tokens[0])
     assert length <= 3 and ids.shape[1] > length
