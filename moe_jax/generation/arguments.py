@@ -40,14 +40,14 @@ def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int
     _expect_sequence(name, ids, "a sequence of token ids")
     if len(ids) == 0:
         raise ValueError(f"{name} is empty; expected at least one token id")
-    numbers = check_token_ids(name, ids, config.vocab_size)
+    tokens = check_token_ids(name, ids, config.vocab_size)
     limit = position_limit(config)
-    if limit is not None and len(numbers) + new > limit:
+    if limit is not None and len(tokens) + new > limit:
         raise ValueError(
-            f"{name} has {len(numbers)} tokens and max_new_tokens is {new}; expected at most "
+            f"{name} has {len(tokens)} tokens and max_new_tokens is {new}; expected at most "
             f"max_position_embeddings = {limit} together"
         )
-    return np.asarray(numbers, np.int32)
+    return np.asarray(tokens, np.int32)
 
 
 def position_limit(config: Qwen3MoeConfig) -> int | None:
