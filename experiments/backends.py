@@ -30,7 +30,7 @@ from experiments.compare.environment import checked_out_commit
 from experiments.dispatch import agreement, tables, timing
 from experiments.generation.settings import DTYPES
 from moe_jax.activations import ACTIVATIONS
-from moe_jax.experts import BACKENDS, Asked
+from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.model import Qwen3Moe
 from moe_jax.platforms import resolve_platform
 from moe_jax.presets import PRESETS
@@ -42,7 +42,7 @@ _DTYPE = flags.DEFINE_string("dtype", "bfloat16", f"Of the model: {', '.join(DTY
 _ACTIVATION = flags.DEFINE_string("activation", "", f"{', '.join(ACTIVATIONS)}; empty: as preset.")
 _LATENT_SIZE = flags.DEFINE_integer("latent_size", None, "L, for latent projections.")
 _SHARED_SIZE = flags.DEFINE_integer("shared_size", None, "Width of shared experts.")
-_RUN = flags.DEFINE_list("run", [], f"Two backends to compare: {', '.join(BACKENDS)}.")
+_RUN = flags.DEFINE_list("run", [], f"Two backends to compare: {', '.join(EXPERTS_BACKENDS)}.")
 _TIME = flags.DEFINE_list("time", [], "Backends whose prefill is timed, in place of the tables.")
 _GRADIENTS = flags.DEFINE_bool("gradients", False, "With --time: of the gradients.")
 _LAYERS = flags.DEFINE_integer("layers", 4, "With --run: how many of the preset's layers.")
@@ -87,7 +87,7 @@ def _print_tables(config, console: Console) -> None:
     tokens = [_whole("tokens", value) for value in _TOKENS.value]
     names = _PLATFORMS.value or [resolve_platform(), "ascend"]
     platforms = list(dict.fromkeys(map(resolve_platform, names)))
-    asked = Asked(
+    request = ExpertsRequest(
         platform=platforms[0],
         phase="decode",
         T=1,
@@ -102,12 +102,12 @@ def _print_tables(config, console: Console) -> None:
     )
     device = jax.devices()[0].device_kind
     console.print(tables.declared(), tables.rules())
-    console.print(tables.chosen(asked, config.hidden_size, platforms, tokens, device))
+    console.print(tables.chosen(request, config.hidden_size, platforms, tokens, device))
 
 
 def _time(config, console: Console) -> None:
-    if unknown := [name for name in _TIME.value if name not in BACKENDS]:
-        raise ValueError(f"--time has {unknown}; expected of {', '.join(BACKENDS)}")
+    if unknown := [name for name in _TIME.value if name not in EXPERTS_BACKENDS]:
+        raise ValueError(f"--time has {unknown}; expected of {', '.join(EXPERTS_BACKENDS)}")
     tokens = [_whole("tokens", value) for value in _TOKENS.value]
     measured = timing.measure(
         config,
@@ -129,8 +129,10 @@ def _environment() -> str:
 
 def _run(config, console: Console) -> int:
     names = tuple(_RUN.value)
-    if len(names) != 2 or len(set(names)) != 2 or not set(names) <= BACKENDS.keys():
-        raise ValueError(f"--run is {','.join(names)}; expected two of {', '.join(BACKENDS)}")
+    if len(names) != 2 or len(set(names)) != 2 or not set(names) <= EXPERTS_BACKENDS.keys():
+        raise ValueError(
+            f"--run is {','.join(names)}; expected two of {', '.join(EXPERTS_BACKENDS)}"
+        )
     for flag in (_LAYERS, _ROWS, _NEW_TOKENS):
         _whole(flag.name, flag.value)
     if "pallas_interpret" in names:

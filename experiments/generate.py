@@ -21,7 +21,7 @@ import jax
 
 from experiments.generation import settings
 from experiments.generation.run import run
-from moe_jax.experts import BACKENDS
+from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.presets import PRESETS
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A checkpoint directory of either format.")
@@ -54,7 +54,9 @@ _DTYPE = flags.DEFINE_string(
     "dtype", "", f"{', '.join(settings.DTYPES)}; empty: as stored, bfloat16 for a random model."
 )
 _PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 512, "Prompt tokens that run at once.")
-_EXPERTS_BACKEND = flags.DEFINE_string("experts_backend", "auto", f"auto, {', '.join(BACKENDS)}.")
+_EXPERTS_BACKEND = flags.DEFINE_string(
+    "experts_backend", "auto", f"auto, {', '.join(EXPERTS_BACKENDS)}."
+)
 _DECODE_BACKEND = flags.DEFINE_string(
     "decode_backend", "", "The same for decode steps; --experts_backend if empty."
 )

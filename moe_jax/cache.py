@@ -1,4 +1,4 @@
-"""The KV cache: what each layer has seen, of fixed size, one length a row.
+"""The KV cache: the keys and values of each layer, of fixed size, with one length a row.
 
 A row is compact: only its valid tokens are stored, in order, so padding on either side of a prompt
 leaves no holes and rows of different lengths decode side by side. Token p of a row lies in slot
@@ -7,6 +7,7 @@ new tokens overwrite those that no query will see again.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,13 @@ class KVCache:
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     lengths: jax.Array
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys, after RoPE, and values: [B, kv, C, D] each."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 def init_cache(config: Qwen3MoeConfig, B: int, capacity: int, dtype=jnp.bfloat16) -> KVCache:
@@ -81,6 +89,46 @@ def write(
     kept = valid & (slots > slots[:, -1:] - C)
     index = jnp.where(kept, slots % C, C)  # C is outside, and dropped
     return ops.put(stored, new.astype(stored.dtype), index)
+
+
+def extend(
+    cache: LayerCache,
+    new: LayerCache,
+    slots: jax.Array,
+    valid: jax.Array,
+    lengths: jax.Array,
+    window: int | None,
+    ops: PlatformOps = XLA,
+) -> tuple[LayerCache, jax.Array, LayerCache]:
+    """Writes new tokens into one layer's cache, and says what they attend to.
+
+    Args:
+      cache: the layer's before these tokens.
+      new: their keys and values, [B, kv, S, D] each.
+      slots: [B, S] int32, the place of each new token in its row.
+      valid: [B, S] bool.
+      lengths: [B] int32, tokens in each row before these.
+      window: the sliding window, or None.
+      ops: the platform's form of the write.
+
+    Returns:
+      Keys and values [B, kv, N, D] to attend to, their slots [B, N] (negative where there is no
+      key), and the cache with the new tokens.
+    """
+    updated = LayerCache(
+        keys=write(cache.keys, new.keys, slots, valid, ops),
+        values=write(cache.values, new.values, slots, valid, ops),
+    )
+    C = cache.keys.shape[2]
+    if window is None or slots.shape[1] == 1:
+        return updated, stored_positions(lengths + jnp.sum(valid, axis=1), C), updated
+    # The new tokens may overwrite what the first of them still sees: attend to both.
+    both = jax.tree.map(
+        lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=2), cache, new
+    )
+    new_slots = jnp.where(valid, slots, -1)
+    key_slots = jnp.concatenate([stored_positions(lengths, C), new_slots], axis=1)
+    return both, key_slots, updated
 
 
 def overflowed(cache: KVCache, config: Qwen3MoeConfig) -> jax.Array:

@@ -1,37 +1,49 @@
-"""The decoder layers: one of them, and all in a row, with the superkernel scopes around them."""
+"""The decoder as pure functions of parameters and arrays, from all layers down to their two blocks.
+
+Read run_layers, then decoder_layer, attention_block and moe_block. Parameters are NamedTuples of
+arrays, named as in Hugging Face's files; the NNX modules of modules.py hold them. The last function
+is the only place that opens superkernel scopes.
+"""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
 
-from moe_jax.attention import Attention
+from moe_jax.attention import attention
+from moe_jax.cache import LayerCache, extend
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.layers import MLP, RMSNorm
-from moe_jax.moe import SparseMoe
+from moe_jax.experts import ExpertWeights, SharedExperts, experts
+from moe_jax.layers import LinearParams, MLPParams, linear, mlp, rms_norm
 from moe_jax.platform_ops import platform_ops
-from moe_jax.routing import Routing
+from moe_jax.rope import apply_rope
+from moe_jax.routing import Routing, replay_route, route, router_logits
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class How:
-    """How the layers are computed: nothing here is an array.
+class StepOptions:
+    """How the layers are computed. Nothing here is an array, so all of it is static under jit.
 
     Attributes:
+      config: the model's.
       platform: as resolve_platform returns it.
       phase: "prefill", "decode" or "training".
-      backend: the experts'.
+      experts_backend, attention_backend: as in moe_jax.experts and moe_jax.attention.
     """
 
+    config: Qwen3MoeConfig
     platform: str
     phase: str
-    backend: str
+    experts_backend: str = "auto"
+    attention_backend: str = "auto"
 
 
-class Where(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where the new tokens stand.
 
     Attributes:
@@ -39,115 +51,252 @@ class Where(NamedTuple):
       slots: [B, S] int32, each token's place in its row.
       valid: [B, S] bool, False for padding.
       lengths: [B] int32, tokens in each row before these.
+      segments: [B, S] int32, the sequence of its row that each token belongs to; None for one a
+        row.
     """
 
     rope: tuple[jax.Array, jax.Array]
     slots: jax.Array
     valid: jax.Array
     lengths: jax.Array
+    segments: jax.Array | None = None
 
 
-Stored = tuple[jax.Array, jax.Array]  # one layer's keys and values, [B, kv, C, D] each
+class AttentionParams(NamedTuple):
+    """q_proj [heads*D, H], k_proj and v_proj [kv*D, H], o_proj [H, heads*D], two norms [D]."""
+
+    q_proj: LinearParams
+    k_proj: LinearParams
+    v_proj: LinearParams
+    o_proj: LinearParams
+    q_norm: jax.Array
+    k_norm: jax.Array
 
 
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the MLP has experts or is dense."""
+class MoeParams(NamedTuple):
+    """The router's gate [E, H], the experts, and what may stand around them.
 
-    def __init__(self, config: Qwen3MoeConfig, layer: int, *, rngs: nnx.Rngs, dtype):
-        H, options = config.hidden_size, {"rngs": rngs, "dtype": dtype}
-        self.input_layernorm = RMSNorm(config, H, dtype=dtype)
-        self.self_attn = Attention(config, **options)
-        self.post_attention_layernorm = RMSNorm(config, H, dtype=dtype)
-        self.is_moe = config.is_moe_layer(layer)
-        self.mlp = (
-            SparseMoe(config, **options)
-            if self.is_moe
-            else MLP(config, config.intermediate_size, **options)
-        )
-        self.config = config
+    Attributes:
+      gate: [E, H].
+      experts: gate_up [E, 2, I, L], down [E, L, I]; L is H without latent projections.
+      fc1_latent_proj: [L, H], or None.
+      fc2_latent_proj: [H, L], or None.
+      shared_experts: an MLP that every token goes through, or None.
+    """
 
-    def __call__(
-        self,
-        x: jax.Array,
-        where: Where,
-        stored: Stored | None,
-        replay: RoutingTrace | None,
-        how: How,
-    ) -> tuple[jax.Array, Stored | None, Routing | None]:
-        """Returns x [B, S, H], the layer's (keys, values) or None, and its Routing or None."""
-        with jax.named_scope("attention"):
-            attended, updated = self._attend(self.input_layernorm(x), where, stored, how)
-        x = x + attended
-        normed = self.post_attention_layernorm(x)
-        if not self.is_moe:
-            with jax.named_scope("mlp"):
-                return x + self.mlp(normed), updated, None
-        with jax.named_scope("moe"):
-            y, routing = self.mlp(
-                normed,
-                where.valid,
-                backend=how.backend,
-                platform=how.platform,
-                phase=how.phase,
-                replay=replay,
-            )
-        return x + y, updated, routing
+    gate: LinearParams | None
+    experts: ExpertWeights
+    fc1_latent_proj: LinearParams | None = None
+    fc2_latent_proj: LinearParams | None = None
+    shared_experts: MLPParams | None = None
 
-    def _attend(self, normed: jax.Array, where: Where, stored: Stored | None, how: How):
-        graph, parameters = nnx.split(self.self_attn)
 
-        def attend(parameters, normed, where, stored):
-            before = None if stored is None else (*stored, where.lengths)
-            return nnx.merge(graph, parameters)(
-                normed, where.rope, where.slots, where.valid, before, platform_ops(how.platform)
-            )
+class LayerParams(NamedTuple):
+    """One layer's: two norms [H], attention, and an MLP with experts or a dense one."""
 
-        scope = configured_scope(self.config, "attention", phase=how.phase, platform=how.platform)
-        return scope(attend)(parameters, normed, where, stored)
+    input_layernorm: jax.Array
+    self_attn: AttentionParams
+    post_attention_layernorm: jax.Array
+    mlp: MoeParams | MLPParams
+
+
+Caches = tuple[LayerCache, ...]  # one for each layer
 
 
 def run_layers(
-    layers: nnx.List,
-    config: Qwen3MoeConfig,
+    params: tuple[LayerParams, ...],
     x: jax.Array,
-    where: Where,
-    stored: tuple[Stored, ...] | None,
+    positions: TokenPositions,
+    caches: Caches | None,
     replay: RoutingTrace | None,
-    how: How,
-) -> tuple[list[jax.Array], tuple[Stored, ...] | None, list[Routing]]:
+    options: StepOptions,
+) -> tuple[list[jax.Array], Caches | None, list[Routing]]:
     """Runs all layers, one after the other.
 
     Args:
-      layers: of DecoderLayer.
-      config: the model's.
+      params: each layer's.
       x: [B, S, H], the embeddings.
-      where: where the tokens stand.
-      stored: each layer's (keys, values), or None without a cache.
+      positions: where the tokens stand.
+      caches: each layer's, or None.
       replay: a trace with [MoE layers, B*S, K] experts, or None.
-      how: how to compute them.
+      options: how to compute them.
 
     Returns:
-      Each layer's output [B, S, H], its (keys, values) after these tokens, and the Routing of each
-      MoE layer.
+      Each layer's output [B, S, H], the caches with these tokens, and each MoE layer's Routing.
     """
-    graph, parameters = nnx.split(layers)
+    outputs, updated, routings = [], [], []
+    for index, layer in enumerate(params):
+        replays = replay is not None and isinstance(layer.mlp, MoeParams)
+        with jax.named_scope(f"layer_{index}"):
+            x, cache, routing = decoder_layer(
+                layer,
+                x,
+                positions,
+                None if caches is None else caches[index],
+                replay.layer(len(routings)) if replays else None,
+                options,
+            )
+        outputs.append(x)
+        updated.append(cache)
+        if routing is not None:
+            routings.append(routing)
+    return outputs, None if caches is None else tuple(updated), routings
 
-    def run(parameters, x, where, stored, replay):
-        outputs, after, routings = [], [], []
-        for index, layer in enumerate(nnx.merge(graph, parameters)):
-            with jax.named_scope(f"layer_{index}"):
-                x, updated, routing = layer(
-                    x,
-                    where,
-                    None if stored is None else stored[index],
-                    replay.layer(len(routings)) if replay is not None and layer.is_moe else None,
-                    how,
-                )
-            outputs.append(x)
-            after.append(updated)
-            if routing is not None:
-                routings.append(routing)
-        return outputs, None if stored is None else tuple(after), routings
 
-    scope = configured_scope(config, "model", phase=how.phase, platform=how.platform)
-    return scope(run)(parameters, x, where, stored, replay)
+def decoder_layer(
+    params: LayerParams,
+    x: jax.Array,
+    positions: TokenPositions,
+    cache: LayerCache | None,
+    replay: RoutingTrace | None,
+    options: StepOptions,
+) -> tuple[jax.Array, LayerCache | None, Routing | None]:
+    """Adds attention(norm(x)) to x [B, S, H], then mlp(norm(x)); the MLP has experts or is dense.
+
+    Returns:
+      x [B, S, H], the layer's cache with these tokens, and the Routing of an MoE layer.
+    """
+    config = options.config
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, params.input_layernorm, config.rms_norm_eps)
+        attend = scoped(attention_block, options)
+        attended, cache = attend(params.self_attn, normed, positions, cache)
+    x = x + attended
+    normed = rms_norm(x, params.post_attention_layernorm, config.rms_norm_eps)
+    if isinstance(params.mlp, MLPParams):
+        with jax.named_scope("mlp"):
+            return x + mlp(params.mlp, normed, config.hidden_act), cache, None
+    with jax.named_scope("moe"):
+        y, routing = moe_block(params.mlp, normed, positions.valid, options, replay)
+    return x + y, cache, routing
+
+
+def attention_block(
+    params: AttentionParams,
+    x: jax.Array,
+    positions: TokenPositions,
+    cache: LayerCache | None,
+    options: StepOptions,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Grouped-query attention from normed x [B, S, H] to itself and to the cache.
+
+    Projections, RMSNorm of q and k over D, RoPE, the cache, attention, the output's projection.
+
+    Returns:
+      [B, S, H], and the cache with these tokens, or None without one.
+    """
+    config = options.config
+    B, S, _ = x.shape
+    D, eps = config.head_dim, config.rms_norm_eps
+    q = linear(x, *params.q_proj).reshape(B, S, -1, D)
+    k = linear(x, *params.k_proj).reshape(B, S, -1, D)
+    v = linear(x, *params.v_proj).reshape(B, S, -1, D)
+    q = rms_norm(q, params.q_norm, eps).swapaxes(1, 2)  # [B, heads, S, D]
+    k = rms_norm(k, params.k_norm, eps).swapaxes(1, 2)  # [B, kv, S, D]
+    v = v.swapaxes(1, 2)
+    q, k = apply_rope(q, *positions.rope), apply_rope(k, *positions.rope)
+
+    slots, valid = positions.slots, positions.valid
+    if cache is None:
+        keys, values, key_slots = k, v, jnp.where(valid, slots, -1)
+    else:
+        (keys, values), key_slots, cache = extend(
+            cache,
+            LayerCache(k, v),
+            slots,
+            valid,
+            positions.lengths,
+            config.window,
+            platform_ops(options.platform),
+        )
+    attended = attention(
+        q,
+        keys,
+        values,
+        query_slots=slots,
+        key_slots=key_slots,
+        segments=positions.segments,
+        window=config.window,
+        backend=options.attention_backend,
+        platform=options.platform,
+        phase=options.phase,
+    )
+    return linear(attended.swapaxes(1, 2).reshape(B, S, -1), *params.o_proj), cache
+
+
+def moe_block(
+    params: MoeParams,
+    x: jax.Array,
+    valid: jax.Array,
+    options: StepOptions,
+    replay: RoutingTrace | None = None,
+) -> tuple[jax.Array, Routing]:
+    """Sends each token of normed x [B, S, H] to K of E experts, and adds their weighted outputs.
+
+    Args:
+      params: the block's.
+      x: [B, S, H].
+      valid: [B, S] bool; padding is routed nowhere and returns zeros.
+      options: how to compute it.
+      replay: this layer's experts for these B * S tokens, in place of the router's choice.
+
+    Returns:
+      [B, S, H] and the Routing of the B * S tokens.
+    """
+    config = options.config
+    tokens = x.reshape(-1, x.shape[-1])  # [T, H]
+    how = {
+        "norm_topk_prob": config.norm_topk_prob,
+        "valid": valid.reshape(-1),
+        "weights_dtype": x.dtype if config.router_dtype == "model" else jnp.float32,
+    }
+    with jax.named_scope("router"):
+        logits = router_logits(tokens, params.gate.weight, dtype=config.router_dtype)  # [T, E]
+        if replay is None:
+            ops = platform_ops(options.platform)
+            routing = route(logits, config.num_experts_per_tok, ops=ops, **how)
+        else:
+            routing = replay_route(logits, replay.expert_ids, replay.expert_weights, **how)
+    with jax.named_scope("experts"):
+        compute = scoped(routed_experts, options)
+        y = compute(params._replace(gate=None), tokens, routing.ids, routing.weights)  # [T, H]
+    return y.reshape(x.shape), routing
+
+
+def routed_experts(
+    params: MoeParams,
+    tokens: jax.Array,
+    expert_ids: jax.Array,
+    expert_weights: jax.Array,
+    options: StepOptions,
+) -> jax.Array:
+    """What an MoE block does once tokens [T, H] have their expert_ids and expert_weights [T, K]."""
+    config, fc1, fc2 = options.config, params.fc1_latent_proj, params.fc2_latent_proj
+    shared = params.shared_experts
+    return experts(
+        tokens,
+        params.experts,
+        expert_ids,
+        expert_weights,
+        fc1_latent_proj=None if fc1 is None else fc1.weight,
+        fc2_latent_proj=None if fc2 is None else fc2.weight,
+        shared_experts=None if shared is None else SharedExperts(*(p.weight for p in shared)),
+        activation=config.hidden_act,
+        backend=options.experts_backend,
+        platform=options.platform,
+        phase=options.phase,
+        chunk=config.moe_chunk_max_len,
+    )
+
+
+def scoped(block: Callable, options: StepOptions) -> Callable:
+    """`block` with these options, as one superkernel region where the config asks for its scope.
+
+    Args:
+      block: run_layers, attention_block or routed_experts: a function of parameters, arrays and
+        `options`. Routing stays outside the experts' region.
+      options: the block's.
+    """
+    name = {run_layers: "model", attention_block: "attention", routed_experts: "moe"}[block]
+    scope = configured_scope(options.config, name, phase=options.phase, platform=options.platform)
+    return scope(functools.partial(block, options=options))

@@ -1,17 +1,30 @@
-"""The small parts: linear, RMSNorm, embedding and the dense MLP, as functions and thin modules.
+"""The small parts as pure functions: linear, RMSNorm, embedding, the gated MLP.
 
-Weights are [out, in], as Hugging Face stores them, so that a checkpoint is copied and not turned.
+Weights are [out, in], as Hugging Face stores them, so a checkpoint is copied and not transposed.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax.activations import ACTIVATIONS
-from moe_jax.config import Qwen3MoeConfig
 from moe_jax.products import einsum
+
+
+class LinearParams(NamedTuple):
+    """weight [out, in], bias [out] or None."""
+
+    weight: jax.Array
+    bias: jax.Array | None = None
+
+
+class MLPParams(NamedTuple):
+    """gate_proj and up_proj [N, H], down_proj [H, N]; N is the MLP's width."""
+
+    gate_proj: LinearParams
+    up_proj: LinearParams
+    down_proj: LinearParams
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -35,67 +48,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 def embed(ids: jax.Array, table: jax.Array) -> jax.Array:
     """Rows of table [V, H] for ids [...].
 
-    An id outside [0, V) gives NaN, as no error can be raised inside a compiled function.
+    An id outside [0, V) gives NaN, because a compiled function cannot raise an error.
     """
     inside = (ids >= 0) & (ids < table.shape[0])
     return jnp.where(inside[..., None], jnp.take(table, ids, axis=0, mode="clip"), jnp.nan)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype) -> jax.Array:
-    # Compiled, so that a large array is made in place on its device.
-    return (jax.random.normal(key, shape, dtype) * std).astype(dtype)
-
-
-def normal_param(
-    config: Qwen3MoeConfig, rngs: nnx.Rngs, shape: tuple[int, ...], dtype
-) -> nnx.Param:
-    """A parameter drawn from a normal distribution of the config's initializer_range."""
-    return nnx.Param(_normal(rngs.params(), config.initializer_range, shape, dtype))
-
-
-class Linear(nnx.Module):
-    """weight [N_out, N_in], bias [N_out] if asked for."""
-
-    def __init__(self, config, N_in: int, N_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False):
-        self.weight = normal_param(config, rngs, (N_out, N_in), dtype)
-        self.bias = nnx.Param(jnp.zeros(N_out, dtype)) if bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...], None if self.bias is None else self.bias[...])
-
-
-class RMSNorm(nnx.Module):
-    """weight [N]."""
-
-    def __init__(self, config: Qwen3MoeConfig, N: int, *, dtype):
-        self.weight = nnx.Param(jnp.ones(N, dtype))
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], self.eps)
-
-
-class Embedding(nnx.Module):
-    """weight [V, H]."""
-
-    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
-        shape = (config.vocab_size, config.hidden_size)
-        self.weight = normal_param(config, rngs, shape, dtype)
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return embed(ids, self.weight[...])
-
-
-class MLP(nnx.Module):
-    """down(activation(gate x) * up x), as wide as it is told: a dense layer, or shared experts."""
-
-    def __init__(self, config: Qwen3MoeConfig, N: int, *, rngs: nnx.Rngs, dtype):
-        H = config.hidden_size
-        self.gate_proj = Linear(config, H, N, rngs=rngs, dtype=dtype)
-        self.up_proj = Linear(config, H, N, rngs=rngs, dtype=dtype)
-        self.down_proj = Linear(config, N, H, rngs=rngs, dtype=dtype)
-        self.hidden_act = config.hidden_act
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+def mlp(params: MLPParams, x: jax.Array, activation: str) -> jax.Array:
+    """down(activation(gate x) * up x) of x [..., H]: a dense layer's MLP."""
+    gate = ACTIVATIONS[activation](linear(x, *params.gate_proj))
+    return linear(gate * linear(x, *params.up_proj), *params.down_proj)

@@ -1,21 +1,24 @@
 """Qwen3-MoE as a causal language model, top to bottom; the parts are functions in other files.
 
-Read `Qwen3Moe.__call__` first: embeddings, then the layers of decoder.py, each attention and an MLP
-or MoE block, both on normed inputs and added to the residual, then the final norm and the head.
+Read `Qwen3Moe.__call__` first: embeddings, then the layers of decoder.py, then the final norm, the
+head and the losses. A layer is attention and an MLP or MoE block, each on a normed input and added
+to the residual.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import losses
-from moe_jax.cache import KVCache, overflowed, slots_of
+from moe_jax.cache import KVCache, LayerCache, overflowed, slots_of
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.decoder import DecoderLayer, How, Where, run_layers
+from moe_jax.decoder import LayerParams, StepOptions, TokenPositions, run_layers, scoped
 from moe_jax.input_checks import check_inputs
-from moe_jax.layers import Embedding, Linear, RMSNorm, linear
+from moe_jax.layers import LinearParams, embed, linear, rms_norm
+from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.rope import rope_tables
@@ -54,8 +57,19 @@ class CausalLMOutput:
     cache: KVCache | None = None
 
 
+class ModelParams(NamedTuple):
+    """The model's parameters: embed_tokens [V, H], the layers, norm [H], lm_head [V, H] or None."""
+
+    embed_tokens: jax.Array
+    layers: tuple[LayerParams, ...]
+    norm: jax.Array
+    lm_head: LinearParams | None
+
+
 class Qwen3Moe(nnx.Module):
     """The model. Parameters have the names of moe_jax.parameters."""
+
+    Params = ModelParams
 
     def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
         """Makes random parameters in `dtype`, as the config's initializer_range says."""
@@ -65,7 +79,7 @@ class Qwen3Moe(nnx.Module):
             DecoderLayer(config, layer, rngs=rngs, dtype=dtype)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config, config.hidden_size, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, dtype=dtype)
         tied = config.tie_word_embeddings
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = None if tied else Linear(config, H, V, rngs=rngs, dtype=dtype)
@@ -84,6 +98,7 @@ class Qwen3Moe(nnx.Module):
         output_routings: bool = False,
         output_hidden_states: bool = False,
         experts_backend: str = "auto",
+        attention_backend: str = "auto",
         platform: str | None = None,
         replay: RoutingTrace | None = None,
     ) -> CausalLMOutput:
@@ -93,19 +108,20 @@ class Qwen3Moe(nnx.Module):
           input_ids: [B, S] integers in [0, V); inside a compiled function one outside makes its
             row's logits NaN.
           inputs_embeds: [B, S, H] instead of input_ids.
-          attention_mask: [B, S], 0 for padding, anywhere in a row; None: all valid. With a cache
-            too it is the mask of the new tokens only.
+          attention_mask: [B, S], 0 for padding, anywhere in a row; None: all valid. It is the mask
+            of the new tokens only, with a cache too.
           position_ids: [1 or B, S] for RoPE. By default a token's place among its row's valid
             tokens, those in the cache included: padding on either side needs no position_ids.
           cache: what init_cache or the call before returned; it is not changed. A row with more
             tokens than its cache can hold gets logits of NaN.
           labels: [B, S] integers, -100 where nothing is to be predicted.
-          logits_to_keep: the last so many positions (0: all), or their indices [N] or [B, N].
+          logits_to_keep: how many of the last positions (0: all), or indices [N] or [B, N].
           output_router_logits: None takes the config's.
           output_routings: whether to return each MoE layer's Routing.
           output_hidden_states: whether to return every layer's output.
           experts_backend: as in moe_jax.experts.experts. With labels a call is of the phase
             "training"; with a cache and S = 1 it is a "decode" step.
+          attention_backend: as in moe_jax.attention.attention.
           platform: what to write the computation for, as in moe_jax.platforms.resolve_platform.
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
@@ -126,18 +142,21 @@ class Qwen3Moe(nnx.Module):
             logits_to_keep=logits_to_keep,
             replay=replay,
         )
+        params = params_of(self)
         with jax.named_scope("embed"):
-            x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            x = embed(input_ids, params.embed_tokens) if inputs_embeds is None else inputs_embeds
 
         # 1. Where each token stands in its row, and the angles that this gives.
-        how = How(
+        options = StepOptions(
+            config=config,
             platform=resolve_platform(platform),
             phase=_phase(labels, cache, S),
-            backend=experts_backend,
+            experts_backend=experts_backend,
+            attention_backend=attention_backend,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
-        slots = slots_of(valid, lengths, platform_ops(how.platform))  # [B, S]
+        slots = slots_of(valid, lengths, platform_ops(options.platform))  # [B, S]
         if position_ids is None:
             position_ids = jnp.maximum(slots, 0)
         rope = rope_tables(
@@ -145,26 +164,23 @@ class Qwen3Moe(nnx.Module):
         )
 
         # 2. The layers.
-        outputs, stored, routings = run_layers(
-            self.layers,
-            config,
-            x,
-            Where(rope=rope, slots=slots, valid=valid, lengths=lengths),
-            None if cache is None else tuple(zip(cache.keys, cache.values, strict=True)),
-            replay,
-            how,
-        )
-        hidden_states = [x, *outputs[:-1], self.norm(outputs[-1])]
-        x = hidden_states[-1]
+        positions = TokenPositions(rope=rope, slots=slots, valid=valid, lengths=lengths)
+        caches = None
         if cache is not None:
-            keys, values = zip(*stored, strict=True)
+            caches = tuple(map(LayerCache, cache.keys, cache.values))
+        run = scoped(run_layers, options)
+        outputs, caches, routings = run(params.layers, x, positions, caches, replay)
+        normed = rms_norm(outputs[-1], params.norm, config.rms_norm_eps)
+        hidden_states = [x, *outputs[:-1], normed]
+        if cache is not None:
+            keys, values = zip(*caches, strict=True)
             lengths = lengths + jnp.sum(valid, axis=1, dtype=jnp.int32)
             cache = KVCache(keys=keys, values=values, lengths=lengths)
 
         # 3. The head.
         with jax.named_scope("lm_head"):
-            head = self.embed_tokens if self.lm_head is None else self.lm_head
-            logits = linear(_keep(x, logits_to_keep), head.weight[...])
+            head = params.embed_tokens if params.lm_head is None else params.lm_head.weight
+            logits = linear(_keep(normed, logits_to_keep), head)
         if cache is not None:
             logits = jnp.where(overflowed(cache, config)[:, None, None], jnp.nan, logits)
 

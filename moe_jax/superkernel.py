@@ -2,6 +2,8 @@
 
     y = superkernel_scope(enabled, "moe_experts")(function)(x, weights, ids)
 
+The model opens its scopes in one place, decoder.scoped.
+
 In CANN's recipes a `with` block marks the region. JAX cannot outline one, so here a scope wraps a
 function, and the region is that function: everything it computes with has to be an argument. What
 it does depends on the platform:
@@ -32,7 +34,7 @@ SCOPES: dict[str, str] = {
 }
 
 # Of the composite: to be raised when its arguments or results change.
-VERSION = 1
+VERSION = 2
 
 _open_label: contextvars.ContextVar[str | None] = contextvars.ContextVar("open", default=None)
 

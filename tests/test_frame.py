@@ -45,8 +45,8 @@ def test_no_lock_file_and_no_registry_host():
         ("pallas_kernels", "from moe_jax import config", "moe_jax.config"),
         (
             "pallas_kernels",
-            "def f():\n    from moe_jax.experts import table",
-            "moe_jax.experts.table",
+            "def f():\n    from moe_jax.experts import api",
+            "moe_jax.experts.api",
         ),
         (
             "moe_jax",

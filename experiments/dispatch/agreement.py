@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.experts import Asked, BackendChoice, record_choices
+from moe_jax.dispatch import BackendChoice, Request, record_choices
 from moe_jax.generation import generate
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, to_arrays
@@ -52,13 +52,13 @@ class Agreement:
       tokens: backend -> each row's tokens.
       compared: how many tokens were compared: each row's up to its first difference.
       differences: of each row that has one.
-      record: what each call of the experts chose.
+      record: what each call of an op chose.
     """
 
     tokens: dict[str, list[list[int]]]
     compared: int
     differences: list[Difference]
-    record: list[tuple[Asked, BackendChoice]]
+    record: list[tuple[Request, BackendChoice]]
 
     @property
     def holds(self) -> bool:
@@ -74,7 +74,7 @@ def compare(
     Args:
       model: in bfloat16; a float32 copy must fit beside it.
       prompts: rows of token ids.
-      backends: two names in BACKENDS, for decode steps and, where they can, prefill.
+      backends: two names in EXPERTS_BACKENDS, for decode steps and, where they can, prefill.
       new_tokens: for each row.
     """
     with record_choices() as record:

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from moe_jax.experts import BACKENDS
+from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import Sampling
 from moe_jax.json_files import local_path
 from moe_jax.presets import PRESETS
@@ -104,8 +104,8 @@ def parse(
     if dtype and dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     for flag, value in (("experts_backend", experts_backend), ("decode_backend", decode_backend)):
-        if value not in ("", "auto", *BACKENDS):
-            accepted = ", ".join(("auto", *BACKENDS))
+        if value not in ("", "auto", *EXPERTS_BACKENDS):
+            accepted = ", ".join(("auto", *EXPERTS_BACKENDS))
             raise ValueError(f"--{flag} is {value!r}; expected one of {accepted}")
     if "" in stop:
         raise ValueError("--stop is empty; expected at least one character")

@@ -1,34 +1,11 @@
-"""One MoE layer's experts: one function, several backends, one table.
+"""One MoE layer's experts: one function, several backends.
 
-Start at `api.py`, then `table.py`; each backend is a file or, for the kernels, a few lines that
-call them, and `extras.py` is what may stand around all of them.
+Start at `api.py`. Each backend is a file; `latent_and_shared.py` is what stands around all of them,
+and `moe_jax/dispatch.py` chooses one.
 """
 
-from moe_jax.experts.api import (
-    BACKEND_VARIABLE,
-    BACKENDS,
-    experts,
-    record_choices,
-    resolve_backend,
-)
-from moe_jax.experts.backend import PHASES, Asked, Backend
-from moe_jax.experts.extras import SharedExperts
-from moe_jax.experts.table import RULES, BackendChoice, Rule, choose_backend
+from moe_jax.experts.api import EXPERTS_BACKENDS, ExpertsRequest, experts
+from moe_jax.experts.latent_and_shared import SharedExperts
 from pallas_kernels.decode_experts import ExpertWeights
 
-__all__ = [
-    "BACKENDS",
-    "BACKEND_VARIABLE",
-    "PHASES",
-    "RULES",
-    "Asked",
-    "Backend",
-    "BackendChoice",
-    "ExpertWeights",
-    "Rule",
-    "SharedExperts",
-    "choose_backend",
-    "experts",
-    "record_choices",
-    "resolve_backend",
-]
+__all__ = ["EXPERTS_BACKENDS", "ExpertWeights", "ExpertsRequest", "SharedExperts", "experts"]

@@ -1,25 +1,60 @@
 """experts: the one function through which every MoE layer computes its experts."""
 
-import contextlib
-import contextvars
+import dataclasses
 import functools
-import os
-from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import ACTIVATIONS
-from moe_jax.experts.backend import PHASES, Asked, Backend
-from moe_jax.experts.extras import SharedExperts, check_extras, with_extras
+from moe_jax.dispatch import PHASES, Backend, Request, resolve_backend
 from moe_jax.experts.grouped import grouped_experts
-from moe_jax.experts.kernels import kernel_experts
+from moe_jax.experts.latent_and_shared import (
+    SharedExperts,
+    check_latent_and_shared,
+    with_latent_and_shared,
+)
+from moe_jax.experts.pallas import pallas_experts
 from moe_jax.experts.portable import portable_experts
-from moe_jax.experts.table import BackendChoice, choose_backend
 from moe_jax.platforms import has_all_of_xla, resolve_platform
 from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 
-BACKEND_VARIABLE = "MOE_JAX_EXPERTS_BACKEND"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsRequest(Request):
+    """One call of `experts`, for moe_jax.dispatch.
+
+    Attributes:
+      K, E: experts of each token, experts in all.
+      width: what the experts take: H, or L with latent projections.
+      I: the experts' intermediate size.
+      latent: whether there are latent projections.
+      shared: whether there are shared experts.
+      quantised: whether the experts' weights have scales.
+    """
+
+    op: ClassVar[str] = "experts"
+    K: int
+    E: int
+    width: int
+    I: int
+    activation: str = "silu"
+    latent: bool = False
+    shared: bool = False
+    quantised: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"L" if self.latent else "H": self.width, "I": self.I}
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        asked = {_LATENT: self.latent, _SHARED: self.shared, _QUANTISED: self.quantised}
+        return tuple(feature for feature, is_asked in asked.items() if is_asked)
+
+
+_LATENT, _SHARED, _QUANTISED = "latent projections", "shared experts", "quantised weights"
 
 
 def _reference(x, weights, ids, expert_weights, activation):
@@ -27,39 +62,44 @@ def _reference(x, weights, ids, expert_weights, activation):
     return run(x, weights, ids, expert_weights)
 
 
-# Of two products' roundings to bf16, of the output's, and of those around latent projections.
+# The sum of what is rounded to bf16: two products, the output, and around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
+_AROUND = (_LATENT, _SHARED)  # with_latent_and_shared gives both to every backend
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": 64,
+    "features": _AROUND,
 }
 
-BACKENDS: dict[str, Backend] = {
+EXPERTS_BACKENDS: dict[str, Backend] = {
     "reference": Backend(
-        run=with_extras(_reference, wide=True),
+        run=with_latent_and_shared(_reference, wide=True),
         what="float32, one token at a time: the definition",
         rel_error={"float32": 1e-5, "bfloat16": 2e-3, "float16": 3e-4},
+        features=_AROUND,
     ),
     "portable": Backend(
-        run=with_extras(portable_experts),
+        run=with_latent_and_shared(portable_experts),
         what="plain XLA that any compiler takes: gathers experts, or multiplies all",
         rel_error=_XLA_ERROR,
+        features=_AROUND,
     ),
     "grouped": Backend(
-        run=with_extras(grouped_experts),
+        run=with_latent_and_shared(grouped_experts),
         what="XLA: sorts by expert, lax.ragged_dot_general",
         rel_error=_XLA_ERROR,
+        features=_AROUND,
         platforms=("cpu", "cuda"),
     ),
     "pallas": Backend(
-        run=with_extras(kernel_experts),
+        run=with_latent_and_shared(pallas_experts),
         what="the decode kernels of pallas_kernels, compiled; choose_layout picks the layout",
         platforms=("cuda",),
         **_KERNELS,
     ),
     "pallas_interpret": Backend(
-        run=with_extras(functools.partial(kernel_experts, interpret=True)),
+        run=with_latent_and_shared(functools.partial(pallas_experts, interpret=True)),
         what="the same kernels in Pallas's interpret mode: slow, for checking on a CPU",
         platforms=("cpu",),
         **_KERNELS,
@@ -69,8 +109,6 @@ BACKENDS: dict[str, Backend] = {
 # Temporaries on CUDA, in Qwen3-30B-A3B: XLA expands a grouped matmul to all experts and takes 3 GB
 # for 512 tokens; the portable backend's product of all experts takes 1 GB for 1024.
 _LARGEST_CHUNK = {("grouped", "cuda"): 512, ("portable", "cuda"): 1024}
-
-_record: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)
 
 
 def experts(
@@ -102,12 +140,12 @@ def experts(
       activation: a, a name in ACTIVATIONS; the shared experts' too.
       fc1_latent_proj, fc2_latent_proj: [L, H] and [H, L], both or none.
       shared_experts: an MLP that every token goes through; it reads x, and is added last.
-      backend: a name in BACKENDS, or "auto": the environment variable MOE_JAX_EXPERTS_BACKEND, and
-        without that the table of moe_jax.experts.table.
+      backend: a name in EXPERTS_BACKENDS, or "auto": the environment variable
+        MOE_JAX_EXPERTS_BACKEND, and without that the table of moe_jax.dispatch.
       platform: what to choose for, as in moe_jax.platforms.resolve_platform.
       phase: "prefill", "decode" or "training", for the table.
-      chunk: at most so many tokens at once, one chunk after the other; None for all, except where
-        a backend would take too much memory.
+      chunk: the most tokens at once, one chunk after the other; None for all, except where a
+        backend would take too much memory.
 
     Returns:
       [T, H] in x's dtype.
@@ -120,10 +158,10 @@ def experts(
         raise ValueError(f"phase is {phase!r}; expected one of {list(PHASES)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected None or at least 1 token")
-    check_extras(x.shape[1], weights, fc1_latent_proj, fc2_latent_proj, shared_experts)
+    check_latent_and_shared(x.shape[1], weights, fc1_latent_proj, fc2_latent_proj, shared_experts)
     E, _, I, width = weights.gate_up.shape
     T, K = ids.shape
-    asked = Asked(
+    request = ExpertsRequest(
         platform=resolve_platform(platform),
         phase=phase,
         T=T,
@@ -137,12 +175,10 @@ def experts(
         shared=shared_experts is not None,
         quantised=weights.gate_up_scale is not None or weights.down_scale is not None,
     )
-    choice = resolve_backend(asked, backend)
-    if _record.get() is not None:
-        _record.get().append((asked, choice))
+    choice = resolve_backend(request, EXPERTS_BACKENDS, backend)
 
     def run(x, ids, expert_weights):
-        return BACKENDS[choice.backend].run(
+        return EXPERTS_BACKENDS[choice.backend].run(
             x,
             weights,
             ids,
@@ -153,61 +189,20 @@ def experts(
             shared_experts=shared_experts,
         )
 
-    chunk = chunk or _LARGEST_CHUNK.get((choice.backend, asked.platform), T)
+    chunk = chunk or _LARGEST_CHUNK.get((choice.backend, request.platform), T)
     if chunk >= T:
         return run(x, ids, expert_weights)
-    if not has_all_of_xla(asked.platform):  # without a loop
+    if not has_all_of_xla(request.platform):  # without a loop
         parts = [slice(first, first + chunk) for first in range(0, T, chunk)]
         return jnp.concatenate([run(x[p], ids[p], expert_weights[p]) for p in parts])
     return _in_chunks(run, chunk, x, ids, expert_weights)
 
 
-def resolve_backend(
-    asked: Asked, backend: str = "auto", *, environment: Mapping[str, str] = os.environ
-) -> BackendChoice:
-    """The backend that a call runs, and why.
-
-    Args:
-      asked: the call.
-      backend: its argument.
-      environment: where MOE_JAX_EXPERTS_BACKEND is looked up, if backend is "auto".
-
-    Raises:
-      ValueError: there is no such backend.
-      NotImplementedError: it cannot do what is asked; the message names those that can.
-    """
-    source = "backend"
-    if backend == "auto" and environment.get(BACKEND_VARIABLE):
-        source, backend = BACKEND_VARIABLE, environment[BACKEND_VARIABLE]
-    if backend == "auto":
-        return choose_backend(asked, BACKENDS)
-    if backend not in tuple(BACKENDS):
-        raise ValueError(f"{source} is {backend!r}; expected 'auto' or one of {sorted(BACKENDS)}")
-    lack = BACKENDS[backend].lacks(asked)
-    if lack is not None:
-        able = [name for name, other in BACKENDS.items() if other.lacks(asked) is None]
-        who = f"{', '.join(able)} can" if able else "no backend can"
-        raise NotImplementedError(f"experts backend {backend!r} does not do {lack}; {who}")
-    return BackendChoice(backend, f"{source} says so")
-
-
-@contextlib.contextmanager
-def record_choices() -> Iterator[list[tuple[Asked, BackendChoice]]]:
-    """Lists every call of `experts` that is traced inside the block, and what it chose.
-
-    A compiled function that was traced before is not traced again, and adds nothing.
-    """
-    token = _record.set([])
-    try:
-        yield _record.get()
-    finally:
-        _record.reset(token)
-
-
 def _in_chunks(run, chunk: int, x, ids, expert_weights) -> jax.Array:
     """One chunk of tokens after the other; the last is filled up with padding.
 
-    A gradient computes each chunk anew, so that one chunk's intermediates are kept and not all.
+    A gradient computes each chunk anew, because then the intermediates of one chunk are kept at a
+    time.
     """
     T = x.shape[0]
     fill = -T % chunk

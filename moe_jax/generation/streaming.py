@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.cache import init_cache
-from moe_jax.experts import BACKENDS
+from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import arguments
 from moe_jax.generation import decode as compiled
 from moe_jax.generation.logits_processors import NO_TOKEN
@@ -115,8 +115,9 @@ def stream(
     if tokenizer is None and len(stop_strings):
         raise ValueError(f"stop_strings is {stop_strings!r} without tokenizer; expected both")
     for name, backend in (("prefill_backend", prefill_backend), ("decode_backend", decode_backend)):
-        if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
-            raise ValueError(f"{name} is {backend!r}; expected auto or one of {sorted(BACKENDS)}")
+        if not isinstance(backend, str) or backend not in ("auto", *EXPERTS_BACKENDS):
+            accepted = sorted(EXPERTS_BACKENDS)
+            raise ValueError(f"{name} is {backend!r}; expected auto or one of {accepted}")
     if on_routing is not None and not callable(on_routing):
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:

@@ -9,7 +9,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments.dispatch.agreement import Difference
-from moe_jax.experts import BACKENDS
+from moe_jax.experts import EXPERTS_BACKENDS
 
 # A registry of the script's own: the scripts share names of flags, which one registry refuses.
 FLAGS = flags.FlagValues()
@@ -39,7 +39,8 @@ def rows(printed):
 def test_it_prints_what_each_backend_declares_and_what_would_run(monkeypatch, capsys):
     run(monkeypatch, "--platforms=cuda,NPU", "--tokens=1,2049")
     printed = rows(capsys.readouterr().out)
-    assert set(BACKENDS) <= {row[0] for row in printed if row}
+    declared = {tuple(row[:2]) for row in printed if row}
+    assert {(name, "experts") for name in EXPERTS_BACKENDS} | {("xla", "attention")} <= declared
     chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
     assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
     assert chosen["cuda", "prefill", "2049"] == ["portable", "dense"]
@@ -50,7 +51,7 @@ def test_it_prints_what_each_backend_declares_and_what_would_run(monkeypatch, ca
 def test_it_says_what_the_kernels_lack(monkeypatch, capsys):
     run(monkeypatch, "--platforms=cuda", "--tokens=1", "--latent_size=1000")
     why = " ".join(row[5] for row in rows(capsys.readouterr().out) if len(row) == 6)
-    assert "pallas lacks L, I = (1000, 768) (it takes multiples of 64)" in why
+    assert "pallas does not support L, I = (1000, 768) (it takes multiples of 64)" in why
 
 
 def test_run_shows_what_ran_and_that_the_tokens_agree(monkeypatch, capsys):
@@ -65,19 +66,22 @@ def test_run_shows_what_ran_and_that_the_tokens_agree(monkeypatch, capsys):
         )
     assert not stopped.value.code
     out = capsys.readouterr().out
-    ran = {(row[1], row[5]) for row in rows(out) if len(row) == 8}
-    assert ran == {(p, b) for p in ("prefill", "decode") for b in ("portable", "reference")}
+    ran = {(row[0], row[2], row[6]) for row in rows(out) if len(row) == 9 and row[0]}
+    chosen = (("experts", "portable"), ("experts", "reference"), ("attention", "xla"))
+    assert ran - {("op", "phase", "backend")} == {
+        (op, phase, backend) for op, backend in chosen for phase in ("prefill", "decode")
+    }
     assert "6 of 6 tokens compared, 0 rows differ" in out
     assert "the tokens agree" in out
 
 
 def test_a_backend_that_is_wrong_is_found(monkeypatch, capsys):
-    right = BACKENDS["portable"]
+    right = EXPERTS_BACKENDS["portable"]
 
     def wrong(x, weights, ids, expert_weights, **options):
         return 100 * right.run(x, weights, ids, expert_weights[:, ::-1], **options)
 
-    monkeypatch.setitem(BACKENDS, "wrong", backends.dataclasses.replace(right, run=wrong))
+    monkeypatch.setitem(EXPERTS_BACKENDS, "wrong", backends.dataclasses.replace(right, run=wrong))
     with pytest.raises(SystemExit) as stopped:
         run(
             monkeypatch,

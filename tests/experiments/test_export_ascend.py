@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from experiments.ascend import artifact, folder, iree, step
 from experiments.ascend.comparison import BOUNDS, compare
 from moe_jax.presets import PRESETS
+from moe_jax.superkernel import VERSION
 from tests.moe_jax.checkpoints import hub
 
 # A registry of the script's own: the scripts share names of flags, which one registry refuses.
@@ -88,7 +89,11 @@ def test_the_manifest_says_how_to_call(exported):
     }
     assert [each["name"] for each in decode["results"]][-2:] == ["logits", "next_ids"]
     assert decode["composites"] == 2 * [
-        {"name": "superkernel.moe_experts", "version": 1, "attributes": {"stream_fusion": False}}
+        {
+            "name": "superkernel.moe_experts",
+            "version": VERSION,
+            "attributes": {"stream_fusion": False},
+        }
     ]
     assert manifest["functions"]["prefill"]["composites"] == []
     assert manifest["config"]["enable_superkernel"] and manifest["superkernel"] == "moe"

@@ -13,6 +13,7 @@ from moe_jax import platform_ops
 from moe_jax.cache import KVCache
 from moe_jax.parameters import from_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.superkernel import VERSION
 
 SIZES = {"B": 2, "S": 8, "capacity": 32}
 
@@ -42,7 +43,9 @@ def test_the_decode_step_is_plain(preset, scope):
     assert [name for name in ops if re.search(banned, name)] == []
     times = {"off": 0, "model": 1}.get(scope, config.num_hidden_layers)
     expected = Composite(
-        name=f"superkernel.{LABELS.get(scope)}", version=1, attributes={"stream_fusion": False}
+        name=f"superkernel.{LABELS.get(scope)}",
+        version=VERSION,
+        attributes={"stream_fusion": False},
     )
     assert made.found.composites == (expected,) * times
 

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import (
-    BACKENDS,
-    Asked,
-    ExpertWeights,
-    choose_backend,
-    experts,
-    record_choices,
-    resolve_backend,
-)
+from moe_jax.dispatch import choose_backend, record_choices, resolve_backend
+from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest, ExpertWeights, experts
 from pallas_kernels.decode_experts import reference_experts
 
 T, K, E, H, I = 6, 2, 5, 64, 128
@@ -44,12 +37,13 @@ def relative_error(y, reference):
 
 
 def ask(**changes):
-    asked = {"platform": HERE, "phase": "decode", "T": T, "K": K, "E": E, "width": H, "I": I}
-    return Asked(**asked | changes)
+    request = {"platform": HERE, "phase": "decode", "T": T, "K": K, "E": E, "width": H, "I": I}
+    return ExpertsRequest(**request | changes)
 
 
 def able(dtype="bfloat16"):
-    return [name for name, backend in BACKENDS.items() if backend.lacks(ask(dtype=dtype)) is None]
+    request = ask(dtype=dtype)
+    return [name for name, b in EXPERTS_BACKENDS.items() if b.unsupported(request) is None]
 
 
 def cases():
@@ -115,9 +109,9 @@ def test_gradients_of_the_kernels_are_the_portable_ones(backend):
 
 
 def test_a_backend_without_gradients_is_not_for_training():
-    no_gradients = dataclasses.replace(BACKENDS["portable"], gradients=False)
-    assert no_gradients.lacks(ask(phase="training")) == "gradients"
-    assert no_gradients.lacks(ask(phase="prefill")) is None
+    no_gradients = dataclasses.replace(EXPERTS_BACKENDS["portable"], gradients=False)
+    assert no_gradients.unsupported(ask(phase="training")) == "gradients"
+    assert no_gradients.unsupported(ask(phase="prefill")) is None
 
 
 @pytest.mark.parametrize("backend", ["portable", "grouped"])
@@ -130,7 +124,7 @@ def test_chunks_change_nothing(backend, chunk):
     )
 
 
-def test_an_inf_in_an_expert_that_nobody_uses_changes_nothing():
+def test_an_inf_in_an_unused_expert_changes_nothing():
     x, weights, ids, w = make(jnp.float32)
     ids = jnp.where(ids == 4, -1, ids)
     infinite = ExpertWeights(
@@ -178,7 +172,7 @@ def test_the_portable_backend_gathers_or_multiplies_all():
     ],
 )
 def test_what_the_kernels_lack(change, lack):
-    assert BACKENDS["pallas"].lacks(ask(**{"platform": "cuda"} | change)) == lack
+    assert EXPERTS_BACKENDS["pallas"].unsupported(ask(**{"platform": "cuda"} | change)) == lack
 
 
 def test_quantised_weights_are_refused_by_all():
@@ -186,7 +180,7 @@ def test_quantised_weights_are_refused_by_all():
     scaled = ExpertWeights(
         gate_up=weights.gate_up, down=weights.down, gate_up_scale=w, down_scale=w
     )
-    for backend in ("auto", *BACKENDS):
+    for backend in ("auto", *EXPERTS_BACKENDS):
         with pytest.raises(NotImplementedError, match=r"quantised weights|platform|dtype float32"):
             experts(x, scaled, ids, w, backend=backend)
 
@@ -219,29 +213,28 @@ def test_wrong_arguments():
     ],
 )
 def test_what_auto_chooses(change, expected):
-    choice = choose_backend(ask(**change), BACKENDS)
+    choice = choose_backend(ask(**change), EXPERTS_BACKENDS)
     assert choice.backend == expected
     assert choice.why
 
 
 def test_auto_says_what_the_better_backend_lacked():
-    choice = choose_backend(ask(platform="cuda", dtype="float32"), BACKENDS)
-    assert choice.why.startswith("pallas lacks dtype float32 (it takes bfloat16); ")
+    choice = choose_backend(ask(platform="cuda", dtype="float32"), EXPERTS_BACKENDS)
+    assert choice.why.startswith("pallas does not support dtype float32 (it takes bfloat16); ")
 
 
 def test_the_environment_chooses_unless_an_argument_does():
     environment = {"MOE_JAX_EXPERTS_BACKEND": "grouped"}
-    asked = ask(platform="cpu")
-    assert resolve_backend(asked, environment=environment) == (
-        "grouped",
-        "MOE_JAX_EXPERTS_BACKEND says so",
-    )
-    assert resolve_backend(asked, "reference", environment=environment).backend == "reference"
-    assert resolve_backend(asked, environment={}).backend == "portable"
+    resolve = functools.partial(resolve_backend, ask(platform="cpu"), EXPERTS_BACKENDS)
+    choice = resolve(environment=environment)
+    assert choice == ("grouped", "MOE_JAX_EXPERTS_BACKEND says so")
+    assert resolve("reference", environment=environment).backend == "reference"
+    assert resolve(environment={}).backend == "portable"
+    assert resolve(environment={"MOE_JAX_ATTENTION_BACKEND": "xla"}).backend == "portable"
     with pytest.raises(ValueError, match="MOE_JAX_EXPERTS_BACKEND is 'triton'; expected 'auto' or"):
-        resolve_backend(asked, environment={"MOE_JAX_EXPERTS_BACKEND": "triton"})
+        resolve(environment={"MOE_JAX_EXPERTS_BACKEND": "triton"})
     with pytest.raises(NotImplementedError, match="'pallas' does not do platform 'cpu'"):
-        resolve_backend(asked, environment={"MOE_JAX_EXPERTS_BACKEND": "pallas"})
+        resolve(environment={"MOE_JAX_EXPERTS_BACKEND": "pallas"})
 
 
 def test_what_was_chosen_is_on_record():
@@ -249,7 +242,7 @@ def test_what_was_chosen_is_on_record():
         experts(*make(jnp.float32), platform="NPU", phase="decode")
         experts(*make(jnp.float32), backend="reference")
     experts(*make(jnp.float32))
-    assert [(a.platform, a.phase, choice.backend) for a, choice in record] == [
+    assert [(r.platform, r.phase, choice.backend) for r, choice in record] == [
         ("ascend", "decode", "portable"),
         (HERE, "prefill", "reference"),
     ]

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.dispatch import PHASES
 from moe_jax.experts import (
-    BACKENDS,
-    PHASES,
-    Asked,
-    Backend,
+    EXPERTS_BACKENDS,
+    ExpertsRequest,
     ExpertWeights,
     SharedExperts,
-    api,
     experts,
 )
 from moe_jax.platforms import resolve_platform
@@ -83,23 +81,27 @@ def check(backend, arguments, extras, phase):
     try:
         y = experts(*arguments, **extras, backend=backend, phase=phase)
     except NotImplementedError as error:
-        message, able = str(error), BACKENDS.keys() - {backend}
+        message, able = str(error), EXPERTS_BACKENDS.keys() - {backend}
         assert repr(backend) in message, message
         assert any(f"{name}," in message or f"{name} can" in message for name in able), message
         return "refused"
-    assert relative_error(y, in_float64(arguments, extras)) < BACKENDS[backend].rel_error[dtype]
+    assert (
+        relative_error(y, in_float64(arguments, extras))
+        < EXPERTS_BACKENDS[backend].rel_error[dtype]
+    )
     return "equal"
 
 
 def expected(backend, phase, dtype):
-    asked = Asked(platform=resolve_platform(), phase=phase, T=T, K=K, E=E, width=H, I=I)
-    lack = BACKENDS[backend].lacks(dataclasses.replace(asked, dtype=dtype))
+    sizes = {"T": T, "K": K, "E": E, "width": H, "I": I}
+    request = ExpertsRequest(platform=resolve_platform(), phase=phase, dtype=dtype, **sizes)
+    lack = EXPERTS_BACKENDS[backend].unsupported(request)
     return "equal" if lack is None else "refused"
 
 
 @pytest.mark.parametrize(
     ("backend", "latent", "shared", "phase", "dtype"),
-    list(itertools.product(BACKENDS, WIDTHS, (False, True), PHASES, DTYPES)),
+    list(itertools.product(EXPERTS_BACKENDS, WIDTHS, (False, True), PHASES, DTYPES)),
 )
 def test_equal_or_refused(backend, latent, shared, phase, dtype):
     arguments, extras = draw(
@@ -112,20 +114,20 @@ def _without(*names):
     """A run that takes what it is asked to and does not use it."""
 
     def run(*arguments, **options):
-        return BACKENDS["reference"].run(*arguments, **options | dict.fromkeys(names))
+        return EXPERTS_BACKENDS["reference"].run(*arguments, **options | dict.fromkeys(names))
 
     return run
 
 
 def _swapped(*arguments, fc1_latent_proj, fc2_latent_proj, **options):
-    return BACKENDS["reference"].run(
+    return EXPERTS_BACKENDS["reference"].run(
         *arguments, fc1_latent_proj=fc2_latent_proj, fc2_latent_proj=fc1_latent_proj, **options
     )
 
 
 def _only_fc1(x, weights, ids, w, *, fc1_latent_proj, fc2_latent_proj, **options):
     eye = jnp.eye(H, dtype=x.dtype)
-    return BACKENDS["reference"].run(
+    return EXPERTS_BACKENDS["reference"].run(
         x, weights, ids, w, fc1_latent_proj=fc1_latent_proj, fc2_latent_proj=eye, **options
     )
 
@@ -141,15 +143,15 @@ def _only_fc1(x, weights, ids, w, *, fc1_latent_proj, fc2_latent_proj, **options
     ids=["ignores latent", "ignores shared", "swaps the projections", "drops fc2"],
 )
 def test_a_backend_that_computes_something_else_is_caught(monkeypatch, run):
-    wrong = Backend(run=run, what="wrong", rel_error={"float32": 1e-5, "bfloat16": 6e-3})
-    monkeypatch.setitem(api.BACKENDS, "wrong", wrong)
+    wrong = dataclasses.replace(EXPERTS_BACKENDS["portable"], run=run)
+    monkeypatch.setitem(EXPERTS_BACKENDS, "wrong", wrong)
     for dtype in ("float32", "bfloat16"):
         arguments, extras = draw(H, True, dtype, seed=5)
         with pytest.raises(AssertionError):
             check("wrong", arguments, extras, "decode")
 
 
-def test_extras_are_keywords_only():
+def test_latent_and_shared_are_keywords_only():
     arguments, extras = draw(H, False, "float32", seed=6)
     with pytest.raises(TypeError):
         experts(*arguments, "silu", extras["fc1_latent_proj"], extras["fc2_latent_proj"])
@@ -174,7 +176,7 @@ def test_extras_are_keywords_only():
         ),
     ],
 )
-def test_extras_that_do_not_fit(change, message):
+def test_latent_and_shared_that_do_not_fit(change, message):
     arguments, extras = draw(64, True, "float32", seed=7)
     with pytest.raises(ValueError, match=message):
         experts(*arguments, **extras | change)

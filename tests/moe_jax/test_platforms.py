@@ -52,12 +52,13 @@ def test_an_unknown_platform_gets_one_warning():
 def test_the_environment_variable_reaches_the_experts(tmp_path):
     script = (
         "import jax.numpy as jnp\n"
-        "from moe_jax.experts import ExpertWeights, experts, record_choices\n"
+        "from moe_jax.dispatch import record_choices\n"
+        "from moe_jax.experts import ExpertWeights, experts\n"
         "weights = ExpertWeights(gate_up=jnp.ones((2, 2, 4, 4)), down=jnp.ones((2, 4, 4)))\n"
         "with record_choices() as record:\n"
         "    experts(jnp.ones((1, 4)), weights, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))\n"
-        "(asked, choice), = record\n"
-        "print(asked.platform, choice.backend)\n"
+        "(request, choice), = record\n"
+        "print(request.platform, choice.backend)\n"
     )
     environment = {
         "JAX_PLATFORMS": "cpu",

@@ -12,8 +12,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.experts import BACKENDS, ExpertWeights, SharedExperts, experts
-from moe_jax.moe import SparseMoe
+from moe_jax.decoder import StepOptions, moe_block
+from moe_jax.experts import EXPERTS_BACKENDS, ExpertWeights, SharedExperts, experts
+from moe_jax.modules import SparseMoe, params_of
+from moe_jax.platforms import resolve_platform
 from tests.moe_jax.goldens.cases import BASE, replace_keys
 from tests.moe_jax.goldens.latent_cases import LATENT_CASES, LatentCase
 from tests.moe_jax.parity import golden
@@ -21,7 +23,7 @@ from tests.moe_jax.parity.golden import TOLERANCE, assert_close
 
 DIRECTORY = golden.DIRECTORY / "latent"
 # bfloat16 is another suite's: what is left is XLA's
-FLOAT32 = [name for name, backend in BACKENDS.items() if "float32" in backend.rel_error]
+FLOAT32 = [name for name, backend in EXPERTS_BACKENDS.items() if "float32" in backend.rel_error]
 ROUTED = [name for name, case in LATENT_CASES.items() if case.routed]
 DRAWN = [name for name, case in LATENT_CASES.items() if not case.routed]
 
@@ -76,7 +78,8 @@ def run_block(config: Qwen3MoeConfig, arrays: dict, x, **options) -> jax.Array:
         assert param.shape == array.shape, path
         held[path] = param.replace(array)
     nnx.update(block, nnx.from_flat_state(held))
-    return block(x, jnp.ones(x.shape[:2], bool), **options)[0]
+    options = StepOptions(config=config, platform=resolve_platform(), **options)
+    return moe_block(params_of(block), x, jnp.ones(x.shape[:2], bool), options)[0]
 
 
 def assert_gradients(y_of, found: LatentGolden, arrays: dict) -> None:
@@ -135,7 +138,7 @@ def test_gradients_of_experts(name, backend):
 def test_block(name, backend):
     found = latent_golden(name)
     x = jnp.asarray(found.inputs["x"])
-    options = {"backend": backend, "phase": phase_of(found.case)}
+    options = {"experts_backend": backend, "phase": phase_of(found.case)}
     y = run_block(found.config, on_device(found.weights), x, **options)
     assert_close(y, found.outputs["y"])
 

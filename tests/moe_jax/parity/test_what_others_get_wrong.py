@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.experts import BACKENDS, ExpertWeights, experts
+from moe_jax.experts import EXPERTS_BACKENDS, ExpertWeights, experts
 from moe_jax.losses import load_balancing_loss
 from moe_jax.parameters import parameter_shapes
 from moe_jax.presets import PRESETS
@@ -28,7 +28,9 @@ from tests.moe_jax.parity.golden import (
 )
 
 PADDED = np.array([1, 4, 5])
-XLA_BACKENDS = [name for name, backend in BACKENDS.items() if "float32" in backend.rel_error]
+XLA_BACKENDS = [
+    name for name, backend in EXPERTS_BACKENDS.items() if "float32" in backend.rel_error
+]
 
 
 @pytest.mark.parametrize("name", ["rope_theta", "rope_theta_absent", "rope_parameters"])

@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from moe_jax import attention
+from moe_jax.attention import xla
 from moe_jax.cache import init_cache
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.decoder import How, Where
+from moe_jax.decoder import MoeParams, StepOptions, TokenPositions, decoder_layer, moe_block
+from moe_jax.layers import linear
 from moe_jax.model import Qwen3Moe
+from moe_jax.modules import params_of
 from moe_jax.routing import Routing, route
 from moe_jax.routing_stats import expert_load
 from tests.moe_jax.parity.golden import assert_close, call, golden, model_of
@@ -38,6 +40,7 @@ CONFIG = Qwen3MoeConfig(
     moe_intermediate_size=11008,
 )
 MOE_LAYER = 3
+OPTIONS = StepOptions(config=CONFIG, platform="cpu", phase="prefill")
 HIDDEN = jax.ShapeDtypeStruct((B, S, H), jnp.bfloat16)
 IDS = jax.ShapeDtypeStruct((B, S), jnp.int32)
 
@@ -64,8 +67,14 @@ def out(model):
     return jax.eval_shape(run, model, IDS, cache)
 
 
-def shape_of(module, *arguments) -> tuple[int, ...]:
-    return jax.eval_shape(lambda module, *args: module(*args), module, *arguments).shape
+@pytest.fixture(scope="module")
+def params(model):
+    return jax.eval_shape(params_of, model)
+
+
+def shape_of(params, x) -> tuple[int, ...]:
+    """Of a linear layer's output."""
+    return jax.eval_shape(lambda params, x: linear(x, *params), params, x).shape
 
 
 def test_embeddings(out):
@@ -76,8 +85,8 @@ def test_every_layer_keeps_the_shape(out):
     assert [state.shape for state in out.hidden_states] == [(2, 128, 4096)] * 5
 
 
-def test_projections(model):
-    layer = model.layers[0].self_attn
+def test_projections(params):
+    layer = params.layers[0].self_attn
     assert shape_of(layer.q_proj, HIDDEN) == (2, 128, 4096)
     assert shape_of(layer.k_proj, HIDDEN) == (2, 128, 1024)
     assert shape_of(layer.v_proj, HIDDEN) == (2, 128, 1024)
@@ -86,13 +95,13 @@ def test_projections(model):
 @pytest.fixture
 def attended(model, monkeypatch):
     """What the layer's attention is called with, as shapes."""
-    seen, attend = [], attention.attend
+    seen, attend = [], xla.attend
 
     def recording(q, k, v, visible):
         seen.append([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, visible)])
         return attend(q, k, v, visible)
 
-    monkeypatch.setattr(attention, "attend", recording)
+    monkeypatch.setattr(xla, "attend", recording)
     jax.eval_shape(lambda model, ids: model(ids).logits, model, IDS)
     assert len(seen) == CONFIG.num_hidden_layers
     return seen[0]
@@ -106,7 +115,7 @@ def test_heads(attended):
 
 def test_attention_weights(attended):
     # Heads that share a key are one more axis inside: 8 groups of 4 are the 32 heads.
-    jaxpr = jax.make_jaxpr(attention.attend)(*attended)
+    jaxpr = jax.make_jaxpr(xla.attend)(*attended)
     weights = [e.outvars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "exp"]
     assert weights == [(2, 8, 4, 128, 128)]
     assert math.prod(weights[0]) == math.prod((2, 32, 128, 128))
@@ -120,9 +129,9 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-def test_router(model, out):
+def test_router(params, out):
     tokens = jax.ShapeDtypeStruct((256, 4096), jnp.bfloat16)
-    assert shape_of(model.layers[MOE_LAYER].mlp.gate, tokens) == (256, 8)
+    assert shape_of(params.layers[MOE_LAYER].mlp.gate, tokens) == (256, 8)
     [routing] = out.routings
     assert routing.ids.shape == routing.weights.shape == (256, 2)
     assert routing.probabilities.shape == (256, 8)
@@ -135,16 +144,20 @@ def test_rows_of_the_experts_add_up_to_512():
     assert load.sum() == 512
 
 
-def test_moe_output(model):
+def test_moe_output(params):
     valid = jax.ShapeDtypeStruct((B, S), jnp.bool_)
     y, _ = jax.eval_shape(
-        lambda moe, x, valid: moe(x, valid), model.layers[MOE_LAYER].mlp, HIDDEN, valid
+        lambda moe, x, valid: moe_block(moe, x, valid, OPTIONS),
+        params.layers[MOE_LAYER].mlp,
+        HIDDEN,
+        valid,
     )
     assert y.shape == (2, 128, 4096)
 
 
-def test_only_the_fourth_layer_has_experts(model):
-    assert [layer.is_moe for layer in model.layers] == [False, False, False, True]
+def test_only_the_fourth_layer_has_experts(params):
+    sparse = [isinstance(layer.mlp, MoeParams) for layer in params.layers]
+    assert sparse == [False, False, False, True]
 
 
 def test_one_entry_of_router_logits(out):
@@ -188,7 +201,8 @@ def test_position_ids_of_one_row_and_of_all(model):
 def test_head_dim_is_what_the_config_says():
     config = dataclasses.replace(CONFIG, head_dim=64)
     model = nnx.eval_shape(lambda: Qwen3Moe(config, rngs=nnx.Rngs(0)))
-    assert shape_of(model.layers[0].self_attn.q_proj, HIDDEN) == (2, 128, 2048)
+    attention = jax.eval_shape(params_of, model.layers[0].self_attn)
+    assert shape_of(attention.q_proj, HIDDEN) == (2, 128, 2048)
     assert model.layers[0].self_attn.o_proj.weight.shape == (4096, 2048)
 
 
@@ -201,18 +215,20 @@ def test_masks_are_finite_so_that_a_row_of_padding_is_not_nan():
     assert_close(out.logits[0], found.outputs["logits"][0])
 
 
-def test_a_decoder_layer_returns_hidden_states_and_no_router_logits(model, out):
+def test_a_decoder_layer_returns_hidden_states_and_no_router_logits(model, params, out):
     # A layer's first result is the hidden states. How it routed, if it has experts, is a Routing;
     # router logits are the model's output, one entry for each layer with experts.
     slots = jax.ShapeDtypeStruct((B, S), jnp.int32)
     valid = jax.ShapeDtypeStruct((B, S), jnp.bool_)
     rope = (jax.ShapeDtypeStruct((1, S, D), jnp.bfloat16),) * 2
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
-    where = Where(rope=rope, slots=slots, valid=valid, lengths=lengths)
-    how = How(platform="cpu", phase="prefill", backend="auto")
-    for index, layer in enumerate(model.layers):
+    positions = TokenPositions(rope=rope, slots=slots, valid=valid, lengths=lengths)
+    for index, layer in enumerate(params.layers):
         x, _, routing = jax.eval_shape(
-            lambda layer, x, where: layer(x, where, None, None, how), layer, HIDDEN, where
+            lambda layer, x, positions: decoder_layer(layer, x, positions, None, None, OPTIONS),
+            layer,
+            HIDDEN,
+            positions,
         )
         assert x.shape == (2, 128, 4096)
         assert isinstance(routing, Routing if index == MOE_LAYER else type(None))

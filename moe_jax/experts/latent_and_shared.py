@@ -1,10 +1,10 @@
-"""What may stand around the experts: latent projections before and after, shared experts beside.
+"""Latent projections before and after the experts, shared experts beside them; both optional.
 
 z = fc1 x                          [T, L]   where there is a latent size
 y = experts of z, weighted         [T, L]
 out = fc2 y + shared(x)            [T, H]   shared experts read x, not z, and are added last
 
-Whatever a backend does in the middle, this file does the rest, so that none can leave it out.
+A backend computes the experts in the middle; this file does the rest, so no backend can omit it.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class SharedExperts(NamedTuple):
     down_proj: jax.Array
 
 
-def check_extras(
+def check_latent_and_shared(
     H: int,
     weights: ExpertWeights,
     fc1_latent_proj: jax.Array | None,
@@ -69,13 +69,13 @@ def check_extras(
             raise ValueError(f"{name} has shape {tuple(array.shape)}; expected {letters} = {shape}")
 
 
-def with_extras(core: Core, *, wide: bool = False) -> Callable[..., jax.Array]:
+def with_latent_and_shared(core: Core, *, wide: bool = False) -> Callable[..., jax.Array]:
     """A backend's `run` from its experts alone.
 
     Args:
       core: the experts, of an x that is H or L wide.
-      wide: whether everything is float32 until the last rounding; otherwise what goes from one
-        product to the next is rounded to x's dtype.
+      wide: whether everything is float32 until the last rounding; otherwise each product's result
+        is rounded to x's dtype before the next product.
     """
 
     def run(

@@ -9,7 +9,7 @@ from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def kernel_experts(
+def pallas_experts(
     x: jax.Array,
     weights: ExpertWeights,
     ids: jax.Array,
@@ -33,7 +33,7 @@ def kernel_experts(
 
 
 def _forward(x, weights, ids, expert_weights, activation, interpret):
-    y = kernel_experts(x, weights, ids, expert_weights, activation, interpret)
+    y = pallas_experts(x, weights, ids, expert_weights, activation, interpret)
     return y, (x, weights, ids, expert_weights)
 
 
@@ -49,4 +49,4 @@ def _backward(activation, interpret, saved, cotangent):
     return of_x, of_weights, None, of_expert_weights
 
 
-kernel_experts.defvjp(_forward, _backward)
+pallas_experts.defvjp(_forward, _backward)

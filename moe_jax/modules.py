@@ -1,0 +1,160 @@
+"""NNX modules that hold the parameters and compute nothing; params_of gives them to the functions.
+
+Attribute names are Hugging Face's, so a parameter's dotted name is its path in the model. Each
+module's `Params` is the NamedTuple that the functions of decoder.py and layers.py take.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.decoder import AttentionParams, LayerParams, MoeParams
+from moe_jax.experts import ExpertWeights
+from moe_jax.layers import LinearParams, MLPParams
+
+
+def params_of(module):
+    """The parameters of a module as its Params, all the way down; the arrays, not copies of them.
+
+    A part that the config leaves out (a bias, shared experts) is None; a norm or an embedding is
+    its weight.
+    """
+    if module is None:
+        return None
+    if isinstance(module, nnx.Variable):
+        return module[...]
+    if isinstance(module, nnx.List):
+        return tuple(map(params_of, module))
+    if module.Params is None:
+        return params_of(module.weight)
+    parts = vars(module)
+    return module.Params(
+        **{name: params_of(parts[name]) for name in _fields(module.Params) if name in parts}
+    )
+
+
+def _fields(params_type) -> tuple[str, ...]:
+    return getattr(params_type, "_fields", None) or tuple(params_type.__dataclass_fields__)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, std: float, shape: tuple[int, ...], dtype) -> jax.Array:
+    # Compiled, because then a large array is made in place on its device.
+    return (jax.random.normal(key, shape, dtype) * std).astype(dtype)
+
+
+def normal_param(
+    config: Qwen3MoeConfig, rngs: nnx.Rngs, shape: tuple[int, ...], dtype
+) -> nnx.Param:
+    """A parameter drawn from a normal distribution of the config's initializer_range."""
+    return nnx.Param(_normal(rngs.params(), config.initializer_range, shape, dtype))
+
+
+class Linear(nnx.Module):
+    """weight [N_out, N_in], bias [N_out] if asked for."""
+
+    Params = LinearParams
+
+    def __init__(self, config, N_in: int, N_out: int, *, rngs: nnx.Rngs, dtype, bias: bool = False):
+        self.weight = normal_param(config, rngs, (N_out, N_in), dtype)
+        self.bias = nnx.Param(jnp.zeros(N_out, dtype)) if bias else None
+
+
+class RMSNorm(nnx.Module):
+    """weight [N]."""
+
+    Params = None
+
+    def __init__(self, N: int, *, dtype):
+        self.weight = nnx.Param(jnp.ones(N, dtype))
+
+
+class Embedding(nnx.Module):
+    """weight [V, H]."""
+
+    Params = None
+
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = normal_param(config, rngs, shape, dtype)
+
+
+class MLP(nnx.Module):
+    """gate_proj, up_proj [N, H], down_proj [H, N]: a dense layer's MLP, or the shared experts."""
+
+    Params = MLPParams
+
+    def __init__(self, config: Qwen3MoeConfig, N: int, *, rngs: nnx.Rngs, dtype):
+        H, options = config.hidden_size, {"rngs": rngs, "dtype": dtype}
+        self.gate_proj = Linear(config, H, N, **options)
+        self.up_proj = Linear(config, H, N, **options)
+        self.down_proj = Linear(config, N, H, **options)
+
+
+class Attention(nnx.Module):
+    """q, k, v and o projections, and the norms of q and k over D."""
+
+    Params = AttentionParams
+
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
+        H, D = config.hidden_size, config.head_dim
+        heads, kv = config.num_attention_heads, config.num_key_value_heads
+        options = {"rngs": rngs, "dtype": dtype, "bias": config.attention_bias}
+        self.q_proj = Linear(config, H, heads * D, **options)
+        self.k_proj = Linear(config, H, kv * D, **options)
+        self.v_proj = Linear(config, H, kv * D, **options)
+        self.o_proj = Linear(config, heads * D, H, **options)
+        self.q_norm = RMSNorm(D, dtype=dtype)
+        self.k_norm = RMSNorm(D, dtype=dtype)
+
+
+class Experts(nnx.Module):
+    """The one stored copy: gate_up [E, 2, I, L] (gate first), down [E, L, I]; L is H by default."""
+
+    Params = ExpertWeights
+
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
+        E, I = config.num_experts, config.moe_intermediate_size
+        L = config.moe_latent_size or config.hidden_size
+        self.gate_up = normal_param(config, rngs, (E, 2, I, L), dtype)
+        self.down = normal_param(config, rngs, (E, L, I), dtype)
+
+
+class SparseMoe(nnx.Module):
+    """Router, experts, and what the config puts around them: latent projections, shared experts."""
+
+    Params = MoeParams
+
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype):
+        options = {"rngs": rngs, "dtype": dtype}
+        H, L, N = (
+            config.hidden_size,
+            config.moe_latent_size,
+            config.moe_shared_expert_intermediate_size,
+        )
+        # Named as in Hugging Face's files: this gate is the router.
+        self.gate = Linear(config, H, config.num_experts, **options)
+        self.experts = Experts(config, **options)
+        self.fc1_latent_proj = None if L is None else Linear(config, H, L, **options)
+        self.fc2_latent_proj = None if L is None else Linear(config, L, H, **options)
+        self.shared_experts = None if N is None else MLP(config, N, **options)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and an MLP, each with the norm before it; the MLP has experts or is dense."""
+
+    Params = LayerParams
+
+    def __init__(self, config: Qwen3MoeConfig, layer: int, *, rngs: nnx.Rngs, dtype):
+        H, options = config.hidden_size, {"rngs": rngs, "dtype": dtype}
+        self.input_layernorm = RMSNorm(H, dtype=dtype)
+        self.self_attn = Attention(config, **options)
+        self.post_attention_layernorm = RMSNorm(H, dtype=dtype)
+        self.mlp = (
+            SparseMoe(config, **options)
+            if config.is_moe_layer(layer)
+            else MLP(config, config.intermediate_size, **options)
+        )
