@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def expert_parallel(
@@ -15,6 +15,10 @@ def expert_parallel(
     along E, so that each device along the axis holds E / size whole experts; the router, attention,
     norms, embedding, head and dense layers are on every device.
 
+    The rule's shardings have Auto axes on the mesh's devices, whatever the mesh's own axis types
+    are, because the compiler places what the model computes. jax.make_mesh's axes are Explicit by
+    default, and there JAX refuses a product over a sharded axis.
+
     Args:
       mesh: any mesh that has the axis.
       axis: the axis to split over.
@@ -23,11 +27,19 @@ def expert_parallel(
       (parameter name, shape) -> NamedSharding, as the loaders of moe_jax.checkpoints take.
 
     Raises:
-      ValueError: the mesh has no such axis; from the rule, its size does not divide E.
+      ValueError: the mesh has no such axis, or jax.set_mesh holds a mesh with Explicit axes; from
+        the rule, the axis's size does not divide E.
     """
     if axis not in mesh.shape:
         raise ValueError(f"axis is {axis!r}; expected one of the mesh's, {list(mesh.shape)}")
+    in_context = jax.sharding.get_abstract_mesh().axis_types
+    if AxisType.Explicit in in_context:
+        raise ValueError(
+            f"jax.set_mesh holds a mesh whose axis_types are {in_context}; expected AxisType.Auto "
+            "for each axis, because the compiler places what the model computes"
+        )
     size = mesh.shape[axis]
+    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
     def rule(name: str, shape: tuple[int, ...]) -> NamedSharding:
         if ".mlp.experts." not in name:

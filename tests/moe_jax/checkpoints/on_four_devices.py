@@ -108,6 +108,14 @@ def check_saves(folder, mesh, whole: dict) -> None:
     assert arrays[GATE_UP].sharding == rule(GATE_UP, arrays[GATE_UP].shape)
 
 
+def check_runs(folder, mesh, model) -> None:
+    """Experts on four devices compute what one device computes."""
+    ids = jax.numpy.arange(6)[None]
+    logits = jax.jit(lambda model: model(ids).logits)
+    spread = load_hugging_face(folder / "hub", shardings=expert_parallel(mesh))
+    np.testing.assert_allclose(logits(spread), logits(model), rtol=1e-4, atol=1e-4)
+
+
 def check_refusals(folder) -> None:
     mesh = jax.make_mesh((3,), ("expert",), devices=jax.devices()[:3])
     try:
@@ -128,6 +136,7 @@ def main(folder: pathlib.Path) -> None:
     two_by_two = jax.make_mesh((2, 2), ("other", "expert"))
     check_any_layout(folder, two_by_two, whole)
     check_saves(folder, jax.make_mesh((4,), ("expert",)), whole)
+    check_runs(folder, jax.make_mesh((4,), ("expert",)), model)
     check_refusals(folder)
     print("all good")
 

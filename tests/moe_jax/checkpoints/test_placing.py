@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax.sharding import expert_parallel
 from tests.moe_jax.checkpoints import on_four_devices
@@ -33,7 +33,7 @@ def test_only_stacked_experts_are_split():
 
 
 def test_axis_that_the_mesh_lacks():
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     with pytest.raises(ValueError, match=r"axis is 'expert'; expected one of the mesh's, \['data'"):
         expert_parallel(mesh)
     assert expert_parallel(mesh, "data")("norm.weight", (4,)).mesh == mesh
