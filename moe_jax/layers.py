@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import ACTIVATIONS
+from moe_jax.integers import at_least_int32
 from moe_jax.products import einsum
 
 
@@ -46,10 +47,11 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def embed(ids: jax.Array, table: jax.Array) -> jax.Array:
-    """Rows of table [V, H] for ids [...].
+    """Rows of table [V, H] for ids [...] of any integer dtype.
 
     An id outside [0, V) gives NaN, because a compiled function cannot raise an error.
     """
+    ids = at_least_int32(ids)
     inside = (ids >= 0) & (ids < table.shape[0])
     return jnp.where(inside[..., None], jnp.take(table, ids, axis=0, mode="clip"), jnp.nan)
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.integers import at_least_int32
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
@@ -67,6 +69,7 @@ def rope_tables(
     Returns:
       cos, sin: [1 or B, S, D], scaled by the kind's attention factor.
     """
+    position_ids = at_least_int32(position_ids)
     longest = jnp.max(position_ids) + 1
     frequencies = KINDS[rope.kind](rope, D, max_position, longest)  # [D/2]
     angles = position_ids[..., None].astype(jnp.float32) * frequencies  # [B, S, D/2]

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.integers import int32_ids
 from moe_jax.platform_ops import XLA, PlatformOps
 from moe_jax.products import einsum
 
@@ -91,7 +92,7 @@ def replay_route(
 
     Args:
       logits: [T, E] float32.
-      ids: [T, K] int32; any id outside [0, E) is padding, entry by entry.
+      ids: [T, K] of any integer dtype; an id outside [0, E) is padding, entry by entry.
       weights: [T, K] float32, used as they are; None takes the probabilities of `ids`.
       norm_topk_prob: applies to weights taken from the probabilities.
       valid: as in `route`.
@@ -99,6 +100,7 @@ def replay_route(
     """
     E = logits.shape[-1]
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    ids = int32_ids(ids, E)
     inside = (ids >= 0) & (ids < E)
     ids = jnp.where(inside, ids, -1)
     if weights is None:

@@ -65,7 +65,7 @@ def save_trace(path: str | pathlib.Path, trace: RoutingTrace) -> None:
 
     The file appears whole or not at all.
     """
-    arrays = {"expert_ids": np.asarray(trace.expert_ids, np.int32)}
+    arrays = {"expert_ids": _as_int32(np.asarray(trace.expert_ids))}
     if trace.expert_weights is not None:
         arrays["expert_weights"] = np.asarray(trace.expert_weights, np.float32)
     path = pathlib.Path(path)
@@ -98,11 +98,22 @@ def load_trace(path: str | pathlib.Path) -> RoutingTrace:
             f"{path}: expert_ids has shape {ids.shape} and dtype {ids.dtype}; expected "
             "[layers, N, K] integers"
         )
-    if weights is not None and weights.shape != ids.shape:
-        raise ValueError(
-            f"{path}: expert_weights has shape {weights.shape}; expected {ids.shape}, as expert_ids"
-        )
+    if weights is not None:
+        if weights.shape != ids.shape:
+            raise ValueError(
+                f"{path}: expert_weights has shape {weights.shape}; expected {ids.shape}, as "
+                "expert_ids"
+            )
+        if not np.issubdtype(weights.dtype, np.floating):
+            raise ValueError(
+                f"{path}: expert_weights has dtype {weights.dtype}; expected floating-point numbers"
+            )
     return RoutingTrace(
-        expert_ids=jnp.asarray(ids, jnp.int32),
+        expert_ids=jnp.asarray(_as_int32(ids)),
         expert_weights=None if weights is None else jnp.asarray(weights, jnp.float32),
     )
+
+
+def _as_int32(ids: np.ndarray) -> np.ndarray:
+    """What does not fit is padding in any dtype, and is so afterwards: no id may wrap around."""
+    return np.clip(ids, -1, np.iinfo(np.int32).max).astype(np.int32)

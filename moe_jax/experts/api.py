@@ -17,6 +17,7 @@ from moe_jax.experts.latent_and_shared import (
 )
 from moe_jax.experts.pallas import pallas_experts
 from moe_jax.experts.portable import portable_experts
+from moe_jax.integers import int32_ids
 from moe_jax.platforms import has_all_of_xla, resolve_platform
 from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 
@@ -134,9 +135,9 @@ def experts(
     Args:
       x: [T, H].
       weights: gate_up [E, 2, I, L], down [E, L, I]; L is H without latent projections.
-      ids: [T, K] int32; an id outside [0, E) is padding and contributes nothing. A row of nothing
-        else gives zeros.
-      expert_weights: [T, K] float32.
+      ids: [T, K] of any integer dtype; an id outside [0, E) is padding and contributes nothing. A
+        row of nothing else gives zeros.
+      expert_weights: [T, K] of a floating dtype.
       activation: a, a name in ACTIVATIONS; the shared experts' too.
       fc1_latent_proj, fc2_latent_proj: [L, H] and [H, L], both or none.
       shared_experts: an MLP that every token goes through; it reads x, and is added last.
@@ -152,15 +153,18 @@ def experts(
 
     Raises:
       ValueError: no such backend or phase, a shape that does not fit, chunk is not positive.
+      TypeError: ids are not integers, or expert_weights not floating-point numbers.
       NotImplementedError: the backend cannot do this; the message says what and who can.
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}; expected one of {list(PHASES)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected None or at least 1 token")
+    _check_shapes(x, weights, ids, expert_weights)
     check_latent_and_shared(x.shape[1], weights, fc1_latent_proj, fc2_latent_proj, shared_experts)
     E, _, I, width = weights.gate_up.shape
     T, K = ids.shape
+    ids = int32_ids(ids, E)
     request = ExpertsRequest(
         platform=resolve_platform(platform),
         phase=phase,
@@ -196,6 +200,34 @@ def experts(
         parts = [slice(first, first + chunk) for first in range(0, T, chunk)]
         return jnp.concatenate([run(x[p], ids[p], expert_weights[p]) for p in parts])
     return _in_chunks(run, chunk, x, ids, expert_weights)
+
+
+def _check_shapes(x, weights: ExpertWeights, ids, expert_weights) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, H]")
+    if ids.ndim != 2 or ids.shape[0] != x.shape[0]:
+        raise ValueError(f"ids has shape {tuple(ids.shape)}; expected [T, K] with T = {x.shape[0]}")
+    if expert_weights.shape != ids.shape:
+        raise ValueError(
+            f"expert_weights has shape {tuple(expert_weights.shape)}; expected {tuple(ids.shape)}, "
+            "as ids"
+        )
+    for name, array, kind in (
+        ("ids", ids, jnp.integer),
+        ("expert_weights", expert_weights, jnp.floating),
+    ):
+        if not jnp.issubdtype(array.dtype, kind):
+            raise TypeError(f"{name} has dtype {array.dtype}; expected {kind.__name__} values")
+    if weights.gate_up.ndim != 4 or weights.gate_up.shape[1] != 2:
+        raise ValueError(
+            f"weights.gate_up has shape {tuple(weights.gate_up.shape)}; expected [E, 2, I, L]"
+        )
+    E, _, I, width = weights.gate_up.shape
+    if weights.down.shape != (E, width, I):
+        raise ValueError(
+            f"weights.down has shape {tuple(weights.down.shape)}; expected [E, L, I] = "
+            f"{(E, width, I)}"
+        )
 
 
 def _in_chunks(run, chunk: int, x, ids, expert_weights) -> jax.Array:

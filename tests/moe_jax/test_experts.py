@@ -195,6 +195,37 @@ def test_wrong_arguments():
 
 
 @pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": (0,)}, ValueError, r"x has shape \(64,\); expected \[T, H\]"),
+        ({"ids": slice(3)}, ValueError, r"ids has shape \(3, 2\); expected \[T, K\] with T = 6"),
+        ({"ids": "float32"}, TypeError, "ids has dtype float32; expected integer values"),
+        ({"ids": "bool"}, TypeError, "ids has dtype bool"),
+        ({"w": (slice(None), slice(1))}, ValueError, r"\(6, 1\); expected \(6, 2\), as ids"),
+        ({"w": slice(3)}, ValueError, r"expert_weights has shape \(3, 2\)"),
+        ({"w": "int32"}, TypeError, "expert_weights has dtype int32; expected floating values"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_named(change, error, message):
+    x, weights, ids, w = make(jnp.float32)
+    arrays = {"x": x, "ids": ids, "w": w}
+    for name, how in change.items():
+        arrays[name] = arrays[name].astype(how) if isinstance(how, str) else arrays[name][how]
+    for backend in ("auto", "grouped"):
+        with pytest.raises(error, match=message):
+            experts(arrays["x"], weights, arrays["ids"], arrays["w"], backend=backend)
+
+
+def test_weights_that_do_not_fit_each_other_are_named():
+    x, weights, ids, w = make(jnp.float32)
+    wrong = dataclasses.replace(weights, down=weights.down.swapaxes(1, 2))
+    with pytest.raises(
+        ValueError, match=r"weights.down has shape \(5, 128, 64\); .* \(5, 64, 128\)"
+    ):
+        experts(x, wrong, ids, w)
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"platform": "cuda"}, "pallas"),

@@ -166,6 +166,21 @@ def test_traces_that_cannot_be_read(tmp_path):
     np.savez(path, expert_ids=np.zeros((2, 3, 1), np.int32), expert_weights=np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"expert_weights has shape \(2, 3\)"):
         load_trace(path)
+    ids = np.zeros((2, 3, 1), np.int32)
+    np.savez(path, expert_ids=ids, expert_weights=ids)
+    with pytest.raises(ValueError, match="expert_weights has dtype int32"):
+        load_trace(path)
+
+
+def test_ids_beyond_int32_are_padding_in_a_file_too(tmp_path):
+    ids = np.array([[[3, 2**32 + 1, -(2**40)]]])
+    for name in ("written", "read"):
+        path = tmp_path / f"{name}.npz"
+        if name == "written":
+            save_trace(path, RoutingTrace(expert_ids=ids))
+        else:
+            np.savez(path, expert_ids=ids)
+        assert load_trace(path).expert_ids.tolist() == [[[3, 2**31 - 1, -1]]]
 
 
 def test_a_save_that_fails_leaves_the_trace_before(tmp_path, monkeypatch):
