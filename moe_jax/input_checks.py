@@ -17,6 +17,7 @@ def check_inputs(
     inputs_embeds,
     attention_mask,
     position_ids,
+    segment_ids,
     cache,
     labels,
     logits_to_keep,
@@ -52,6 +53,14 @@ def check_inputs(
             raise ValueError(
                 f"position_ids has shape {found}; expected [1, S] or [B, S] with B, S = {B}, {S}"
             )
+        _expect("position_ids", position_ids, "[B, S]", (None, S), jnp.integer)
+    if segment_ids is not None:
+        _expect("segment_ids", segment_ids, "[B, S]", (B, S), jnp.integer)
+        if cache is not None:
+            raise ValueError(
+                "segment_ids and cache are both given; expected one of them, because a cache holds "
+                "one sequence a row"
+            )
     if labels is not None:
         _expect("labels", labels, "[B, S]", (B, S), jnp.integer)
         check_ids("labels", labels, config.vocab_size, also=IGNORED_LABEL)
@@ -72,9 +81,10 @@ def check_inputs(
             )
     if replay is not None:
         expected = (len(config.moe_layers), B * S, config.num_experts_per_tok)
-        _expect("replay.expert_ids", replay.expert_ids, "[MoE layers, B*S, K]", expected)
-        if replay.expert_weights is not None:
-            _expect("replay.expert_weights", replay.expert_weights, "as expert_ids", expected)
+        ids, weights = replay.expert_ids, replay.expert_weights
+        _expect("replay.expert_ids", ids, "[MoE layers, B*S, K]", expected, jnp.integer)
+        if weights is not None:
+            _expect("replay.expert_weights", weights, "as expert_ids", expected, jnp.floating)
     return B, S
 
 
@@ -130,3 +140,10 @@ def _check_kept(logits_to_keep, B: int, S: int) -> None:
         )
     if not jnp.issubdtype(logits_to_keep.dtype, jnp.integer):
         raise ValueError(f"logits_to_keep has dtype {logits_to_keep.dtype}; expected integers")
+    if isinstance(logits_to_keep, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return
+    values = np.asarray(logits_to_keep)
+    if np.any((values < -S) | (values >= S)):
+        raise ValueError(
+            f"logits_to_keep has {values.min()} to {values.max()}; expected indices in [{-S}, {S})"
+        )

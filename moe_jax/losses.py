@@ -5,16 +5,43 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from moe_jax.integers import at_least_int32
+from moe_jax.packing import next_tokens
+
 IGNORED_LABEL = -100
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean of -log p(next token): logits [B, S, V] at s are compared with labels [B, S] at s + 1.
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    valid: jax.Array | None = None,
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Mean of -log p(next token): each token's logits are compared with the next token's label.
 
     In float32, over labels that are not -100; NaN if there are none, as in torch. A label outside
-    [0, V) that is not -100 gives NaN too, as no error can be raised inside a compiled function.
+    [0, V) that is not -100 gives NaN too, because a compiled function cannot raise an error.
+
+    Args:
+      logits: [B, S, V].
+      labels: [B, S] integers.
+      valid: [B, S] bool, False for padding, which predicts nothing and is not predicted: the next
+        token is the next valid one. None: all valid.
+      segments: [B, S] integers, equal within a sequence; the first token of a sequence is not
+        predicted. None for one sequence a row.
+
+    Returns:
+      A float32 scalar.
     """
-    targets = labels[:, 1:]
+    labels = at_least_int32(labels)
+    if valid is None and segments is None:
+        targets = labels[:, 1:]
+    else:
+        valid = jnp.ones(labels.shape, bool) if valid is None else valid > 0
+        column = next_tokens(valid, segments)[:, :-1]
+        targets = jnp.take_along_axis(labels, column, axis=1, mode="clip")
+        targets = jnp.where(column < labels.shape[1], targets, IGNORED_LABEL)
     log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
     counted = targets != IGNORED_LABEL
     inside = (targets >= 0) & (targets < logits.shape[-1])

@@ -17,8 +17,10 @@ from moe_jax.cache import KVCache, LayerCache, overflowed, slots_of
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.decoder import LayerParams, StepOptions, TokenPositions, run_layers, scoped
 from moe_jax.input_checks import check_inputs
+from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear, rms_norm
 from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of
+from moe_jax.packing import places_in_segments, segments_of
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.rope import rope_tables
@@ -91,6 +93,7 @@ class Qwen3Moe(nnx.Module):
         inputs_embeds: jax.Array | None = None,
         attention_mask: jax.Array | None = None,
         position_ids: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         labels: jax.Array | None = None,
         logits_to_keep: int | jax.Array = 0,
@@ -110,11 +113,16 @@ class Qwen3Moe(nnx.Module):
           inputs_embeds: [B, S, H] instead of input_ids.
           attention_mask: [B, S], 0 for padding, anywhere in a row; None: all valid. It is the mask
             of the new tokens only, with a cache too.
-          position_ids: [1 or B, S] for RoPE. By default a token's place among its row's valid
-            tokens, those in the cache included: padding on either side needs no position_ids.
+          position_ids: [1 or B, S] integers for RoPE. By default a token's place among the valid
+            tokens of its sequence, those in the cache included: padding on either side needs no
+            position_ids. Without attention_mask, cache and segment_ids, a position that is not the
+            one before plus 1 begins another sequence, as in transformers.
+          segment_ids: [B, S] integers, equal for the tokens of one sequence, where a row holds
+            several: a token attends to its own sequence only. Not with a cache.
           cache: what init_cache or the call before returned; it is not changed. A row with more
             tokens than its cache can hold gets logits of NaN.
-          labels: [B, S] integers, -100 where nothing is to be predicted.
+          labels: [B, S] integers, -100 where nothing is to be predicted. What only padding or
+            another sequence would predict is left out, whatever its label is.
           logits_to_keep: how many of the last positions (0: all), or indices [N] or [B, N].
           output_router_logits: None takes the config's.
           output_routings: whether to return each MoE layer's Routing.
@@ -126,8 +134,8 @@ class Qwen3Moe(nnx.Module):
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
         Raises:
-          ValueError: both or none of input_ids and inputs_embeds, a shape that does not fit, ids
-            out of range, labels together with logits_to_keep.
+          ValueError: both or none of input_ids and inputs_embeds, a shape or dtype that does not
+            fit, ids out of range, labels with logits_to_keep, segment_ids with a cache.
           TypeError: a list in place of an array.
         """
         config = self.config
@@ -137,6 +145,7 @@ class Qwen3Moe(nnx.Module):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            segment_ids=segment_ids,
             cache=cache,
             labels=labels,
             logits_to_keep=logits_to_keep,
@@ -156,15 +165,21 @@ class Qwen3Moe(nnx.Module):
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
-        slots = slots_of(valid, lengths, platform_ops(options.platform))  # [B, S]
-        if position_ids is None:
+        ops = platform_ops(options.platform)
+        slots = slots_of(valid, lengths, ops)  # [B, S]
+        segments = segment_ids
+        if position_ids is None and segments is None:
             position_ids = jnp.maximum(slots, 0)
+        elif position_ids is None:
+            position_ids = places_in_segments(segments, valid)
+        elif segments is None and attention_mask is None and cache is None:
+            segments = segments_of(jnp.broadcast_to(position_ids, (B, S)), ops)
         rope = rope_tables(
             config.rope, config.head_dim, config.max_position_embeddings, position_ids, x.dtype
         )
 
         # 2. The layers.
-        positions = TokenPositions(rope=rope, slots=slots, valid=valid, lengths=lengths)
+        positions = TokenPositions(rope, slots, valid, lengths, segments)
         caches = None
         if cache is not None:
             caches = tuple(map(LayerCache, cache.keys, cache.values))
@@ -187,7 +202,10 @@ class Qwen3Moe(nnx.Module):
         # 4. The losses.
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
-        loss = None if labels is None else losses.cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            padded = None if attention_mask is None else valid
+            loss = losses.cross_entropy(logits, labels, valid=padded, segments=segments)
         router = _router_losses(config, routings, valid) if output_router_logits else {}
         if loss is not None and router:
             loss = loss + config.router_aux_loss_coef * router["aux_loss"]
@@ -212,6 +230,7 @@ def _keep(x: jax.Array, logits_to_keep: int | jax.Array) -> jax.Array:
     """[B, S', H]: the positions whose logits are wanted."""
     if jnp.ndim(logits_to_keep) == 0:
         return x[:, -logits_to_keep:] if logits_to_keep else x
+    logits_to_keep = at_least_int32(logits_to_keep)
     if logits_to_keep.ndim == 1:
         return x[:, logits_to_keep]
     return jnp.take_along_axis(x, logits_to_keep[:, :, None], axis=1)

@@ -14,47 +14,9 @@ import pytest
 from flax import nnx
 
 from moe_jax.cache import init_cache
-from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, to_arrays
-from moe_jax.presets import PRESETS
 from moe_jax.traces import trace_of
-
-TINY = PRESETS["tiny"]
-WINDOWED = dataclasses.replace(TINY, use_sliding_window=True, sliding_window=5)
-B, S = 2, 11
-
-
-@functools.cache
-def model_of(config, dtype=jnp.float32) -> Qwen3Moe:
-    """Weights several times larger than at initialisation, so that experts and heads differ."""
-    model = Qwen3Moe(dataclasses.replace(config, initializer_range=0.15), rngs=nnx.Rngs(3))
-    arrays = {name: array.astype(dtype) for name, array in to_arrays(model).items()}
-    return from_arrays(config, arrays)
-
-
-@functools.partial(jax.jit, static_argnames=("keep", "backend", "extras"))
-def run(model, ids, cache=None, mask=None, labels=None, replay=None, *, keep=0, backend="auto",
-        extras=False):  # fmt: skip
-    return model(
-        ids,
-        cache=cache,
-        attention_mask=mask,
-        labels=labels,
-        replay=replay,
-        logits_to_keep=keep,
-        experts_backend=backend,
-        output_router_logits=extras,
-        output_routings=extras,
-        output_hidden_states=extras,
-    )
-
-
-def random_ids(seed=0, shape=(B, S)):
-    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
-
-
-def close(a, b):
-    chex.assert_trees_all_close(a, b, rtol=1e-4, atol=1e-5)
+from tests.moe_jax.tiny import TINY, WINDOWED, B, S, close, model_of, random_ids, run
 
 
 @pytest.mark.parametrize("config", [TINY, WINDOWED], ids=["full", "window"])
@@ -165,7 +127,7 @@ def test_backends_agree(backend):
 def test_the_kernels_agree_in_interpret_mode():
     if jax.default_backend() != "cpu":
         pytest.skip("interpret mode is for CPUs; experiments.generate compares backends on a GPU")
-    model, ids = model_of(TINY, jnp.bfloat16), random_ids(shape=(1, 3))
+    model, ids = model_of(TINY, "bfloat16"), random_ids(shape=(1, 3))
     expected = run(model, ids, extras=True)
     replay = trace_of(expected.routings)
     found = run(model, ids, replay=replay, backend="pallas_interpret").logits
@@ -225,12 +187,22 @@ WRONG = {
         {"ids": True, "position_ids": jnp.ones((1, B, S), int)},
         r"position_ids .*\(1, 2",
     ),
+    "float positions": ({"ids": True, "position_ids": jnp.ones((1, S))}, "position_ids has dtype"),
+    "segments": ({"ids": True, "segment_ids": jnp.ones((1, S), int)}, r"segment_ids has .*\(1, 11"),
+    "segments and cache": (
+        {"ids": True, "segment_ids": jnp.ones((B, S), int), "cache": init_cache(TINY, B, 4)},
+        "segment_ids and cache are both given",
+    ),
     "labels": ({"ids": True, "labels": jnp.zeros((B, 3), int)}, r"labels has shape \(2, 3\)"),
     "label": ({"ids": True, "labels": jnp.full((B, S), -1)}, r"labels\[0, 0\] is -1; .* or -100"),
     "keep": ({"ids": True, "logits_to_keep": 12}, "logits_to_keep is 12; expected 0 to S = 11"),
     "keep NumPy's": (
         {"ids": True, "logits_to_keep": np.int64(12)},
         "logits_to_keep is 12; expected 0",
+    ),
+    "keep where": (
+        {"ids": True, "logits_to_keep": jnp.array([0, 11])},
+        r"logits_to_keep has 0 to 11; expected indices in \[-11, 11\)",
     ),
     "keep 3-D": ({"ids": True, "logits_to_keep": jnp.zeros((1, 1, 1), int)}, "logits_to_keep has"),
     "loss of some": (
@@ -276,3 +248,7 @@ def test_a_trace_of_another_batch_is_refused():
     trace = trace_of(run(model, ids, extras=True).routings)
     with pytest.raises(ValueError, match=r"replay.expert_ids has shape .* = \(2, 11, 2\)"):
         model(ids[:1], replay=trace)
+    for field, dtype in (("expert_ids", float), ("expert_weights", int)):
+        wrong = dataclasses.replace(trace, **{field: getattr(trace, field).astype(dtype)})
+        with pytest.raises(ValueError, match=f"replay.{field} has dtype {dtype.__name__}32"):
+            model(ids, replay=wrong)

@@ -11,7 +11,7 @@ import dataclasses
 ABSENT = "(absent)"  # as a value in `config`: the key is left out of the file
 
 # config.json as a hub file of transformers 4 spells it. heads * head_dim is not hidden_size, and
-# theta, epsilon and the coefficient are nobody's defaults.
+# theta, epsilon and the coefficient are no implementation's defaults.
 BASE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "attention_bias": False,
@@ -56,7 +56,8 @@ class Case:
       length: S; B is 2.
       padding: "left" or "right" pads row 1, "both" row 0 on the right and row 1 on the left, "gap"
         has padding between the valid tokens of row 1: a right-padded prompt that went on.
-      positions: "offset" (each row starts elsewhere) or "jumps" (positions are skipped).
+      positions: "offset" (each row starts elsewhere), "jumps" (positions are skipped) or "packed"
+        (positions restart: a row holds several sequences).
       embeds: the model gets inputs_embeds instead of input_ids.
       labels: also record the loss.
       router_logits: output_router_logits of the call; None leaves it to the config.
@@ -65,7 +66,7 @@ class Case:
       chunks: lengths of pieces; for each entry, passes over the pieces with a cache between them
         give the same logits as one pass over all.
       cached_differs: they do not, in transformers: also record theirs for each entry.
-      new_tokens: also record so many greedily generated tokens and their logits.
+      new_tokens: also record this many greedily generated tokens and their logits.
       against: config keys with which the oracle's logits must come out otherwise, or the case would
         not show that the model heeds its config.
       same_as: config keys with which the oracle's logits must be the same.
@@ -340,6 +341,8 @@ CALL_CASES = [
         against={"rope_scaling": None},
     ),
     Case(name="position_ids_jumps", positions="jumps"),
+    Case(name="packed", positions="packed"),
+    Case(name="packed_window", positions="packed", config=WINDOW),
     Case(name="inputs_embeds", embeds=True),
     Case(name="inputs_embeds_padding_left", embeds=True, padding="left"),
     Case(name="logits_to_keep_3", keep=3, labels=False),

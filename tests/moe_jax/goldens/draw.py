@@ -8,6 +8,7 @@ from cases import Case
 PADDING = 4  # columns of padding in a padded row
 IGNORED = -100  # a label that does not count
 GAP = slice(4, 4 + PADDING)
+STARTS = ((0, 4), (0, 3, 9))  # the columns where a packed row's sequences begin
 
 
 def weight(name: str, shape: tuple, seed: int) -> np.ndarray:
@@ -48,8 +49,15 @@ def inputs(case: Case, seed: int, attempt: int) -> dict[str, np.ndarray]:
     if case.positions == "jumps":
         found["position_ids"] = np.sort(rng.permuted(np.tile(np.arange(40), (B, 1)), axis=1)[:, :S])
         found["position_ids"] = found["position_ids"].astype(np.int32)
+    if case.positions == "packed":
+        columns = np.arange(S, dtype=np.int32)
+        begun = [max(start for start in row if start <= c) for row in STARTS for c in columns]
+        found["position_ids"] = columns - np.array(begun, np.int32).reshape(B, S)
     if case.labels:
         found["labels"] = _labels(rng, ids, mask)
+    if case.labels and case.positions == "packed":
+        # The sequence before would have to predict these; transformers leaves that to the labels.
+        found["labels"] = np.where(found["position_ids"] == 0, IGNORED, found["labels"])
     if isinstance(case.keep, tuple):
         found["logits_to_keep"] = np.array(case.keep, np.int32)
     return found

@@ -121,6 +121,9 @@ def call(model: Qwen3Moe, found: Golden, **replaced) -> CausalLMOutput:
     arguments = {name: jnp.asarray(value) for name, value in found.inputs.items()}
     if isinstance(found.case.keep, int):
         arguments["logits_to_keep"] = found.case.keep
+    if found.case.positions == "jumps":
+        # as in goldens/oracle.py: without a mask, positions that jump are several sequences
+        arguments["attention_mask"] = jnp.asarray(found.valid.astype(np.int32))
     arguments["output_router_logits"] = found.case.router_logits
     return model(**arguments | {"output_hidden_states": True} | replaced)
 

@@ -1,5 +1,7 @@
 """One pass without a cache: logits, hidden states, router logits and losses of every case."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.moe_jax.goldens.cases import CASES
@@ -16,6 +18,16 @@ def test_forward(name):
 def test_positions_are_used():
     name = "position_ids_jumps"
     assert_logits_differ(model_of(name), golden(name), position_ids=None)
+
+
+def test_positions_that_restart_begin_sequences_unless_there_is_a_mask():
+    found = golden("packed")
+    mask = jnp.asarray(found.valid.astype(np.int32))
+    assert_logits_differ(model_of("packed"), found, attention_mask=mask)
+    # Segments say the same of a row with a mask, and the positions follow from them.
+    segments = jnp.asarray(np.cumsum(found.inputs["position_ids"] == 0, axis=1))
+    said = {"attention_mask": mask, "segment_ids": segments, "position_ids": None}
+    assert_matches(model_of("packed"), found, **said)
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable"])
