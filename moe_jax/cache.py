@@ -83,7 +83,7 @@ def write(
 ) -> jax.Array:
     """Puts new [B, kv, S, D] into stored [B, kv, C, D]; padding is not written.
 
-    Of more than C new tokens the last C stay, as if they had come one after the other.
+    Of more than C new tokens the last C stay, as if each had been written by itself.
     """
     C = stored.shape[2]
     kept = valid & (slots > slots[:, -1:] - C)

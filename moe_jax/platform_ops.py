@@ -1,9 +1,9 @@
 """The few array functions that a compiler of unknown abilities needs in another form.
 
-XLA on CPUs and GPUs takes all that JAX has. On Ascend what has been seen to work is: gather along
-one axis, dot, reductions of one operand, comparisons, selects, elementwise functions. So there is a
-table of the functions that JAX would lower to a sort, a scatter, a windowed or a two-operand
-reduction, with a plain form of each. The results are equal, bit for bit.
+XLA on CPUs and GPUs takes all that JAX has. On Ascend these have been seen to work: gather along
+one axis, dot, reductions of one operand, comparisons, selects, elementwise functions. JAX lowers
+some functions to a sort, a scatter, a windowed or a two-operand reduction. This table has a plain
+form of each, with the same bits.
 """
 
 from collections.abc import Callable

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def precision_for(*arrays: jax.Array) -> jax.lax.Precision | None:
     """HIGHEST where an operand is float32, else None.
 
-    On Hopper the default for float32 is TF32, with 10 bits of mantissa. Products of bfloat16 are
-    exact in float32 anyway.
+    On Hopper the default for float32 is TF32, which has 10 bits of mantissa. Products of bfloat16
+    are exact in float32 anyway.
     """
     wide = any(array.dtype == jnp.float32 for array in arrays)
     return jax.lax.Precision.HIGHEST if wide else None

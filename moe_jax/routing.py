@@ -40,8 +40,8 @@ def router_logits(x: jax.Array, gate: jax.Array, *, dtype: str = "float32") -> j
     Args:
       x: in the model's dtype.
       gate: likewise.
-      dtype: "float32" keeps the float32 sums; "model" rounds them to x's dtype, as Hugging Face
-        does, which sends some tokens of a bfloat16 model to other experts.
+      dtype: "float32" keeps the float32 sums. "model" rounds them to x's dtype, as Hugging Face
+        does; that sends some tokens of a bfloat16 model to other experts.
     """
     logits = einsum("th,eh->te", x, gate)
     if dtype == "model":
@@ -104,7 +104,7 @@ def replay_route(
     inside = (ids >= 0) & (ids < E)
     ids = jnp.where(inside, ids, -1)
     if weights is None:
-        # Compared and added up, with one term that is not 0: a gather would have two axes.
+        # A comparison and a sum with one term that is not 0, because a gather would have two axes.
         chosen = ids[..., None] == jnp.arange(E, dtype=ids.dtype)  # [T, K, E]
         weights = jnp.sum(jnp.where(chosen, probabilities[:, None], 0), axis=-1)
     else:
@@ -118,7 +118,7 @@ def _finish(logits, probabilities, ids, weights, norm_topk_prob, valid, weights_
     weights = weights.astype(weights_dtype).astype(jnp.float32)
     if valid is not None:
         ids = jnp.where(valid[:, None], ids, -1)
-    # Select, so that a padded row that is NaN has weight 0 and not NaN.
+    # Select, because a padded row that is NaN must have weight 0 and not NaN.
     weights = jnp.where(ids >= 0, weights, 0)
     return Routing(
         ids=ids.astype(jnp.int32), weights=weights, logits=logits, probabilities=probabilities

@@ -1,12 +1,12 @@
-"""Superkernel scopes: named regions of a decode step, for a compiler to make one launch of.
+"""Superkernel scopes: named regions of a decode step that a compiler may make one launch of.
 
     y = superkernel_scope(enabled, "moe_experts")(function)(x, weights, ids)
 
 The model opens its scopes in one place, decoder.scoped.
 
 In CANN's recipes a `with` block marks the region. JAX cannot outline one, so here a scope wraps a
-function, and the region is that function: everything it computes with has to be an argument. What
-it does depends on the platform:
+function, and the region is that function: everything it computes with has to be an argument. What a
+scope does depends on the platform:
 
     ascend       the region is a StableHLO composite named "superkernel.<label>", with a version and
                  the options as attributes; its decomposition is the plain computation
@@ -44,8 +44,8 @@ def superkernel_scope(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Wraps a function of arrays so that what it computes is one region.
 
-    For decode steps, whose shapes are static and whose kernels are small: `enabled` is to be
-    `asked_for and not is_prefill`, and then a prefill runs as if there were no scope.
+    Scopes are for decode steps, whose shapes are static and whose kernels are small. So `enabled`
+    is `asked_for and not is_prefill`, and a prefill runs as if there were no scope.
 
     Args:
       enabled: False returns the function as it is.

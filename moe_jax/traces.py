@@ -1,4 +1,4 @@
-"""Traces: which experts a run chose, layer by layer; to store, to replay, to compare layouts on."""
+"""Traces: the experts that a run chose in each layer; to store, to replay, to compare layouts."""
 
 import dataclasses
 import os

@@ -1,9 +1,9 @@
 """Grouped matmul: assignments sorted by expert, each expert's rows multiplied together.
 
-For prefill and training. lax.ragged_dot_general contracts the weights' last dimension, so it reads
-them as they are stored. XLA expands it, on CPUs and GPUs alike, to a dense product of all experts
-with rows that are zero where they are another expert's: weights must be finite, for an inf or NaN
-in any expert reaches every token.
+This backend is for prefill and training. lax.ragged_dot_general contracts the weights' last
+dimension, so it reads them as they are stored. XLA expands it to a dense product of all experts, on
+CPUs and GPUs alike, with zeros in the rows of other experts. So weights must be finite, because an
+inf or NaN in any expert reaches every token.
 """
 
 import jax
@@ -39,8 +39,8 @@ def grouped_experts(
     inside = (flat[order] < E)[:, None]
     group_sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
 
-    # Rows of padding are in no group: what stands there is not defined, so nothing may come from
-    # them, nor, by selecting before the product too, a gradient that is NaN.
+    # Rows of padding are in no group, so their products are undefined: they are selected away, and
+    # before the product too, because a gradient would be NaN otherwise.
     rows = jnp.where(inside, x[order // K], 0)
     projected = _product(rows, weights.gate_up.reshape(E, 2 * I, H), group_sizes)
     projected = jnp.where(inside, projected, 0)

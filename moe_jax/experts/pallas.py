@@ -19,8 +19,8 @@ def pallas_experts(
 ) -> jax.Array:
     """The op in the layout that pallas_kernels' choose_layout picks for this T.
 
-    The kernels have no gradient. A gradient of this function is that of portable_experts at the
-    same inputs, and costs what that costs, forward and backward.
+    The kernels have no gradient. The gradient of this function is that of portable_experts at the
+    same inputs, at the cost of that function's forward and backward pass.
 
     Arguments and result as in portable_experts, bfloat16 only.
 

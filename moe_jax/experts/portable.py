@@ -3,8 +3,8 @@
 Only gathers along one axis, dots, reductions of one operand, comparisons, selects and elementwise
 functions: no scatter, no sort, no loop. Two forms, chosen by the static shape:
 
-    T * K < E    gather   the weights of each assignment's expert are fetched: T * K are read
-    T * K >= E   dense    every expert multiplies every token, those that were not asked with 0
+    T * K < E    gather   fetches the weights of each assignment's expert: T * K are read
+    T * K >= E   dense    multiplies every token by every expert; unrouted ones are weighted with 0
 """
 
 import jax
@@ -22,13 +22,13 @@ def portable_experts(
     expert_weights: jax.Array,
     activation: str = "silu",
 ) -> jax.Array:
-    """Gathers or multiplies all, whichever reads less. Has gradients.
+    """Gathers experts or multiplies all, depending on which reads less. Has gradients.
 
     Args:
       x: [T, H].
-      weights: gate_up [E, 2, I, H], down [E, H, I]; in the dense form they must be finite, for an
-        inf or NaN in any expert reaches every token.
-      ids: [T, K] int32; an id outside [0, E) is padding.
+      weights: gate_up [E, 2, I, H], down [E, H, I]; in the dense form they must be finite, because
+        an inf or NaN in any expert reaches every token.
+      ids: [T, K] int32, as `experts` makes them; an id outside [0, E) is padding.
       expert_weights: [T, K] float32.
       activation: a name in ACTIVATIONS.
 
@@ -60,7 +60,7 @@ def _gather(x, weights: ExpertWeights, ids, expert_weights, activation) -> jax.A
     projected = einsum("th,tkjih->tkji", x, routed(weights.gate_up))
     hidden = activation(projected[:, :, 0]) * projected[:, :, 1]  # [T, K, I]
     outputs = einsum("tki,tkhi->tkh", hidden.astype(x.dtype), routed(weights.down))
-    # Select, never multiply by zero: x or an expert that is not asked for may hold inf.
+    # Select, never multiply by zero: x or an unrouted expert may hold inf.
     weighted = jnp.where(inside[..., None], expert_weights[..., None] * outputs, 0)
     return jnp.sum(weighted, axis=1)
 
@@ -68,9 +68,9 @@ def _gather(x, weights: ExpertWeights, ids, expert_weights, activation) -> jax.A
 def _dense(x, weights: ExpertWeights, ids, expert_weights, activation) -> jax.Array:
     """The routing weight multiplies the intermediate, so that one product adds up all experts."""
     E = weights.gate_up.shape[0]
-    asked = ids[..., None] == jnp.arange(E, dtype=ids.dtype)  # [T, K, E]
-    of_expert = jnp.sum(jnp.where(asked, expert_weights[..., None], 0), axis=1)  # [T, E]
+    routed = ids[..., None] == jnp.arange(E, dtype=ids.dtype)  # [T, K, E]
+    of_expert = jnp.sum(jnp.where(routed, expert_weights[..., None], 0), axis=1)  # [T, E]
     projected = einsum("th,ejih->teji", x, weights.gate_up)
     hidden = activation(projected[:, :, 0]) * projected[:, :, 1]  # [T, E, I]
-    weighted = jnp.where(jnp.any(asked, axis=1)[..., None], of_expert[..., None] * hidden, 0)
+    weighted = jnp.where(jnp.any(routed, axis=1)[..., None], of_expert[..., None] * hidden, 0)
     return einsum("tei,ehi->th", weighted.astype(x.dtype), weights.down)
