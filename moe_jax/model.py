@@ -73,15 +73,18 @@ class Qwen3Moe(nnx.Module):
 
     Params = ModelParams
 
-    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs, dtype=jnp.bfloat16):
-        """Makes random parameters in `dtype`, as the config's initializer_range says."""
+    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs | None, dtype=jnp.bfloat16):
+        """Makes random parameters in `dtype`, as the config's initializer_range says.
+
+        Without rngs the parameters are shapes, to be replaced by arrays.
+        """
         self.config = config
         self.embed_tokens = Embedding(config, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
             DecoderLayer(config, layer, rngs=rngs, dtype=dtype)
             for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, rngs=rngs, dtype=dtype)
         tied = config.tie_word_embeddings
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = None if tied else Linear(config, H, V, rngs=rngs, dtype=dtype)

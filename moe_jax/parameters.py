@@ -7,8 +7,6 @@ input_layernorm.weight, post_attention_layernorm.weight, self_attn.{q,k,v,o}_pro
 [E, 2, I, H], mlp.experts.down [E, H, I], or for a dense layer mlp.{gate,up,down}_proj.weight.
 """
 
-import dataclasses
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -17,29 +15,6 @@ from flax import nnx
 
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
-
-
-@functools.lru_cache(maxsize=16)
-def _traced_once(config: Qwen3MoeConfig) -> Qwen3Moe:
-    return nnx.eval_shape(lambda: Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
-
-
-def _abstract(config: Qwen3MoeConfig) -> Qwen3Moe:
-    """A model with shapes for arrays, not to be changed: its config may be another that is equal.
-
-    It is kept, because tracing 94 layers takes seconds and a load asks for them twice. What no
-    module reads is left out, so that all files with the same sizes share one.
-    """
-    return _traced_once(dataclasses.replace(config, extra={}, quantization_config=None))
-
-
-def _fresh(config: Qwen3MoeConfig) -> Qwen3Moe:
-    """A copy of _abstract that says of its config just what `config` does."""
-    model = nnx.clone(_abstract(config))
-    for _, module in nnx.iter_modules(model):
-        if isinstance(getattr(module, "config", None), Qwen3MoeConfig):
-            module.config = config
-    return model
 
 
 def _flat(model: Qwen3Moe) -> list[tuple[tuple, nnx.Param]]:
@@ -54,7 +29,7 @@ def parameter_shapes(config: Qwen3MoeConfig, dtype=jnp.bfloat16) -> dict[str, ja
     """Name and shape of every parameter; allocates nothing."""
     return {
         _name(path): jax.ShapeDtypeStruct(param.shape, dtype)
-        for path, param in _flat(_abstract(config))
+        for path, param in _flat(Qwen3Moe(config, rngs=None))
     }
 
 
@@ -84,7 +59,7 @@ def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen
     Raises:
       ValueError: names are missing or unexpected, or shapes do not fit; the message lists them.
     """
-    model = _fresh(config)
+    model = Qwen3Moe(config, rngs=None)
     params = {_name(path): (path, param) for path, param in _flat(model)}
     problems = [f"missing: {name}" for name in params.keys() - arrays.keys()]
     problems += [f"unexpected: {name}" for name in arrays.keys() - params.keys()]

@@ -69,7 +69,7 @@ def run_experts(arrays: dict, x, ids, expert_weights, **options) -> jax.Array:
 
 def run_block(config: Qwen3MoeConfig, arrays: dict, x, **options) -> jax.Array:
     """moe_jax's block of [B, S, H], router included, with exactly these parameters."""
-    block = nnx.eval_shape(lambda: SparseMoe(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    block = SparseMoe(config, rngs=None, dtype=jnp.float32)
     params = dict(nnx.to_flat_state(nnx.state(block, nnx.Param)))
     assert {".".join(path) for path in params} == arrays.keys()
     held = {}
