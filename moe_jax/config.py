@@ -27,7 +27,7 @@ class Qwen3MoeConfig:
       router_z_loss_coef: ours; weight of the router z-loss.
       router_dtype: ours; "float32" computes the router's logits in float32 in every phase, "model"
         in the model's dtype, as Hugging Face does.
-      moe_chunk_max_len: ours; MoE layers take at most so many tokens at once, None for all.
+      moe_chunk_max_len: ours; MoE layers take at most this number of tokens at once, None for all.
       moe_latent_size: ours; L, the experts' width where it is not hidden_size: each token is
         projected down to L before the experts and up again after their weighted sum. None is off.
       moe_shared_expert_intermediate_size: ours; the width of an MLP beside the experts that every
@@ -83,6 +83,10 @@ class Qwen3MoeConfig:
         check_config(self)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for field in dataclasses.fields(self):
+            if field.type is float and abs(value := getattr(self, field.name)) >= 2**31:
+                # JAX would take an integer for an int32
+                object.__setattr__(self, field.name, float(value))
 
     @property
     def window(self) -> int | None:

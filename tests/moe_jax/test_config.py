@@ -232,6 +232,14 @@ def test_integers_beyond_int32_are_numbers(kind):
     assert all(bool(jnp.isfinite(table).all()) for table in tables)
 
 
+def test_integers_beyond_int32_become_floats():
+    data = {"initializer_range": 10**20, "rms_norm_eps": 2**31, "router_aux_loss_coef": 1}
+    config = Qwen3MoeConfig.from_hf(data)
+    written = config.to_hf()
+    assert {name: written[name] for name in data} == data
+    assert [type(written[name]) for name in data] == [float, float, int]
+
+
 def test_settings_that_the_default_kind_does_not_read_are_written_back():
     scaling = {"rope_type": "default", "factor": 2.0}
     for spelling, name in (("v4", "rope_scaling"), ("v5", "rope_parameters")):
