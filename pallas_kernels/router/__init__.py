@@ -1,7 +1,7 @@
-"""Which experts each token goes to, and how they are grouped, in one launch.
+"""Which experts each token goes to, in one launch.
 
-Start at `api.py` (what a user calls) and `reference.py` (what it means); `kernel.py` has the
-algorithm, the other files its phases.
+Start at `api.py` (what a user calls) and `reference.py` (what it means); `kernel.py` has the grid.
+moe_jax does not call it yet, because the decode step will.
 """
 
 from pallas_kernels.router.api import route_tokens

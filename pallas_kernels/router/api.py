@@ -1,16 +1,21 @@
-"""route_tokens: from token activations to routed tokens in one kernel."""
+"""route_tokens: from token activations to routed tokens in one kernel, and its checks."""
 
-import functools
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.mosaic import device
-from pallas_kernels.router import kernel
-from pallas_kernels.router.checks import check_inputs, check_work
+from pallas_kernels.mosaic.operands import expect_array
+from pallas_kernels.router.kernel import SplitLogits, launch_router
 from pallas_kernels.router.reference import Route
-from pallas_kernels.router.work import Work
+
+_MAX_TOKENS = 128
+_MAX_EXPERTS = 512
+_MAX_CHOSEN = 32
+_MAX_STAGE_BYTES = device.SHARED_MEMORY_BYTES - 24 * 1024  # which top-k needs, at most
+_INSTEAD = "reference_route_tokens"
 
 
 def route_tokens(
@@ -26,8 +31,8 @@ def route_tokens(
     """Chooses K of E experts for each token: RMSNorm, logits, softmax and top-k.
 
     Logits are float32 sums of bf16 products; of two equal ones the lower index comes first. A
-    token's results have the same bits whatever T is and whoever its neighbours are. A token with a
-    NaN has NaN weights, and some K different experts.
+    token's results have the same bits in every batch. A token with a NaN has NaN weights, and some
+    K different experts.
 
     Args:
       x: [T, H] bfloat16; T at most 128, H a multiple of 64.
@@ -37,8 +42,8 @@ def route_tokens(
       norm_weight: [H] bfloat16, the weight of an RMSNorm of x that comes first; None for none. The
         variance is float32; the weight multiplies in bf16, after the cast back.
       norm_eps: of that norm.
-      interpret: True runs the phases one by one in Pallas's interpret mode, on a CPU; an
-        InterpretGPUParams does too, with its own options (see decode_experts).
+      interpret: True runs the kernel in Pallas's interpret mode, on a CPU; an InterpretGPUParams
+        does too, with its own options (see decode_experts).
 
     Returns:
       ids [T, K] int32, weights [T, K] float32, logits [T, E] float32, and normed
@@ -50,52 +55,67 @@ def route_tokens(
       NotImplementedError: more tokens or experts than the kernel takes, another float dtype, a
         gradient was asked for, or the GPU is not a Hopper; reference_route_tokens has them.
     """
-    check_inputs(x, gate, K, norm_weight, norm_eps)
-    if not isinstance(interpret, (bool, plgpu.InterpretGPUParams)):
-        raise TypeError(f"interpret is {interpret!r}; expected a bool or an InterpretGPUParams")
-    (T, H), E = x.shape, gate.shape[0]
-    work = functools.partial(
-        Work,
-        T=T,
-        H=H,
-        E=E,
-        K=K,
-        norm_topk_prob=bool(norm_topk_prob),
-        norm_eps=None if norm_weight is None else float(norm_eps),
-    )
-    programs = kernel.num_programs(work(num_programs=1).units, T, interpret)
-    work = work(num_programs=programs)
-    if not interpret:
-        check_work(work)
-        others = {"reference_route_tokens": device.ANY}
-        device.expect_capability("route_tokens", (device.HOPPER,), others)
-    return _without_gradient(work, interpret)(x, gate, norm_weight)
-
-
-@functools.partial(jax.jit, static_argnames=("work", "interpret"))
-def _run(x, gate, norm_weight, *, work: Work, interpret) -> Route:
-    @jax.custom_batching.sequential_vmap  # a grid that fills the GPU cannot be batched
-    def call(x, gate, norm_weight):
-        results = kernel.run(work, x, gate, norm_weight, interpret)
-        return Route(
-            ids=results["ids"],
-            weights=results["weights"],
-            logits=results["logits"],
-            normed=results.get("normed"),
-        )
-
-    return call(x, gate, norm_weight)
-
-
-def _without_gradient(work: Work, interpret):
-    """Turns a request for a derivative into an error that says what has one."""
+    device.check_interpret(interpret)
+    _check_inputs(x, gate, K, norm_weight, norm_eps)
+    device.expect_capability("route_tokens", (device.HOPPER,), {_INSTEAD: device.ANY}, interpret)
 
     @jax.custom_jvp
     def forward(x, gate, norm_weight):
-        return _run(x, gate, norm_weight, work=work, interpret=interpret)
+        return _run(
+            x,
+            gate,
+            norm_weight,
+            K=int(K),
+            norm_topk_prob=bool(norm_topk_prob),
+            norm_eps=0.0 if norm_weight is None else float(norm_eps),
+            interpret=interpret,
+        )
 
     @forward.defjvp
     def _(primals, tangents):
-        raise NotImplementedError("route_tokens has no gradient; reference_route_tokens has one")
+        raise NotImplementedError(f"route_tokens has no gradient; {_INSTEAD} has one")
 
-    return forward
+    return forward(x, gate, norm_weight)
+
+
+_run = jax.jit(launch_router, static_argnames=("K", "norm_topk_prob", "norm_eps", "interpret"))
+
+
+def _check_inputs(x, gate, K, norm_weight, norm_eps) -> None:
+    """Raises ValueError, TypeError or NotImplementedError where an input is not accepted."""
+    expect_array("x", x, "[T, H]", jnp.bfloat16, instead=_INSTEAD)
+    expect_array("gate", gate, "[E, H]", jnp.bfloat16, instead=_INSTEAD)
+    (T, H), E = x.shape, gate.shape[0]
+    if gate.shape[1] != H:
+        raise ValueError(f"gate has shape {gate.shape}; expected [E, H] with H = {H} as in x")
+    if norm_weight is not None:
+        expect_array("norm_weight", norm_weight, "[H]", jnp.bfloat16, instead=_INSTEAD)
+        if norm_weight.shape != (H,):
+            raise ValueError(f"norm_weight has shape {norm_weight.shape}; expected [H] = {(H,)}")
+        try:
+            fits = float(norm_eps) >= 0
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(f"norm_eps is {norm_eps!r}; expected a number that is not negative")
+    if T > _MAX_TOKENS:
+        raise NotImplementedError(
+            f"T is {T}; the kernel takes 1 to {_MAX_TOKENS} tokens, {_INSTEAD} any number"
+        )
+    if E % 8 or E > _MAX_EXPERTS:
+        raise NotImplementedError(
+            f"E is {E}; the kernel takes multiples of 8 up to {_MAX_EXPERTS}, {_INSTEAD} any number"
+        )
+    if H % 64:
+        raise ValueError(f"H is {H}; expected a multiple of 64")
+    most = min(E, _MAX_CHOSEN)
+    if isinstance(K, bool) or not isinstance(K, (int, np.integer)) or not 1 <= K <= most:
+        raise ValueError(
+            f"K is {K!r}; expected 1 to {most}, that is at most E = {E} and at most {_MAX_CHOSEN}"
+        )
+    stage_bytes = SplitLogits(T=T, H=H, E=E).stage_bytes
+    if stage_bytes > _MAX_STAGE_BYTES:
+        raise NotImplementedError(
+            f"H = {H} and T = {T} take {stage_bytes} bytes of shared memory; the kernel has room "
+            f"for {_MAX_STAGE_BYTES}: fewer tokens at a time, or {_INSTEAD}"
+        )

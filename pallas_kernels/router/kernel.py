@@ -1,168 +1,241 @@
-"""The router in one launch, phases with a barrier of the whole grid between them:
+"""The router in one grid: RMSNorm, logits, softmax and top-k.
 
-    1. normalise   (if asked for) program t: token t's RMSNorm                       -> normed
-       ---------- barrier ----------
-    2. multiply    unit (split of H, 64 experts): partials = gate[64, split] x[:, split]
-       ---------- barrier ----------
-    3. choose      program t: logits = partials added in order, softmax, top-k
-                                                                  -> logits, ids, weights
+    norm      block t        normed[t] = RMSNorm of x[t], if asked for
+    logits    block (split of H, 64 experts)
+                             partials[split] = gate[64 experts, split] x[:, split]
+    top-k     block t        logits[t] = partials added in order, softmax, top-k    (top_k.py)
 
-The gate (512 KB for E = 128, H = 2048) is cold: each program starts its copies of it before all
-else, so that phase 1 and its barrier hide behind them, and many programs read it at once. That H is
-split is what makes the reads of both operands small; the price is the first barrier and the
-partials, which stay in L2. The splits depend on H alone, so a token's logits have the same bits in
-every batch.
+Blocks are numbered in this order. Each has one task, and waits for lower-numbered blocks only
+(mosaic/grid_sync.py): logits for all of norm, top-k for all of logits. The gate comes from memory,
+512 KB for E = 128 and H = 2048, so each block of logits starts its copies of the gate before it
+waits for the norm.
 
-1. Variance in float32; bf16, then times the weight, as a model's RMSNorm does it.
-2. Swap-AB on the tensor cores: 64 experts are M, the tokens are N columns. Columns do not mix.
-3. An expert a lane; each lane counts the experts that come before its own, E comparisons without
-   any exchange between lanes (beyond some 200 experts, K rounds of a maximum instead). A tile of 16
-   ranks by E experts then turns "expert e has rank r" around by sums along rows.
+H is split because many blocks then read the gate at once, and each of them reads few columns of x.
+The price is the partials, which stay in L2. The splits depend on H alone, so a token's logits have
+the same bits in every batch.
 
-Microseconds expected on an H100, E = 128, H = 2048 (a model, to be replaced by measurements):
+A few tokens are too few rows for the tensor cores' M = 64, so the product is turned around
+("swap-AB"): 64 experts are rows, the tokens are N columns. Columns do not mix.
 
-    launch 1.3 | gate 1.2, product and partials 0.4 | barrier 0.9 | partials 0.7, rank 0.4,
-    choice 0.4, writes 0.2
+With H = 2048, E = 128, T = 8 and a norm:
 
-5.5 in all. RMSNorm adds 1.4: 1.0 and a
-barrier beside the gate's 1.2, then the wait for normed. Two launches instead of a barrier would pay
-a gap of 1.0 to 1.5 for each, and no prefetch. A single cluster of 8 programs with its barriers of
-0.2 would save 1.5 at T = 8, but choose 8 tokens one after the other in each program at T = 64, and
-lose 6. Splitting E and not H needs no partials, but every program then reads all of x: 256 KB at
-T = 64, 5 or more.
-
-Calls must follow one another, as those on one stream do: they share the barrier's counter.
+    block 0 to 7      norm of token 0 to 7
+    block 8, 9, 10    split 0 of experts 0 to 63; split 0 of experts 64 to 127; split 1 of 0 to 63
+    block 71          split 31 of experts 64 to 127
+    block 72 to 79    top-k of token 0 to 7
 """
 
-import functools
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.device import core_count
-from pallas_kernels.router import grid_barrier
-from pallas_kernels.router.choice import choice_scratch, choose
-from pallas_kernels.router.product import multiply, normalise, product_scratch, start_gate
-from pallas_kernels.router.work import ROWS, Refs, Work
+from pallas_kernels.mosaic.device import launch
+from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
+from pallas_kernels.mosaic.operands import copy_ragged_rows, ragged_wgmma_operand, wgmma_operand
+from pallas_kernels.mosaic.warpgroup import row_layout
+from pallas_kernels.router.reference import Route
+from pallas_kernels.router.top_k import TopK, padded_experts, round_up
 
-_INTERPRETED_PROGRAMS = 3
+_BLOCK_M = 64  # experts of a task: the rows that one wgmma takes
+_BLOCK_K = 64  # columns of a stage: 128 bytes of bf16, the swizzle's width
+_MAX_SPLITS = 32
 
-
-def num_programs(units: int, T: int, interpret) -> int:
-    """As many as have something to do in one of the phases, and at most one a core."""
-    if interpret:
-        return _INTERPRETED_PROGRAMS
-    return min(core_count(), max(units, T))
-
-
-def run(work: Work, x, gate, norm_weight, interpret) -> dict[str, jax.Array]:
-    """All outputs by the names of Refs, from checked inputs."""
-    if interpret:
-        return _in_a_launch_each(work, x, gate, norm_weight, interpret)
-    return _in_one_launch(work, x, gate, norm_weight)
+# The counters: norm's blocks that are done, and those of logits.
+_NORMED, _MULTIPLIED = range(2)
 
 
-def _output_types(work: Work) -> dict[str, jax.ShapeDtypeStruct]:
-    """What each phase writes."""
-    struct, T, K = jax.ShapeDtypeStruct, work.T, work.K
-    types = {
-        "partials": struct((work.splits, work.N, work.lanes), jnp.float32),
-        "logits": struct((T, work.E), jnp.float32),
-        "ids": struct((T, K), jnp.int32),
-        "weights": struct((T, K), jnp.float32),
-    }
-    if work.norm_eps is not None:
-        types["normed"] = struct((T, work.H), jnp.bfloat16)
-    return types
+def launch_router(
+    x: jax.Array,
+    gate: jax.Array,
+    norm_weight: jax.Array | None,
+    *,
+    K: int,
+    norm_topk_prob: bool,
+    norm_eps: float,
+    interpret: Any,
+) -> Route:
+    """route_tokens on checked inputs."""
+    (T, H), E = x.shape, gate.shape[0]
+    norm = None if norm_weight is None else TokenNorm(T=T, H=H, eps=norm_eps)
+    product = SplitLogits(T=T, H=H, E=E)
+    top_k = TopK(E=E, K=K, num_splits=product.num_splits, norm_topk_prob=norm_topk_prob)
+
+    def kernel(
+        block_id, x, gate, norm_weight, counters, normed, partials, logits, ids, weights,
+        *, stages, full, shared,
+    ):  # fmt: skip
+        if norm:
+
+            @pl.when(block_id < T)
+            def _():
+                norm.run(block_id, x, norm_weight, normed)
+                signal(counters, _NORMED)
+
+            block_id -= T
+
+        def wait_for_norm():
+            if norm:
+                wait(counters, _NORMED, T, product.num_blocks)
+
+        @pl.when((block_id >= 0) & (block_id < product.num_blocks))
+        def _():
+            tokens = normed if norm else x
+            product.run(block_id, gate, tokens, partials, stages, full, wait_for_norm)
+            signal(counters, _MULTIPLIED)
+
+        token = block_id - product.num_blocks
+
+        @pl.when(token >= 0)
+        def _():
+            wait(counters, _MULTIPLIED, product.num_blocks, T)
+            top_k.run(token, partials, logits, ids, weights, shared)
+
+    @jax.custom_batching.sequential_vmap  # the counters are for one call at a time
+    def call(x, gate, norm_weight):
+        return launch(
+            kernel,
+            name="router",
+            num_blocks=(T if norm else 0) + product.num_blocks + T,
+            out_type=(norm.out_type if norm else None, product.out_type, *top_k.out_types(T)),
+            scratch_types={
+                "stages": product.stage_types(),
+                "full": product.full_type(),
+                "shared": top_k.shared_types(),
+            },
+            interpret=interpret,
+        )(x, gate, norm_weight, zeroed_counters(2))
+
+    normed, _, logits, ids, weights = call(x, gate, norm_weight)
+    return Route(ids=ids, weights=weights, logits=logits, normed=normed)
 
 
-def _launch(work: Work, body, name: str, inputs: dict, outputs: dict, scratch: dict, interpret):
-    """Runs body(refs, program) on the grid; inputs, outputs and scratch are by names of Refs."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenNorm:
+    """Block t: normed[t] = norm_weight * bf16(x[t] / rms(x[t])).
 
-    def kernel(*refs, **scratch_refs):
-        gmem = dict(zip((*inputs, *outputs), refs, strict=True))
-        counter = gmem.pop("counter", None)
-        program = lax.axis_index("program")
-        arguments = (counter,) if counter is not None else ()
-        body(Refs(**gmem, scratch=scratch_refs), program, *arguments)
-
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(outputs.values()),
-        grid=(work.num_programs,),
-        grid_names=("program",),
-        scratch_types=scratch,
-        kernel_name=name,
-        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret or None,
-    )(*inputs.values())
-    return dict(zip(outputs, results, strict=True))
-
-
-def _in_one_launch(work: Work, x, gate, norm_weight) -> dict[str, jax.Array]:
-    inputs = {"x": x, "gate": gate, "counter": grid_barrier.counters()}
-    scratch = product_scratch(work, work.T) | choice_scratch(work)
-    if work.norm_eps is not None:
-        inputs["norm_weight"] = norm_weight
-
-    def body(refs, program, counter):
-        barrier = functools.partial(grid_barrier.barrier, counter, work.num_programs, program)
-        start_gate(work, refs, program)
-        tokens = refs.x
-        if work.norm_eps is not None:
-            normalise(work, refs, program)
-            barrier()
-            tokens = refs.normed
-        multiply(work, refs, tokens, program)
-        barrier()
-        choose(work, refs, program)
-
-    return _launch(work, body, "router", inputs, _output_types(work), scratch, False)
-
-
-def _in_a_launch_each(work: Work, x, gate, norm_weight, interpret) -> dict[str, jax.Array]:
-    """The same for interpret mode, which has no barrier of the whole grid.
-
-    Nor has it a copy engine that fills rows past the end with zeros.
+    The variance is float32, and the weight multiplies after rounding, as a model's RMSNorm does.
     """
-    types = _output_types(work)
 
-    def launch(body, name, inputs, outputs, scratch):
-        outputs = {field: types[field] for field in outputs if field in types}
-        return _launch(work, body, f"router_{name}", inputs, outputs, scratch, interpret)
+    T: int
+    H: int
+    eps: float
 
-    results = {}
-    tokens = x
-    if work.norm_eps is not None:
-        results |= launch(
-            functools.partial(normalise, work),
-            "normalise",
-            {"x": x, "norm_weight": norm_weight},
-            ["normed"],
-            {},
-        )
-        tokens = results["normed"]
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.T, self.H), jnp.bfloat16)
 
-    def multiply_alone(refs, program):
-        start_gate(work, refs, program)
-        multiply(work, refs, refs.x, program)
+    def run(self, token, x, norm_weight, normed) -> None:
+        """All of one block: a row of `normed` is what it writes."""
 
-    results |= launch(
-        multiply_alone,
-        "multiply",
-        {
-            "x": jnp.pad(tokens, ((0, work.N - work.T), (0, 0))),
-            "gate": jnp.pad(gate, ((0, work.blocks * ROWS - work.E), (0, 0))),
-        },
-        ["partials"],
-        product_scratch(work, work.N),
-    )
-    results |= launch(
-        functools.partial(choose, work),
-        "choose",
-        {"partials": results["partials"]},
-        ["logits", "ids", "weights"],
-        choice_scratch(work),
-    )
-    return results
+        def load(ref):
+            row = plgpu.load(ref, layout=row_layout(self.H), optimized=False)
+            return row.astype(jnp.float32)
+
+        row, weight = load(x.at[token]), load(norm_weight)
+        scale = lax.rsqrt(jnp.sum(row * row) / self.H + self.eps)
+        rounded = (row * scale).astype(jnp.bfloat16).astype(jnp.float32)
+        normed[token] = (weight * rounded).astype(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitLogits:
+    """Block (split, 64 experts): partials[split, t, e] = gate[e, split] tokens[t, split].
+
+    A split is num_stages * 64 columns, and each stage is used once. H = 2112 is 33 times 64: 2
+    stages, 17 splits. The last stage of the last split is past the end, so it is all zeros.
+    """
+
+    T: int
+    H: int
+    E: int
+
+    @property
+    def N(self) -> int:
+        """Columns of the product: the tokens, and zeros."""
+        return round_up(self.T, 8)
+
+    @property
+    def num_stages(self) -> int:
+        return -(-(self.H // _BLOCK_K) // _MAX_SPLITS)
+
+    @property
+    def num_splits(self) -> int:
+        return -(-(self.H // _BLOCK_K) // self.num_stages)
+
+    @property
+    def blocks_per_split(self) -> int:
+        return -(-self.E // _BLOCK_M)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_splits * self.blocks_per_split
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        """Partials; columns from E on belong to no expert."""
+        shape = (self.num_splits, self.N, padded_experts(self.E))
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def stage_types(self) -> tuple[Any, Any]:
+        """Shared memory: the gate's stages and the tokens'."""
+        gate = wgmma_operand(self.num_stages, _BLOCK_M, _BLOCK_K)
+        return gate, ragged_wgmma_operand(self.num_stages, self.N)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of all stages, in bf16."""
+        return 2 * self.num_stages * (_BLOCK_M + self.N) * _BLOCK_K
+
+    def full_type(self):
+        return plgpu.Barrier(num_arrivals=2, num_barriers=self.num_stages)
+
+    def run(
+        self, block_id, gate, tokens, partials, stages, full,
+        wait: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """All of one block: `partials` is what it writes.
+
+        Args:
+          block_id: among the blocks of this kind.
+          gate: [E, H] bf16.
+          tokens: [T, H] bf16.
+          partials: see out_type.
+          stages: see stage_types.
+          full: see full_type.
+          wait: once wait() returns, the tokens may be read.
+        """
+        gate_smem, tokens_smem = stages
+        tiled, _ = tokens_smem
+        split, part = block_id // self.blocks_per_split, block_id % self.blocks_per_split
+        experts = pl.ds(part * _BLOCK_M, _BLOCK_M)
+
+        def load_gate(columns, stage):
+            plgpu.copy_gmem_to_smem(gate.at[experts, columns], gate_smem.at[stage], full.at[stage])
+
+        def load_tokens(columns, stage):
+            copy_ragged_rows(tokens, columns, tokens_smem, stage, full.at[stage])
+
+        def load_all(load: Callable[[Any, int], None]) -> None:
+            for stage in range(self.num_stages):
+                step = split * self.num_stages + stage
+                load(pl.ds(step * _BLOCK_K, _BLOCK_K), stage)
+
+        def multiply(acc):
+            for stage in range(self.num_stages):
+                plgpu.barrier_wait(full.at[stage])
+                plgpu.wgmma(acc, gate_smem.at[stage], tiled.at[stage].transpose((1, 0)))
+            return acc[...]  # [_BLOCK_M, N]
+
+        # The gate depends on no other block, so its copies are on their way before the wait.
+        load_all(load_gate)
+        wait()
+        load_all(load_tokens)
+        sums = pl.run_scoped(multiply, plgpu.ACC((_BLOCK_M, self.N), jnp.float32))
+        out = partials.at[split, :, experts].transpose((1, 0))
+        out[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)

@@ -13,6 +13,8 @@ from pallas_kernels.router import Route, reference_route_tokens
 LOGITS_BOUND = 1e-5
 WEIGHTS_BOUND = 1e-5
 
+_reference = jax.jit(reference_route_tokens, static_argnames=("K", "norm_topk_prob"))
+
 
 class Size(NamedTuple):
     T: int
@@ -33,30 +35,45 @@ class Case(NamedTuple):
 def make_case(size: Size, seed: int) -> Case:
     """Normal x, logits of size 1, a norm weight near 1."""
     T, E, _, H = size
-    keys = jax.random.split(jax.random.key(seed), 3)
-    normal, bfloat16 = jax.random.normal, jnp.bfloat16
+    normal = np.random.default_rng(seed).standard_normal
+
+    def bfloat16(values) -> jax.Array:
+        return jnp.asarray(values.astype(jnp.bfloat16))
+
     return Case(
-        x=normal(keys[0], (T, H), bfloat16),
-        gate=normal(keys[1], (E, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
-        norm_weight=1 + normal(keys[2], (H,), bfloat16) / 8,
+        x=bfloat16(normal((T, H))),
+        gate=bfloat16(normal((E, H)) * H**-0.5),
+        norm_weight=bfloat16(1 + normal(H) / 8),
     )
 
 
-def assert_right(route: Route, case: Case, K: int, *, norm=False, **keywords) -> None:
-    """The route is the reference's, but for float32 rounding where two logits nearly tie."""
+def assert_right(
+    route: Route, case: Case, K: int, *, norm_eps: float | None = None, norm_topk_prob=True
+) -> None:
+    """The route is the reference's, but for float32 rounding where two logits nearly tie.
+
+    Args:
+      route: what route_tokens found.
+      case: its inputs.
+      K: experts a token.
+      norm_eps: of the norm that comes first; None for no norm.
+      norm_topk_prob: as in route_tokens.
+    """
     T, E = len(case.x), len(case.gate)
     x = case.x
-    if norm:
-        expected = reference_route_tokens(x, case.gate, K=K, norm_weight=case.norm_weight).normed
+    if norm_eps is None:
+        assert route.normed is None
+    else:
+        expected = reference_route_tokens(
+            x, case.gate, K=K, norm_weight=case.norm_weight, norm_eps=norm_eps
+        ).normed
         chex.assert_type(route.normed, jnp.bfloat16)
         # The squares' order may move a value over the edge between two bfloat16.
-        off = np.abs(np.asarray(route.normed - expected, np.float32))
-        assert np.all(off <= 2**-7 * np.abs(np.asarray(expected, np.float32)))
+        found, expected = (np.asarray(a, np.float32) for a in (route.normed, expected))
+        off = np.abs(found - expected)
+        assert np.all(off <= 2**-7 * np.abs(expected))
         assert np.mean(off > 0) < 0.01
         x = route.normed
-    else:
-        assert route.normed is None
-    reference = reference_route_tokens(x, case.gate, K=K, **keywords)
     for name, shape, dtype in (
         ("ids", (T, K), jnp.int32),
         ("weights", (T, K), jnp.float32),
@@ -64,23 +81,28 @@ def assert_right(route: Route, case: Case, K: int, *, norm=False, **keywords) ->
     ):
         chex.assert_shape(getattr(route, name), shape)
         chex.assert_type(getattr(route, name), dtype)
-    chex.assert_trees_all_close(route.logits, reference.logits, rtol=0, atol=LOGITS_BOUND)
+    reference = _reference(x, case.gate, K=K, norm_topk_prob=norm_topk_prob)
+    ids, weights, logits = (np.asarray(a) for a in (route.ids, route.weights, route.logits))
+    chex.assert_trees_all_close(logits, np.asarray(reference.logits), rtol=0, atol=LOGITS_BOUND)
     # Exactly the choice that these very logits ask for, ties included.
-    chex.assert_trees_all_equal(route.ids, jax.lax.top_k(route.logits, K)[1])
-    assert_same_experts(route.ids, reference.ids, x, case.gate)
-    probabilities = jax.nn.softmax(route.logits)
-    weights = jnp.take_along_axis(probabilities, route.ids, axis=-1)
-    if keywords.get("norm_topk_prob", True):
-        weights /= jnp.sum(weights, axis=-1, keepdims=True)
-    chex.assert_trees_all_close(route.weights, weights, rtol=WEIGHTS_BOUND, atol=1e-30)
+    chex.assert_trees_all_equal(ids, best_experts(logits, K))
+    assert_same_experts(ids, np.asarray(reference.ids), x, case.gate)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    expected = np.take_along_axis(exponentials, ids, axis=1)
+    counted = expected if norm_topk_prob else exponentials
+    expected /= counted.sum(axis=1, keepdims=True)
+    chex.assert_trees_all_close(weights, expected, rtol=WEIGHTS_BOUND, atol=1e-30)
+
+
+def best_experts(logits: np.ndarray, K: int) -> np.ndarray:
+    """[T, K] int32: the K largest logits of each token; of equal ones the lower index first."""
+    return np.argsort(-logits, axis=1, kind="stable")[:, :K].astype(np.int32)
 
 
 def assert_same_experts(found, expected, x, gate) -> None:
     """The same set for each token, or another one that is as good in float64."""
     exact = np.asarray(x, np.float64) @ np.asarray(gate, np.float64).T
-    for token, (these, those) in enumerate(
-        zip(np.asarray(found), np.asarray(expected), strict=True)
-    ):
+    for token, (these, those) in enumerate(zip(found, expected, strict=True)):
         if set(these.tolist()) != set(those.tolist()):
             least = [exact[token, list(ids)].min() for ids in (these, those)]
             chex.assert_trees_all_close(least[0], least[1], rtol=0, atol=LOGITS_BOUND)

@@ -53,6 +53,13 @@ CASES = {
         "norm_eps is -1.0",
         "not negative",
     ),
+    "norm_eps of text": (
+        {"norm_weight": zeros(64), "norm_eps": "small"},
+        ValueError,
+        "norm_eps is 'small'",
+        "a number",
+    ),
+    "K of a bool": ({"K": True}, ValueError, "K is True", "1 to 16"),
     "interpret": ({"interpret": "yes"}, TypeError, "interpret", "'yes'", "InterpretGPUParams"),
     "shared memory": (
         {"x": zeros(128, 32768), "gate": zeros(512, 32768)},

@@ -55,4 +55,4 @@ def test_has_gradients(seed):
         found = reference_route_tokens(x, case.gate.astype(jnp.float32), K=SIZE.K)
         return jnp.sum(found.weights[:, 0])
 
-    chex.assert_tree_all_finite(jax.grad(loss)(case.x.astype(jnp.float32)))
+    chex.assert_tree_all_finite(jax.jit(jax.grad(loss))(case.x.astype(jnp.float32)))

@@ -1,0 +1,182 @@
+"""The router's last tasks: logits, softmax and top-k of one token in each thread block."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane
+
+_INT32_MIN = -(2**31)
+_RANKS = 16  # rows of _TILE
+# One rank a row, 8 lanes along its experts: sums over experts end in three shuffles.
+_TILE = plgpu.Layout.TILED(
+    plgpu.Tiling(((_RANKS, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
+)
+_ALONG_EXPERTS = _TILE.reduce(0)
+# Few elements, in each warp the same.
+_FEW = plgpu.Layout.WGMMA.reduce(0)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
+def padded_experts(E: int) -> int:
+    """E, rounded up to whole warpgroups."""
+    return round_up(E, LANES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Block t: logits[t] = partials added in the order of splits, and the K likeliest experts.
+
+    Each lane has some experts, and counts those that come before its own: E comparisons, and no
+    exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. A tile of 16
+    ranks by E experts then turns "expert e has rank r" around, by sums along its rows.
+
+    Shared memory is written and read by the same warpgroup alone, so Pallas's own barrier after
+    each store is enough: commit_smem is for the copy engine and the tensor cores.
+    """
+
+    E: int
+    K: int
+    num_splits: int
+    norm_topk_prob: bool
+
+    @property
+    def padded_E(self) -> int:
+        return padded_experts(self.E)
+
+    def out_types(self, T: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Logits, ids and weights."""
+        return (
+            jax.ShapeDtypeStruct((T, self.E), jnp.float32),
+            jax.ShapeDtypeStruct((T, self.K), jnp.int32),
+            jax.ShapeDtypeStruct((T, self.K), jnp.float32),
+        )
+
+    def shared_types(self) -> dict[str, Any]:
+        """Shared memory of a block, by names."""
+        experts, ranks = (self.padded_E,), (round_up(self.K, _RANKS),)
+        return {
+            "keys": plgpu.SMEM(experts, jnp.int32),
+            "expert_ranks": plgpu.SMEM(experts, jnp.int32),
+            "expert_logits": plgpu.SMEM(experts, jnp.float32),
+            "chosen_ids": plgpu.SMEM(ranks, jnp.int32),
+            "chosen_weights": plgpu.SMEM(ranks, jnp.float32),
+        }
+
+    def run(self, token, partials, logits, ids, weights, shared: dict[str, Any]) -> None:
+        """All of one block, once its token's partials are there.
+
+        Args:
+          token: int32.
+          partials: [num_splits, tokens, padded_E] float32; columns beyond E may hold anything.
+          logits: [T, E] float32, written.
+          ids: [T, K] int32, written.
+          weights: [T, K] float32, written.
+          shared: see shared_types.
+        """
+        expert_logits = self._add_partials(partials, token)  # [padded_E]
+        shared["expert_ranks"][...] = self._rank(expert_logits, shared["keys"])
+        shared["expert_logits"][...] = expert_logits
+        self._choose(shared)
+        _store(shared["expert_logits"], logits.at[token], self.E)
+        _store(shared["chosen_ids"], ids.at[token], self.K)
+        _store(shared["chosen_weights"], weights.at[token], self.K)
+
+    def _add_partials(self, partials, token) -> jax.Array:
+        """[padded_E] float32: the logits, -inf where no expert is."""
+        expert = lane_indices(self.padded_E)
+        logits = jnp.zeros_like(expert, jnp.float32)
+        for split in range(self.num_splits):
+            logits += plgpu.load(partials.at[split, token], layout=one_per_lane(self.padded_E))
+        return jnp.where(expert < self.E, logits, -jnp.inf)
+
+    def _rank(self, logits: jax.Array, keys_smem) -> jax.Array:
+        """[padded_E] int32: how many experts come before each one; a tie goes to the lower index.
+
+        Floats are compared as integers of the same order, in which NaN is the largest and equal to
+        itself. So the first K ranks belong to K experts, whatever the logits are.
+        """
+        bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # no -0.0
+        keys = jnp.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+        keys = jnp.where(logits != logits, 0x7FC00000, keys)
+        expert = lane_indices(self.padded_E)
+        keys = jnp.where(expert < self.E, keys, _INT32_MIN + 1)
+        # Cycles of each, as guessed from the instructions.
+        by_counting, by_rounds = 5 * self.E * (self.padded_E // LANES), 300 * self.K
+        if by_counting <= by_rounds:
+            return self._rank_by_counting(keys, expert, keys_smem)
+        return self._rank_by_rounds(keys, expert)
+
+    def _rank_by_counting(self, keys: jax.Array, expert: jax.Array, keys_smem) -> jax.Array:
+        """Each lane compares its own experts with all E."""
+        keys_smem[...] = keys
+        one_less = keys - 1
+        several = 16 if self.E % 16 == 0 else 8
+
+        def count(index, ranks):
+            start = index * several
+            until_own = expert - start
+            for ahead in range(several):
+                # Against a lower index a tie is lost.
+                bar = jnp.where(ahead < until_own, one_less, keys)
+                ranks += jnp.where(keys_smem[start + ahead] > bar, 1, 0)
+            return ranks
+
+        return lax.fori_loop(0, self.E // several, count, jnp.zeros_like(keys))
+
+    def _rank_by_rounds(self, keys: jax.Array, expert: jax.Array) -> jax.Array:
+        """K times the largest key over all lanes; an expert that is not chosen ranks E."""
+
+        def one_round(rank, carry):
+            keys, ranks = carry
+            # The lowest index by a maximum: the hardware has one over the lanes of a warp.
+            is_next = expert == -jnp.max(jnp.where(keys == jnp.max(keys), -expert, _INT32_MIN))
+            return jnp.where(is_next, _INT32_MIN, keys), jnp.where(is_next, rank, ranks)
+
+        _, ranks = lax.fori_loop(0, self.K, one_round, (keys, jnp.full_like(keys, self.E)))
+        return ranks
+
+    def _choose(self, shared: dict[str, Any]) -> None:
+        """Ids and weights in the order of ranks, from the experts' logits and ranks."""
+        shape = (_RANKS, self.padded_E)
+
+        def spread(name):
+            row = plgpu.load(shared[name], layout=_ALONG_EXPERTS, optimized=False)
+            return plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), _TILE)
+
+        logits, ranks = spread("expert_logits"), spread("expert_ranks")
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TILE)
+        expert = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
+
+        largest = jnp.max(logits, axis=1)  # [_RANKS], in each the same
+        largest = plgpu.layout_cast(lax.broadcast_in_dim(largest, shape, (0,)), _TILE)
+        exponentials = jnp.exp(logits - largest)
+        counted = exponentials
+        if self.norm_topk_prob:
+            counted = jnp.where(ranks < self.K, exponentials, 0.0)
+        total = jnp.sum(counted, axis=1)
+        for first in range(0, self.K, _RANKS):
+            here = ranks == row + first
+            part = pl.ds(first, _RANKS)
+            shared["chosen_ids"][part] = jnp.sum(jnp.where(here, expert, 0), axis=1)
+            weights = jnp.sum(jnp.where(here, exponentials, 0.0), axis=1) / total
+            shared["chosen_weights"][part] = weights
+
+
+def _store(smem, gmem, count: int) -> None:
+    """Copies the first `count` elements from shared to global memory."""
+    if count % 8 == 0:
+        layout = one_per_lane(count) if count % LANES == 0 else _FEW
+        gmem[...] = plgpu.load(smem.at[pl.ds(0, count)], layout=layout, optimized=False)
+    else:
+        for index in range(count):
+            gmem[index] = smem[index]
