@@ -32,11 +32,12 @@ USUAL = Size(T=8, E=128, K=8, H=128)
 # Tokens beyond a tile of 8; three blocks of experts, the last not whole, ranked by rounds; 33 times
 # 64 columns, so that the last split is shorter.
 UNEVEN = Size(T=9, E=136, K=3, H=2112)
-SIZES = [UNEVEN]  # USUAL is in test_bits_do_not_depend_on_the_batch
-SIZES_WITH_A_NORM = [Size(T=3, E=8, K=8, H=192)]
+SIZES = [UNEVEN]  # USUAL is in test_ties_take_the_lower_index
+SIZES_WITH_A_NORM = [USUAL]
 if ON_GPU:
     SIZES += [
         Size(T=1, E=8, K=2, H=64),
+        Size(T=3, E=8, K=8, H=192),
         Size(T=3, E=64, K=2, H=128),
         Size(T=17, E=128, K=8, H=192),
         Size(T=2, E=512, K=3, H=64),
@@ -55,6 +56,8 @@ if ON_GPU:
 # matrix product adds in another order if it is wider.
 BATCHES = [1, 2, 8, 9, 33, 64, 97] if ON_GPU else [1]
 LARGEST_BATCH = Size(T=128, E=128, K=8, H=2048) if ON_GPU else USUAL
+
+WITH_A_NORM = {"norm_eps": 1e-4, "norm_topk_prob": False}
 
 # All that no block has written is NaN, so that an element that stays unwritten shows.
 POISONED = plgpu.InterpretGPUParams(uninitialized_memory="nan") if INTERPRET else False
@@ -92,8 +95,7 @@ def test_with_a_norm(size, seed):
     case = make_case(size, seed)
     # Values so small that another norm_eps would show.
     case = case._replace(x=case.x * jnp.bfloat16(2**-6))
-    options = {"norm_eps": 1e-4, "norm_topk_prob": False}
-    assert_right(run(case, size.K, **options), case, size.K, **options)
+    assert_right(run(case, size.K, **WITH_A_NORM), case, size.K, **WITH_A_NORM)
 
 
 # --- ties, and what is not finite
@@ -140,12 +142,11 @@ def test_a_bad_token_changes_no_other(seed):
 @pytest.mark.parametrize("T", BATCHES)
 def test_bits_do_not_depend_on_the_batch(T, seed):
     case, K = make_case(LARGEST_BATCH, seed), LARGEST_BATCH.K
-    expected = run(case, K, norm_eps=1e-6)
-    assert_right(expected, case, K, norm_eps=1e-6)
+    expected = run(case, K, **WITH_A_NORM)
     x, order = np.asarray(case.x), np.random.default_rng(seed).permutation(LARGEST_BATCH.T)
     for start in range(0, LARGEST_BATCH.T - T + 1, T):
         which = order[start : start + T]
-        found = run(case._replace(x=jnp.asarray(x[which])), K, norm_eps=1e-6)
+        found = run(case._replace(x=jnp.asarray(x[which])), K, **WITH_A_NORM)
         assert_same_tokens(found, expected, which)
 
 
