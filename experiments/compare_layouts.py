@@ -20,11 +20,11 @@ import jax
 from rich.console import Console
 
 from experiments.compare import candidates, on_cpu, on_gpu, settings
-from experiments.compare.presets import PRESETS
 from experiments.compare.routings import ACCEPTED
 from pallas_kernels.decode_experts import LAYOUTS, MODES
+from pallas_kernels.decode_experts.shapes import SHAPES
 
-_PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"The layer: {', '.join(PRESETS)}.")
+_PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"The layer: {', '.join(SHAPES)}.")
 _TOKENS = flags.DEFINE_list("tokens", "1,2,4,8,16,32,64", "Tokens in the batch, as in 1,2,4.")
 _LAYOUTS = flags.DEFINE_list(
     "layouts",

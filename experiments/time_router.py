@@ -24,13 +24,13 @@ from rich.table import Table
 from experiments.compare import timing
 from experiments.compare.environment import describe
 from experiments.compare.layers import make_tokens
-from experiments.compare.presets import PRESETS
 from moe_jax.layers import rms_norm
 from moe_jax.routing import route, router_logits
 from pallas_kernels.decode_experts import ExpertShapes
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.router import Route, reference_route_tokens, route_tokens
 
-_PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"Whose sizes: {', '.join(PRESETS)}.")
+_PRESET = flags.DEFINE_string("preset", "qwen3_30b_a3b", f"Whose sizes: {', '.join(SHAPES)}.")
 _TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64"], "Tokens in the batch.")
 _NORM = flags.DEFINE_bool("norm", False, "An RMSNorm first.")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "How often each time is taken; the median counts.")
@@ -76,11 +76,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"time_router takes flags only; left over: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    if _PRESET.value not in PRESETS:
-        sys.exit(f"--preset is {_PRESET.value!r}; expected one of {', '.join(PRESETS)}")
+    if _PRESET.value not in SHAPES:
+        sys.exit(f"--preset is {_PRESET.value!r}; expected one of {', '.join(SHAPES)}")
     if not all(tokens.isdigit() and int(tokens) > 0 for tokens in _TOKENS.value):
         sys.exit(f"--tokens is {','.join(_TOKENS.value)!r}; expected numbers, as in 1,8,64")
-    shapes = PRESETS[_PRESET.value]
+    shapes = SHAPES[_PRESET.value]
     on_gpu = jax.default_backend() == "gpu"
     if not on_gpu:  # interpret mode would hang now and then
         jax.config.update("jax_cpu_enable_async_dispatch", False)

@@ -25,17 +25,17 @@ from rich.console import Console
 
 from experiments.compare import output, read_ceiling
 from experiments.compare.environment import describe
-from experiments.compare.presets import PRESETS
 from experiments.compare.routings import ACCEPTED
 from experiments.tuning import report, run, settings
 from experiments.tuning.bench import Bench, make_weights
 from experiments.tuning.store import Store
 from pallas_kernels.decode_experts import LAYOUTS, tuned_tables
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 _BUCKETS = ",".join(map(str, BUCKETS))
 _FLAGS = (
-    flags.DEFINE_list("preset", "qwen3_30b_a3b", f"Layers: {', '.join(PRESETS)}."),
+    flags.DEFINE_list("preset", "qwen3_30b_a3b", f"Layers: {', '.join(SHAPES)}."),
     flags.DEFINE_list("tokens", _BUCKETS, f"Of the table's buckets {_BUCKETS}."),
     flags.DEFINE_list("layouts", ",".join(LAYOUTS), f"Of {', '.join(LAYOUTS)}."),
     flags.DEFINE_list("expert_shards", "", "Also shards of E / n experts, as in 2,4,8."),

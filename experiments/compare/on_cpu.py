@@ -6,9 +6,9 @@ from rich.table import Table
 
 from experiments.compare import byte_model, candidates, layers, output, run
 from experiments.compare.environment import describe
-from experiments.compare.presets import PRESETS
 from experiments.compare.routings import MADE_UP, make_routings
 from experiments.compare.settings import Settings
+from pallas_kernels.decode_experts.shapes import SHAPES
 
 _CHECKED_PRESET = "tiny"
 _MOST_TOKENS = 8  # the interpreter takes seconds for more
@@ -24,7 +24,7 @@ _MODEL_TBPS = 3.2
 
 def compare(settings: Settings, console: Console) -> int:
     """Runs everything, prints the tables, writes the JSONL and the PNG; returns how many failed."""
-    shapes = PRESETS[_CHECKED_PRESET]
+    shapes = SHAPES[_CHECKED_PRESET]
     tokens = tuple(T for T in settings.tokens if T <= _MOST_TOKENS) or _TOKENS
     # A trace is of one model's experts; the tiny layer has others.
     routing = settings.routing if settings.routing in MADE_UP else "uniform"

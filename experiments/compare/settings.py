@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from experiments.compare import candidates, routings
-from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import LAYOUTS, MODES, ExpertShapes
+from pallas_kernels.decode_experts.shapes import SHAPES
 
 DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 
@@ -32,7 +32,7 @@ class Settings:
 
     @property
     def shapes(self) -> ExpertShapes:
-        return PRESETS[self.preset]
+        return SHAPES[self.preset]
 
     @property
     def out_dtype(self):
@@ -67,7 +67,7 @@ def parse(
     Raises:
       ValueError: names the flag, its value and what is accepted.
     """
-    _expect("preset", preset, PRESETS)
+    _expect("preset", preset, SHAPES)
     _expect("dtype", dtype, DTYPES)
     for name in layouts:
         _expect("layouts", name, (*LAYOUTS, *MODES))
@@ -96,7 +96,7 @@ def parse(
     if not os.access(out, os.W_OK):
         raise ValueError(f"--out is {out!r}; expected a folder to write to: it is read-only")
     # Draws one routing, so that a trace file that does not fit fails before anything is built.
-    routings.make_routings(routing, PRESETS[preset], T=1, count=1, seed=seed)
+    routings.make_routings(routing, SHAPES[preset], T=1, count=1, seed=seed)
     return Settings(
         preset=preset,
         tokens=tuple(sorted(set(counts))),

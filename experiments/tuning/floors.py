@@ -5,8 +5,8 @@ ceiling, as in compare_layouts.
 """
 
 from experiments.compare import byte_model, timing
-from experiments.compare.presets import PRESETS
 from experiments.tuning.work import Layer, draw_routings
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.tuned_tables import Entry, Table
 
 # What the kernels may take beyond the floor, by the largest T: launches, grouping and combine.
@@ -23,12 +23,12 @@ def floor_us(entry: Entry, run: dict) -> float:
     Raises:
       ValueError: the entry is of no preset, or the run does not say what it drew and read.
     """
-    if _preset(entry) not in PRESETS:
-        raise ValueError(f"of is {entry.of!r}; expected one of {sorted(PRESETS)}, or its shard")
+    if _preset(entry) not in SHAPES:
+        raise ValueError(f"of is {entry.of!r}; expected one of {sorted(SHAPES)}, or its shard")
     for field in ("routing", "seed", "read_ceiling_tbps"):
         if run.get(field) is None:
             raise ValueError(f"runs[{entry.run}].{field} is missing: no floor is known")
-    layer = Layer(entry.of, entry.shapes, PRESETS[_preset(entry)].E)
+    layer = Layer(entry.of, entry.shapes, SHAPES[_preset(entry)].E)
     drawn = draw_routings(layer, run["routing"], entry.T, timing.STEPS, run["seed"])
     unique = byte_model.traffic(drawn, entry.shapes).unique_bytes
     return byte_model.floor_us(unique, run["read_ceiling_tbps"])
@@ -45,7 +45,7 @@ def to_markdown(table: Table) -> str:
       ValueError: as floor_us.
     """
     invariant = {(entry.shapes, entry.T): entry for entry in table.invariant}
-    order = {name: index for index, name in enumerate(PRESETS)}
+    order = {name: index for index, name in enumerate(SHAPES)}
     ordered = sorted(table.fastest, key=lambda e: (order.get(_preset(e), -1), e.of, e.T))
     lines = [f"| {_COLUMNS} |", f"| {_ALIGNMENT} |"]
     for entry in ordered:

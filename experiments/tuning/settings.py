@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Sequence
 
 from experiments.compare import routings
-from experiments.compare.presets import PRESETS
 from experiments.tuning.work import Layer, layers_of
 from pallas_kernels.decode_experts import LAYOUTS, tuned_tables
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 INTERPRETED_PRESET = "tiny"
@@ -72,7 +72,7 @@ def parse(
     Raises:
       ValueError: names the flag, its value and what is accepted.
     """
-    for flag, names, accepted in (("preset", preset, PRESETS), ("layouts", layouts, LAYOUTS)):
+    for flag, names, accepted in (("preset", preset, SHAPES), ("layouts", layouts, LAYOUTS)):
         if not names:
             raise ValueError(f"--{flag} is empty; expected some of {', '.join(accepted)}")
         for name in names:
@@ -96,8 +96,8 @@ def parse(
         presets = (INTERPRETED_PRESET,)
         counts = [T for T in counts if T <= _INTERPRETED_TOKENS] or [1]
     for name in presets:  # so that a trace file that does not fit fails before anything is built
-        routings.make_routings(routing, PRESETS[name], T=1, count=1, seed=seed)
-    shards = range(2, 1 + max(PRESETS[name].E for name in presets))
+        routings.make_routings(routing, SHAPES[name], T=1, count=1, seed=seed)
+    shards = range(2, 1 + max(SHAPES[name].E for name in presets))
     return Settings(
         layers=tuple(
             layers_of(

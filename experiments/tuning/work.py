@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.compare.presets import PRESETS
 from experiments.compare.routings import Routing, make_routings
 from pallas_kernels.decode_experts import ExpertShapes
 from pallas_kernels.decode_experts.api import SIZE_MULTIPLE
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS
 
 # One user, a small batch, a full one; then what lies between.
@@ -42,7 +42,7 @@ def layers_of(
     Raises:
       ValueError: a layer cannot be cut into so many shards; names the flag and what is accepted.
     """
-    layers = [Layer(name, PRESETS[name], PRESETS[name].E) for name in presets]
+    layers = [Layer(name, SHAPES[name], SHAPES[name].E) for name in presets]
     for name in presets:
         layers += [_expert_shard(name, n) for n in expert_shards]
         layers += [_tensor_shard(name, n) for n in tensor_shards]
@@ -50,7 +50,7 @@ def layers_of(
 
 
 def _expert_shard(preset: str, n: int) -> Layer:
-    shapes = PRESETS[preset]
+    shapes = SHAPES[preset]
     if shapes.E % n or shapes.E // n < shapes.K:
         raise ValueError(
             f"--expert_shards has {n}: E = {shapes.E} of {preset} makes shards of "
@@ -62,7 +62,7 @@ def _expert_shard(preset: str, n: int) -> Layer:
 
 
 def _tensor_shard(preset: str, n: int) -> Layer:
-    shapes = PRESETS[preset]
+    shapes = SHAPES[preset]
     if shapes.I % n or shapes.I // n % SIZE_MULTIPLE:
         raise ValueError(
             f"--tensor_shards has {n}: I = {shapes.I} of {preset} makes shards of "

@@ -15,7 +15,7 @@ from rich.console import Console
 from experiments import compare_layouts
 from experiments.compare import candidates, layers, on_cpu, on_gpu, read_ceiling, records, run
 from experiments.compare import settings as settings_module
-from experiments.compare.presets import PRESETS
+from pallas_kernels.decode_experts.shapes import SHAPES
 
 on_a_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="what a machine without GPU does"
@@ -127,7 +127,7 @@ def _zeros(x, weights, expert_ids, expert_weights):
 
 
 def test_failures_are_recorded_and_the_rest_goes_on(tmp_path):
-    shapes = PRESETS["tiny"]
+    shapes = SHAPES["tiny"]
     asked = settings_module.parse(**FLAGS)
     good, _ = candidates.make_baselines(["xla_gather"], jnp.bfloat16)
     broken = [

@@ -8,18 +8,18 @@ import pytest
 
 from experiments.compare import layers, same_bits
 from experiments.compare.baselines import XLA_BASELINES
-from experiments.compare.presets import PRESETS
 from experiments.compare.routings import make_routings
+from pallas_kernels.decode_experts.shapes import SHAPES
 
-SHAPES = PRESETS["tiny"]
+TINY = SHAPES["tiny"]
 T = 5
 
 
 @pytest.fixture(scope="module")
 def arguments():
-    weights = layers.make_layer(jax.random.key(0), SHAPES)
-    routing = make_routings("uniform", SHAPES, T, 1, 0)[0]
-    return weights, layers.make_tokens(0, T, SHAPES.H), routing
+    weights = layers.make_layer(jax.random.key(0), TINY)
+    routing = make_routings("uniform", TINY, T, 1, 0)[0]
+    return weights, layers.make_tokens(0, T, TINY.H), routing
 
 
 def test_a_function_of_each_token_passes_both(arguments):

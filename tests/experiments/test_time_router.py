@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments.compare.presets import PRESETS
+from pallas_kernels.decode_experts.shapes import SHAPES
 
 # A registry of the script's own: the scripts share names of flags, which one registry refuses.
 FLAGS = flags.FlagValues()
@@ -47,7 +47,7 @@ def test_wrong_flags_are_named(monkeypatch):
 @pytest.mark.parametrize("name", ["xla", "empty"])
 def test_a_chain_of_the_others_can_be_timed_here(name):
     FLAGS(["time_router", "--steps=3", "--norm"])
-    chain = time_router._Chain(time_router.VARIANTS[name], PRESETS["tiny"], 2)
+    chain = time_router._Chain(time_router.VARIANTS[name], SHAPES["tiny"], 2)
     first = chain.result()
     assert time_router.timing.measure(chain, 3).us > 0
     x, _, _ = chain._inputs

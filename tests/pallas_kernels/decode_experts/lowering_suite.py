@@ -6,8 +6,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 import pytest
 
-from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import LAYOUTS, decode_experts
+from pallas_kernels.decode_experts.shapes import PUBLISHED_LAYERS, SHAPES
 from tests.pallas_kernels.decode_experts.cases import Size, struct_case
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modules
 
@@ -18,8 +18,7 @@ SUM_IN_MEMORY = re.compile(r"atomicrmw|cp\.reduce|\b(atom|red)\.\S*\.(f|bf)\d\d"
 _USUAL = "qwen3_30b_a3b"
 _PRESETS = [
     name if name == _USUAL else pytest.param(name, marks=pytest.mark.slow)
-    for name in PRESETS
-    if name != "tiny"
+    for name in PUBLISHED_LAYERS
 ]
 
 
@@ -38,7 +37,7 @@ class LoweringSuite:
 
     @pytest.mark.parametrize("preset", _PRESETS)
     def test_lowers_for_cuda(self, preset):
-        shapes = PRESETS[preset]
+        shapes = SHAPES[preset]
 
         # The default config does not depend on T, which only sets the grid.
         assert len({LAYOUTS[self.layout].default_config(shapes, T) for T in range(1, 129)}) == 1

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import (
     LAYOUTS,
     MODES,
@@ -14,6 +13,7 @@ from pallas_kernels.decode_experts import (
     choose_layout,
     decode_experts,
 )
+from pallas_kernels.decode_experts.shapes import SHAPES
 from tests.pallas_kernels.decode_experts.cases import (
     assert_same_bits,
     make_case,
@@ -23,11 +23,11 @@ from tests.pallas_kernels.machine import INTERPRET
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "cpu"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SHAPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_batch_has_a_layout_and_a_reason(device, preset, mode):
     for T in range(1, 300):
-        choice = choose_layout(device, PRESETS[preset], T, mode)
+        choice = choose_layout(device, SHAPES[preset], T, mode)
         assert choice.layout in LAYOUTS
         assert f"T = {T} " in choice.why
 
@@ -42,15 +42,15 @@ def test_every_batch_has_a_layout_and_a_reason(device, preset, mode):
     ],
 )
 def test_without_a_table_few_tokens_are_read_by_output_and_many_by_expert(T, auto, invariant):
-    shapes = PRESETS["qwen3_30b_a3b"]
+    shapes = SHAPES["qwen3_30b_a3b"]
     assert choose_layout("NVIDIA H20", shapes, T).layout == auto
     assert choose_layout("NVIDIA H20", shapes, T, "invariant").layout == invariant
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H20", "NVIDIA B200", "cpu"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SHAPES)
 def test_without_a_table_invariant_keeps_to_one_order_of_sums(device, preset):
-    shapes = PRESETS[preset]
+    shapes = SHAPES[preset]
     orders = set()
     for T in range(1, 300):
         choice = choose_layout(device, shapes, T, "invariant")

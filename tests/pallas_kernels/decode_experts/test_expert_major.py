@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.compare.presets import PRESETS
 from pallas_kernels.decode_experts import (
     LAYOUTS,
     ExpertMajorConfig,
@@ -15,6 +14,7 @@ from pallas_kernels.decode_experts import (
 )
 from pallas_kernels.decode_experts.expert_major import default_fused
 from pallas_kernels.decode_experts.expert_schedule import MAX_BLOCK_N, default_block_n
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from tests.pallas_kernels.decode_experts.cases import (
     Size,
@@ -113,7 +113,7 @@ def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
 @pytest.mark.parametrize(("T", "in_one_launch"), [(512, True), (1032, False)])
 def test_more_tokens_than_decoding_has(T, in_one_launch, seed):
     """Tiles of 40 and of 64."""
-    shapes = PRESETS["qwen3_30b_a3b"]
+    shapes = SHAPES["qwen3_30b_a3b"]
     size = Size(T=T, E=shapes.E, K=shapes.K, H=shapes.H, I=shapes.I)
     run = functools.partial(decode_experts, layout="expert_major", out_dtype=jnp.float32)
     gathering = ["gather_rows"] if in_one_launch else []
@@ -146,7 +146,7 @@ def test_default_fused():
     ("T", "I", "fused"), [(8, 768, None), (64, 768, False), (64, 192, True), (128, 768, None)]
 )
 def test_the_other_number_of_launches_is_measured_where_it_may_win(T, I, fused):
-    shapes = dataclasses.replace(PRESETS["qwen3_30b_a3b"], I=I)
+    shapes = dataclasses.replace(SHAPES["qwen3_30b_a3b"], I=I)
     configs = LAYOUTS["expert_major"].candidates(shapes, T)
     assert configs[0].fused is None
     assert {config.fused for config in configs} == {None, fused}

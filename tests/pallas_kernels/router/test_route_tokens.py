@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from experiments.compare.presets import PRESETS
+from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.mosaic.device import launch
 from pallas_kernels.router import Route, route_tokens
 from pallas_kernels.router.kernel import SplitLogits, TokenNorm
@@ -276,7 +276,7 @@ def test_splits_cover_H_whatever_T_is(H):
     ],
 )
 def test_lowers_for_cuda(preset, T, norm):
-    shapes = PRESETS[preset]
+    shapes = SHAPES[preset]
     struct = jax.ShapeDtypeStruct
     case = Case(
         x=struct((T, shapes.H), jnp.bfloat16),
