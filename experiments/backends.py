@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from experiments.compare.environment import checked_out_commit
+from experiments.bench.environment import checked_out_commit
 from experiments.dispatch import agreement, tables, timing
 from experiments.generation.settings import DTYPES
 from moe_jax.activations import ACTIVATIONS

@@ -1,39 +1,64 @@
-"""What does a result file of compare_layouts say? Prints it as Markdown and redraws its picture.
+"""What does a record of compare_layouts say? Prints it as Markdown and redraws its picture.
 
-python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl
+    python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl
+    python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl \
+        --table=readme
+
+The full table has a section a routing; --table=readme has the README's rows and columns.
 """
 
+import dataclasses
+import functools
 import pathlib
-import sys
 
-from absl import app, flags
+from experiments.bench import plots, records, script, tables
+from experiments.bench.script import argument, flag
 
-from experiments.compare import plot, records, report
-
-_METRICS = flags.DEFINE_list(
-    "metrics", ",".join(report.METRICS), f"The table's sections: {', '.join(report.METRICS)}."
-)
-_PLOT = flags.DEFINE_bool("plot", True, "Redraw the PNG beside the file.")
+TABLES = ("full", "readme")
 
 
-def main(argv: list[str]) -> None:
-    """Prints the table of the file named on the command line."""
-    if len(argv) != 2:
-        sys.exit("render_results takes one argument, the JSONL file")
-    if unknown := set(_METRICS.value) - set(report.METRICS):
-        accepted = ", ".join(report.METRICS)
-        sys.exit(f"render_results: --metrics has {sorted(unknown)}; expected of {accepted}")
-    path = pathlib.Path(argv[1])
-    try:
-        environment, measurements = records.read(path)
-    except (OSError, ValueError) as error:
-        sys.exit(f"render_results: {error}")
-    if not measurements:
-        sys.exit(f"render_results: {path} holds no measurement")
-    print(report.to_markdown(environment, measurements, _METRICS.value))
-    if _PLOT.value:
-        plot.draw(path.with_suffix(".png"), environment, measurements)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The argument and the flags."""
 
+    record: pathlib.Path = argument("the JSONL file")
+    table: str = flag("full", "Which table.", of=TABLES)
+    metrics: tuple[str, ...] = flag(
+        tables.METRICS, "The full table's sections.", of=tables.METRICS, needs="a metric"
+    )
+    routing: tuple[str, ...] = flag((), "The full table's routings, as in the file; empty: all.")
+    plot: bool = flag(True, "Redraw the PNG beside the file.")
+
+
+def main(settings: Settings) -> None:
+    """Prints the table of the file named on the command line.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no record, has no rows, or none of a routing.
+    """
+    path = settings.record
+    record = records.read(path)
+    if not record.rows:
+        raise ValueError(f"{path} holds no measurement")
+    elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)
+    if settings.table == "readme":
+        print(tables.to_readme(record, elsewhere))
+    else:
+        found = record.routings()
+        for routing in settings.routing or found:
+            if routing not in found:
+                raise ValueError(f"--routing has {routing!r}; {path} has {', '.join(found)}")
+        parts = [
+            tables.to_markdown(record, routing, settings.metrics)
+            for routing in settings.routing or found
+        ]
+        print("\n\n".join([*parts, *map(tables.elsewhere_line, elsewhere)]))
+    if settings.plot:
+        plots.draw(path.with_suffix(".png"), record, elsewhere)
+
+
+run = functools.partial(script.run, Settings, main, one_line=(OSError, ValueError))
 
 if __name__ == "__main__":
-    app.run(main)
+    run()

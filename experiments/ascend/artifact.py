@@ -16,7 +16,7 @@ from experiments.ascend.folder import SAMPLE, WEIGHTS, ArtifactError, replacing,
 from experiments.ascend.load import Loaded
 from experiments.ascend.settings import Settings
 from experiments.ascend.step import PHASES, PLATFORM, abstract_arguments, empty_cache, jitted
-from experiments.compare.environment import checked_out_commit
+from experiments.bench.environment import checked_out_commit
 from moe_jax.config import Qwen3MoeConfig
 
 # Larger weights are not written: the manifest says where they come from.

@@ -7,7 +7,7 @@ from typing import TextIO
 import flax
 import jax
 
-from experiments.compare.environment import checked_out_commit
+from experiments.bench.environment import checked_out_commit
 from moe_jax.generation import Event, Generation
 
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from experiments.tuning.sweep import Candidate
+from experiments.bench.candidates import Configured
 from pallas_kernels.decode_experts import ExpertShapes
 
 SHAPES = ExpertShapes(E=8, K=2, H=128, I=128)
 
 
 class FakeTrial:
-    def __init__(self, bench, candidate: Candidate):
+    def __init__(self, bench, candidate: Configured):
         self.bench, self.candidate = bench, candidate
 
     def check(self) -> float:
@@ -43,7 +43,10 @@ class FakeBench:
     built: list = dataclasses.field(default_factory=list)
     sampled: list = dataclasses.field(default_factory=list)
 
-    def build(self, candidate: Candidate) -> FakeTrial:
+    def at(self, T: int):
+        return self.build
+
+    def build(self, candidate: Configured) -> FakeTrial:
         self.built.append(candidate)
         if candidate in self.broken:
             raise ValueError("no layout for this tile")

@@ -1,4 +1,4 @@
-"""The baselines compute the layer, and the emulation rounds as often as it says."""
+"""The baselines compute the layer; what cannot run is left out; inputs keep a chain's size."""
 
 import functools
 
@@ -8,89 +8,96 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.compare import accuracy, candidates, layers
-from experiments.compare.baselines import XLA_BASELINES, xla_gather
-from experiments.compare.routings import Routing, make_routings
-from pallas_kernels.decode_experts import ExpertShapes, reference_experts
+from experiments.bench import accuracy, baselines, candidates, inputs
+from experiments.bench.baselines import XLA_BASELINES
+from experiments.bench.inputs import Case
+from experiments.bench.routings import make_routings
+from pallas_kernels.decode_experts import ExpertShapes
 
 SHAPES = ExpertShapes(E=6, K=3, H=256, I=64)
+T = 5
 
 
 @pytest.fixture(scope="module")
-def layer():
-    return layers.make_layer(jax.random.key(0), SHAPES)
+def weights():
+    return inputs.draw_weights(jax.random.key(0), SHAPES)
 
 
-def _errors(function, layer, routing, T=5):
-    x = layers.make_tokens(1, T, SHAPES.H)
-    (routed,) = make_routings(routing, SHAPES, T, 1, 0)
-    reference = np.asarray(reference_experts(x, layer, *routed))
-    return accuracy.measure(jax.jit(function), layer, [x], [routed], [reference])
+@pytest.fixture(scope="module")
+def cases(weights):
+    """A case of each routing."""
+    return {
+        routing: Case(
+            inputs.draw_tokens(1, T, SHAPES.H),
+            weights,
+            *map(jnp.asarray, make_routings(routing, SHAPES, T, 1, 0)[0]),
+        )
+        for routing in ("uniform", "one_expert")
+    }
 
 
-@pytest.mark.parametrize("routing", ["uniform", "one_expert"])
 @pytest.mark.parametrize("name", XLA_BASELINES)
-def test_baseline_against_the_reference(layer, name, routing):
-    function = functools.partial(XLA_BASELINES[name], out_dtype=jnp.float32)
+def test_baseline_against_the_reference(cases, name):
+    layer = jax.jit(functools.partial(XLA_BASELINES[name], out_dtype=jnp.float32))
     low, high = (2.5e-3, 6e-3) if name == "bf16_rounding" else (1e-4, 2.5e-3)
-    chex.assert_scalar_in(_errors(function, layer, routing).relative, low, high)
+    for case in cases.values():
+        found = accuracy.measure(layer, [case], [np.asarray(inputs.jitted_reference(*case))])
+        chex.assert_scalar_in(found.relative, low, high)
+    bf16 = functools.partial(XLA_BASELINES[name], out_dtype=jnp.bfloat16)
+    y = jax.eval_shape(bf16, *cases["uniform"])
+    assert (y.shape, y.dtype) == ((T, SHAPES.H), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", XLA_BASELINES)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_output_dtype(layer, name, dtype):
-    (routed,) = make_routings("uniform", SHAPES, 2, 1, 0)
-    x = layers.make_tokens(1, 2, SHAPES.H)
-    y = jax.eval_shape(functools.partial(XLA_BASELINES[name], out_dtype=dtype), x, layer, *routed)
-    chex.assert_shape(y, (2, SHAPES.H))
-    assert y.dtype == dtype
+def test_dense_drops_experts_that_were_not_routed(cases):
+    ids = jnp.arange(3 * T).reshape(T, 3) % 5
+    case = cases["uniform"]._replace(expert_ids=ids)
+    poisoned = jax.tree.map(lambda leaf: leaf.at[5].set(jnp.inf), case.weights)
+    chex.assert_tree_all_finite(
+        jax.jit(XLA_BASELINES["xla_dense"])(*case._replace(weights=poisoned))
+    )
 
 
-def test_dense_drops_experts_that_were_not_routed(layer):
-    ids = np.array([[0, 1, 2]], np.int32)
-    poisoned = jax.tree.map(lambda leaf: leaf.at[5].set(jnp.inf), layer)
-    x = layers.make_tokens(1, 1, SHAPES.H)
-    y = XLA_BASELINES["xla_dense"](x, poisoned, ids, np.ones((1, 3), np.float32))
-    chex.assert_tree_all_finite(y)
-
-
-def test_calibrated_chain_keeps_its_size(layer):
-    x = layers.make_tokens(1, 4, SHAPES.H)
-    routings = layers.calibrate(x, [layer], make_routings("uniform", SHAPES, 4, 3, 0))
-    y = x
-    for ids, weights in routings:
-        y = xla_gather(y, layer, ids, weights)
+def test_a_chain_of_drawn_inputs_keeps_its_size(weights):
+    drawn = inputs.draw_inputs(
+        SHAPES, [weights], 4, routing="uniform", seed=0, num_steps=3, num_cases=2
+    )
+    assert len(drawn.steps) == 3 and len(drawn.cases) == len(drawn.references) == 2
+    layer, y = jax.jit(XLA_BASELINES["xla_gather"]), drawn.x
+    for step in drawn.steps:
+        y = layer(y, *step)
         size = jnp.sqrt(jnp.mean(y.astype(jnp.float32) ** 2, axis=1))
         chex.assert_trees_all_close(size, jnp.ones(4), rtol=0.05)
+    # One layer's expert comes up again at once: L2 is warm.
+    assert not drawn.is_cold
+    for case, reference in zip(drawn.cases, drawn.references, strict=True):
+        assert case.x.shape == reference.shape == (4, SHAPES.H)
+        assert not np.array_equal(case.x, drawn.x)
 
 
-def test_errors_are_over_all_routings_together(layer):
-    x = jnp.ones((1, 2))
-    references = [np.array([[3.0, 4.0]]), np.array([[0.0, 12.0]])]
-    routing = Routing(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32))
-    found = accuracy.measure(
-        lambda *_: jnp.array([[3.0, 8.0]]), layer, [x, x], [routing] * 2, references
+def test_a_shard_gets_cases_for_all_shards_and_padding(weights):
+    drawn = inputs.draw_inputs(
+        SHAPES, [weights], 4, routing="uniform", seed=0, num_steps=1, num_cases=1, all_experts=24
     )
-    # The differences are (0, 4) and (3, -4), the references (3, 4) and (0, 12).
-    assert found.relative == pytest.approx((41 / 169) ** 0.5)
-    assert found.largest == 4.0
-    assert found.rounding == 0.0
+    assert len(drawn.cases) == 4
+    ids = np.stack([case.expert_ids for case in drawn.cases])
+    assert -1 in ids and ids.max() < SHAPES.E
+    assert drawn.traffic.unique_experts < SHAPES.E
 
 
-def _errors_of(relative, rounding=1.66e-3):
-    return accuracy.Errors(relative=relative, largest=0.0, rounding=rounding)
+def test_specs_are_what_is_drawn():
+    drawn = inputs.draw_case(SHAPES, T, 0)
+    specs = inputs.case_specs(SHAPES, T)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), drawn) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), specs
+    )
 
 
-def test_layout_above_its_bound_is_named():
-    check = functools.partial(accuracy.check_layout, "output_major", dtype="bfloat16")
-    check(_errors_of(1.7e-3), 1e-6)
-    check(_errors_of(1.9e-3, rounding=1.89e-3), 1e-6)  # few outputs: bf16 itself is that far off
-    with pytest.raises(AssertionError, match=r"output_major: relative error 2.00e-03 of the bf"):
-        check(_errors_of(2e-3), 1e-6)
-    with pytest.raises(AssertionError, match=r"of the float32 output is above 1.0e-04"):
-        check(_errors_of(1.7e-3), 2e-4)
-    with pytest.raises(AssertionError, match="nan"):
-        check(_errors_of(float("nan")), None)
+def test_what_does_not_fit_is_fewer_layers():
+    layer_bytes = 6 * 3 * 256 * 64 * 2
+    assert inputs.num_layers(SHAPES, None) == 4
+    assert inputs.num_layers(SHAPES, 100 * layer_bytes) == 4
+    assert inputs.num_layers(SHAPES, 4 * layer_bytes) == 2
+    assert inputs.num_layers(SHAPES, layer_bytes) == 1
 
 
 def test_what_cannot_run_here_is_left_out(monkeypatch):
@@ -101,3 +108,11 @@ def test_what_cannot_run_here_is_left_out(monkeypatch):
         "tokamax is not installed",
         "vllm is not installed",
     ]
+
+
+def test_ragged_product_made_dense_is_seen():
+    text = "%f = bf16[16,128,2048]{2,1,0} fusion(%a), kind=kLoop"
+    shapes = ExpertShapes(E=128, K=8, H=2048, I=768)
+    assert baselines.is_dense_expansion(text, 2, shapes)
+    assert baselines.is_dense_expansion(text.replace("[16,128,", "[128,16,"), 2, shapes)
+    assert not baselines.is_dense_expansion(text, 4, shapes)

@@ -1,121 +1,89 @@
 """The script end to end on a CPU, its flags' errors, and that a failure does not stop the rest."""
 
 import dataclasses
-import json
-import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from rich.console import Console
 
 from experiments import compare_layouts
-from experiments.compare import candidates, layers, on_cpu, on_gpu, read_ceiling, records, run
-from experiments.compare import settings as settings_module
+from experiments.bench import candidates, comparison, environment, records, script
+from experiments.bench.candidates import Candidate, Program
+from experiments.bench.inputs import draw_layers
 from pallas_kernels.decode_experts.shapes import SHAPES
 
 on_a_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="what a machine without GPU does"
 )
+TINY = SHAPES["tiny"]
 
-FLAGS = {
-    "preset": "tiny",
-    "tokens": ["1"],
-    "layouts": ["output_major"],
-    "routing": "uniform",
-    "baselines": ["xla_gather"],
-    "dtype": "bf16",
-    "repeats": 2,
-    "seed": 0,
-    "device_times": True,
-    "out": "out",
-    "commit": "abc",
-}
+
+def parse(*flags):
+    return script.parse(compare_layouts.Settings, flags)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "message"),
     [
-        ({"preset": "gpt"}, "--preset has 'gpt'; expected one of tiny, qwen3_30b_a3b"),
-        ({"tokens": ["1", "two"]}, "--tokens has 'two'; expected whole numbers from 1"),
-        ({"tokens": ["0"]}, "--tokens has '0'"),
-        ({"tokens": []}, "--tokens is empty"),
-        ({"layouts": ["row_major"]}, "--layouts has 'row_major'; expected one of output_major"),
-        ({"baselines": ["cutlass"]}, "--baselines has 'cutlass'; expected one of xla_gather"),
-        ({"layouts": [], "baselines": []}, "both empty"),
-        ({"routing": "normal"}, "--routing is 'normal'"),
-        ({"routing": "trace:nowhere.npz"}, "trace:nowhere.npz: there is no such file"),
-        ({"dtype": "fp8"}, "--dtype has 'fp8'; expected one of bf16, fp32"),
-        ({"repeats": 0}, "--repeats is 0; expected 1 to"),
-        ({"seed": -1}, "--seed is -1; expected 0 to"),
-        ({"seed": 2**31}, "--seed is 2147483648; expected 0 to"),
-        ({"out": ""}, "--out is empty"),
-        ({"out": __file__}, "--out is .*; expected a folder to write to"),
+        ("--preset=gpt", "--preset is 'gpt'; expected one of tiny, qwen3_30b_a3b"),
+        ("--tokens=1,two", "--tokens has 'two'; expected 1 to"),
+        ("--tokens=0", "--tokens has 0; expected 1 to"),
+        ("--tokens=", "--tokens is empty; expected whole numbers from 1"),
+        ("--layouts=row_major", "--layouts has 'row_major'; expected one of output_major"),
+        ("--baselines=cutlass", "--baselines has 'cutlass'; expected one of xla_gather"),
+        ("--layouts= --baselines=", "both empty"),
+        ("--routing=uniform,normal", "routing is 'normal'; expected uniform, zipf"),
+        ("--routing=trace:nowhere.npz", "trace:nowhere.npz: there is no such file"),
+        ("--dtype=fp8", "--dtype is 'fp8'; expected one of bf16, fp32"),
+        ("--repeats=0", "--repeats is 0; expected 1 to"),
+        ("--seed=2147483648", "--seed is 2147483648; expected 0 to"),
+        ("--out=", "--out is empty"),
+        (f"--out={__file__}", "expected a folder to write to"),
     ],
 )
-def test_flag_errors_name_the_flag(flags, message):
-    with pytest.raises(ValueError, match=message):
-        settings_module.parse(**{**FLAGS, **flags})
-
-
-def test_result_path_has_the_routing_unless_uniform(tmp_path):
-    asked = settings_module.parse(**{**FLAGS, "out": str(tmp_path), "routing": "zipf"})
-    assert asked.result_path("h100", "tiny", "zipf", ".jsonl") == tmp_path / "h100_tiny_zipf.jsonl"
-    asked = settings_module.parse(**FLAGS)
-    assert asked.result_path("h100", "tiny", "uniform", ".png").name == "h100_tiny.png"
-    asked = settings_module.parse(**{**FLAGS, "dtype": "fp32"})
-    assert asked.result_path("h100", "tiny", "uniform", ".png").name == "h100_tiny_fp32.png"
-
-
-def _run_script(monkeypatch, *arguments):
-    argv = ["compare_layouts", *arguments]
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        compare_layouts.main(flags.FLAGS(argv))
+def test_flag_errors_name_the_flag(flag, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*flag.split())
+    assert str(stopped.value).startswith("compare_layouts: ")
+    assert message in str(stopped.value)
 
 
 @on_a_cpu
 def test_script_on_a_cpu(tmp_path, monkeypatch, capsys):
-    _run_script(
-        monkeypatch,
-        "--tokens=1,64",
-        "--layouts=expert_major,auto",
-        "--baselines=xla_dense,bf16_rounding",
-        "--repeats=2",
-        f"--out={tmp_path}",
-        "--commit=abc",
+    monkeypatch.setattr("sys.argv", ["compare_layouts", "--made=up"])
+    compare_layouts.run(
+        [
+            "--tokens=1,64",
+            "--layouts=output_major,auto",
+            "--baselines=xla_dense,bf16_rounding",
+            "--repeats=2",
+            f"--out={tmp_path}",
+        ],
     )
     printed = capsys.readouterr().out
     assert "times mean nothing" in printed
     assert "qwen3_30b_a3b, uniform routing: bytes" in printed
-    environment, measurements = records.read(tmp_path / "cpu_tiny.jsonl")
-    assert "--tokens=1,64 --layouts=expert_major" in environment.command
-    assert environment.read_ceiling_tbps is None
-    by_name = {m.name: m for m in measurements}
-    assert set(by_name) == {"expert_major", "auto", "xla_dense", "bf16_rounding"}
+    record = records.read(tmp_path / "cpu_tiny.jsonl")
+    assert record.preset == "tiny"
+    run = record.rows[0].run
+    assert "--made=up" in run.command and run.read_ceiling_tbps is None
+    by_name = {row.name: row for row in record.rows}
+    assert len(record.rows) == len(by_name) == 4
     assert by_name["auto"].config["layout"] == "output_major"
-    layout = by_name["expert_major"]
+    layout = by_name["output_major"]
     assert (layout.tokens, layout.chain_us, layout.unique_tbps) == (1, None, None)
     assert layout.rel_error_before_rounding < 1e-4
+    assert layout.rounding_error == pytest.approx(layout.rel_error, rel=0.05)
+    assert by_name["auto"].rel_error == layout.rel_error  # it is the same program
     assert by_name["xla_dense"].chain_us > 0
+    assert by_name["xla_dense"].same_bits_repeated is True
     assert by_name["bf16_rounding"].chain_us is None
     assert by_name["bf16_rounding"].rel_error > layout.rel_error
     assert (tmp_path / "cpu_tiny.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("qwen3_30b_a3b", "takes flags only; left over: qwen3_30b_a3b"),
-        ("--tokens=many", "compare_layouts: --tokens has 'many'"),
-    ],
-)
-def test_script_refuses_what_it_cannot_take(monkeypatch, argument, message):
-    with pytest.raises(SystemExit, match=message):
-        _run_script(monkeypatch, argument)
 
 
 def _failing(*_):
@@ -126,86 +94,142 @@ def _zeros(x, weights, expert_ids, expert_weights):
     return jnp.zeros_like(x)
 
 
-def test_failures_are_recorded_and_the_rest_goes_on(tmp_path):
-    shapes = SHAPES["tiny"]
-    asked = settings_module.parse(**FLAGS)
+def _made_up(name, layer, **fields):
+    jitted = jax.jit(layer)
+    at = lambda T: Program(name, jitted)  # noqa: E731
+    return Candidate(kind="layout", name=name, backend="none", at=at, **fields)
+
+
+@pytest.fixture(scope="module")
+def plan():
     good, _ = candidates.make_baselines(["xla_gather"], jnp.bfloat16)
-    broken = [
-        candidates.Candidate(kind="layout", name="broken", backend="none", layer=_failing),
-        candidates.Candidate(kind="layout", name="zeros", backend="none", layer=_zeros),
-    ]
-    plan = run.Plan(
-        settings=asked,
-        preset="tiny",
-        shapes=shapes,
+    return comparison.Plan(
+        run=environment.describe(seed=0, repeats=2, commit="abc", read_ceiling_tbps=3.0),
+        shapes=TINY,
         tokens=(1, 2),
-        routing="uniform",
-        layers=[layers.make_layer(jax.random.key(0), shapes)],
-        candidates=[*broken, *good],
-        steps=2,
-        accuracy_routings=1,
-        ceiling_tbps=None,
+        routings=("uniform", "zipf"),
+        other_tokens=(2, 8),
+        dtype="bf16",
+        out_dtype=jnp.bfloat16,
+        layers=draw_layers(TINY, 0, 1),
+        candidates=[_made_up("broken", _failing), _made_up("zeros", _zeros), *good],
+        num_steps=2,
+        num_cases=1,
     )
+
+
+def test_failures_are_recorded_and_the_rest_goes_on(plan):
     saved, said = [], []
-    measurements = run.run(plan, lambda what: None, said.append, lambda ms: saved.append(len(ms)))
-    assert saved == [3, 6]
-    by_name = {m.name: m for m in measurements if m.tokens == 2}
+    made = comparison.Comparison(
+        plan=plan, say=said.append, save=lambda rows: saved.append(len(rows))
+    )
+    rows = made.run()
+    assert saved == list(range(1, 10))  # each row, as soon as it is there
+    assert [(row.tokens, row.routing) for row in rows[::3]] == [
+        (1, "uniform"),
+        (2, "uniform"),
+        (2, "zipf"),
+    ]
+    by_name = {row.name: row for row in rows if (row.tokens, row.routing) == (2, "zipf")}
     assert "this one is broken" in by_name["broken"].error
     assert "zeros" in by_name["zeros"].error
     assert by_name["zeros"].rel_error == 1.0
     assert by_name["xla_gather"].error is None
     assert by_name["xla_gather"].chain_us > 0
-    assert len(said) == 4
+    assert len([line for line in said if line.startswith("FAILED")]) == 6
+    assert "L2 is not cold at T = 2, zipf" in "\n".join(said)
+
+
+def test_other_routings_run_in_the_programs_of_the_first(plan, monkeypatch):
+    traced = []
+
+    def counted(x, weights, expert_ids, expert_weights):
+        traced.append(x.shape)
+        return candidates.baselines.xla_gather(x, weights, expert_ids, expert_weights)
+
+    one = [_made_up("one", counted), _made_up("same", counted)]
+    same = dataclasses.replace(one[1], at=one[0].at)
+    made = comparison.Comparison(plan=dataclasses.replace(plan, candidates=[one[0], same]))
+    rows = made.run()
+    assert len(rows) == 6
+    assert traced == [(1, 128), (2, 128)]  # once a T: for chain, errors and bits, both routings
+    uniform, zipf = (row for row in rows if row.name == "one" and row.tokens == 2)
+    assert uniform.unique_bytes != zipf.unique_bytes or uniform.rel_error != zipf.rel_error
+
+
+def test_the_budget_stops_it_between_rows(plan, monkeypatch):
+    clock = iter([0.0] * 5 + [2.0] * 100)
+    made = comparison.Comparison(plan=dataclasses.replace(plan, deadline=1.0))
+    now = types.SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(comparison, "time", now)
+    rows = made.run()
+    assert [row.name for row in rows] == ["broken", "zeros", "xla_gather"]
+    assert made.left == [
+        "T = 2, uniform: broken",
+        "T = 2, uniform: zeros",
+        "T = 2, uniform: xla_gather",
+        "T = 2, zipf",
+    ]
+
+
+def test_a_baseline_far_from_the_floor_is_timed_once(plan, monkeypatch):
+    asked = []
+    measure = comparison.timing.measure
+    monkeypatch.setattr(
+        comparison.timing,
+        "measure",
+        lambda *arguments, **keywords: asked.append(keywords) or measure(*arguments, **keywords),
+    )
+    baseline = plan.candidates[-1]
+    small = dataclasses.replace(plan, tokens=(1,), candidates=[baseline])
+    [row] = comparison.Comparison(plan=small).run()
+    assert asked == [{"far_us": 20 * row.floor_us}]
+    assert row.chain_us_spread == 0  # on this CPU it is far
 
 
 @on_a_cpu
 def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
     """The GPU's order of work with a made-up ceiling: Mosaic and CUPTI fail, XLA goes through."""
-    ceiling = read_ceiling.ReadCeiling(3.0, "made up", {"made up": 3.0, "broken": None})
-    monkeypatch.setattr(read_ceiling, "measure", lambda: ceiling)
-    asked = settings_module.parse(**{**FLAGS, "out": str(tmp_path)})
+    ceiling = environment.ReadCeiling(3.0, "made up", {"made up": 3.0, "broken": None})
+    monkeypatch.setattr(environment, "measure_read_ceiling", lambda: ceiling)
+    flags = "--preset=tiny --tokens=1 --layouts=output_major --baselines=xla_gather --repeats=2"
+    settings = parse(*flags.split(), f"--out={tmp_path}")
     with (tmp_path / "log").open("w") as log:
-        assert on_gpu.compare(asked, Console(file=log, width=120)) == 1
-    lines = [json.loads(line) for line in (tmp_path / "cpu_tiny.jsonl").read_text().splitlines()]
-    assert lines[0]["read_ceiling_tbps"] == 3.0
-    layout, baseline = lines[1:]
-    assert "error" in layout["config"]
-    assert baseline["ceiling_share"] > 0
-    assert baseline["device_us"] is None
-    assert "CUPTI" in baseline["config"]["device_us_error"]
-    assert "L2 is not cold at T = 1" in (tmp_path / "log").read_text()
-
-    without = dataclasses.replace(asked, device_times=False)
-    with (tmp_path / "log").open("w") as log:
-        assert on_gpu.compare(without, Console(file=log, width=120)) == 1
-    _, [_, baseline] = records.read(tmp_path / "cpu_tiny.jsonl")
-    assert baseline.chain_us > 0
+        failed = compare_layouts.compare_on_gpu(settings, Console(file=log, width=120), None)
+    assert failed.startswith("1 measurement(s) failed")
+    layout, baseline = records.read(tmp_path / "cpu_tiny.jsonl").rows
+    assert layout.error
+    assert baseline.ceiling_share > 0
     assert baseline.device_us is None
-    assert "device_us_error" not in baseline.config
+    assert "CUPTI" in baseline.config["device_us_error"]
+
+    more = dataclasses.replace(settings, device_times=False, layouts=(), tokens=(2,), add=True)
+    late = time.monotonic() - 1
+    with (tmp_path / "log").open("w") as log:
+        left = compare_layouts.compare_on_gpu(more, Console(file=log, width=120), late)
+        assert left == "out of time, not measured: T = 2, uniform"
+        assert compare_layouts.compare_on_gpu(more, Console(file=log, width=120), None) is None
+    # The rows of before are kept, and the table is of this run alone.
+    assert [row.tokens for row in records.read(tmp_path / "cpu_tiny.jsonl").rows] == [1, 1, 2]
+    assert "T=1" not in (tmp_path / "log").read_text()
 
 
 @on_a_cpu
 def test_cpu_flow_reads_a_trace_for_the_byte_model_only(tmp_path):
     trace = tmp_path / "t.npz"
     np.savez(trace, expert_ids=np.arange(8)[None] + np.zeros((5, 1), int))
-    asked = settings_module.parse(
-        **{
-            **FLAGS,
-            "preset": "qwen3_30b_a3b",
-            "routing": f"trace:{trace}",
-            "layouts": [],
-            "out": str(tmp_path),
-        }
-    )
+    settings = parse("--layouts=", "--baselines=xla_gather", "--tokens=1,2", f"--out={tmp_path}")
+    settings = dataclasses.replace(settings, routing=(f"trace:{trace}",), repeats=2)
     with (tmp_path / "log").open("w") as log:
-        assert on_cpu.compare(asked, Console(file=log, width=120)) == 0
-    _, measurements = records.read(tmp_path / "cpu_tiny.jsonl")
-    assert {m.routing for m in measurements} == {"uniform"}
+        assert compare_layouts.check_on_cpu(settings, Console(file=log, width=120), None) is None
+    assert records.read(tmp_path / "cpu_tiny.jsonl").routings() == ["uniform"]
     log = (tmp_path / "log").read_text()
     assert "8.0" in log
     assert "uniform routing" in log
 
 
-def test_nothing_left_to_run_says_why():
-    with pytest.raises(SystemExit, match="nothing is left to run; vllm is not installed"):
-        candidates.expect_some([], ["vllm is not installed"])
+def test_nothing_left_to_run_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = parse("--layouts=", "--baselines=vllm", f"--out={tmp_path}")
+    with pytest.raises(SystemExit, match="nothing is left to run; baseline vllm is left out: vllm"):
+        compare_layouts.check_on_cpu(settings, Console(quiet=True), None)

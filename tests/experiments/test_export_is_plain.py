@@ -59,7 +59,7 @@ def test_the_prefill_is_plain_and_has_no_scope(scope):
 
 
 def test_what_is_not_plain_is_refused(monkeypatch, tmp_path):
-    """XLA's own forms, which nobody may ship: the message says what and where."""
+    """XLA's own forms, which may not ship: the message says what and where."""
     monkeypatch.setattr(platform_ops, "PORTABLE", platform_ops.XLA)
     config = dataclasses.replace(PRESETS["tiny"], rms_norm_eps=1e-4)  # of its own, for jit's cache
     with pytest.raises(folder.ArtifactError) as caught:

@@ -1,22 +1,23 @@
-"""README's table is the committed result, to the letter."""
+"""README's table is the committed record, to the letter."""
 
 import pathlib
 import re
 
-from experiments.compare import records, report
+from experiments.bench import records, tables
 
 ROOT = pathlib.Path(__file__).parents[2]
+RECORD = records.RESULTS / "compare_layouts" / "h100_qwen3_30b_a3b.jsonl"
 
 
-def test_readme_shows_the_committed_result():
+def test_readme_shows_the_committed_record():
+    """`python -m experiments.render_results RECORD --table=readme` prints the block."""
     readme = (ROOT / "README.md").read_text()
     block = re.search(
         r"<!-- results:compare_layouts -->\n(.*)\n<!-- end of results:compare_layouts -->",
         readme,
         re.DOTALL,
     )
-    command = re.search(r"experiments\.render_results (\S+) --metrics=([\w,]+)", readme)
-    path, metrics = ROOT / command[1], command[2].split(",")
-    assert block[1].strip() == report.to_markdown(*records.read(path), metrics).strip()
-    assert f"({path.with_suffix('.png').relative_to(ROOT)})" in readme
-    assert path.with_suffix(".png").exists()
+    record = records.read(RECORD)
+    elsewhere = records.measured_elsewhere("h100", record.preset)
+    assert block[1].strip() == tables.to_readme(record, elsewhere).strip()
+    assert f"({RECORD.with_suffix('.png').relative_to(ROOT)})" in readme

@@ -1,4 +1,4 @@
-"""Routings are what they say, and a trace that does not fit is refused by name."""
+"""Routings are what they say, bytes are counted as by hand, a bad trace is refused by name."""
 
 import chex
 import numpy as np
@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.compare.routings import MADE_UP, load_trace, make_routings, slug
+from experiments.bench import routings as bench
+from experiments.bench.routings import MADE_UP, Routing, load_trace, make_routings, short_name
 from pallas_kernels.decode_experts import ExpertShapes
+from pallas_kernels.decode_experts.shapes import SHAPES as PRESETS
 
 SHAPES = ExpertShapes(E=16, K=4, H=64, I=64)
 
@@ -54,7 +56,7 @@ def test_skewed_routings_touch_fewer_experts(routing):
 
 
 def test_unknown_routing_is_refused():
-    with pytest.raises(ValueError, match=r"--routing is 'normal'; expected uniform, zipf"):
+    with pytest.raises(ValueError, match=r"routing is 'normal'; expected uniform, zipf"):
         make_routings("normal", SHAPES, 1, 1, 0)
 
 
@@ -67,7 +69,8 @@ def test_trace_rows_are_drawn(tmp_path):
         drawn = routing.expert_ids[np.argsort(routing.expert_ids[:, 0])]
         chex.assert_trees_all_equal(drawn, ids[layer].astype(np.int32))
     assert make_routings(f"trace:{path}", SHAPES, 50, 1, 0)[0].expert_ids.shape == (50, 4)
-    assert slug(f"trace:{path}") == "trace_trace"
+    assert short_name(f"trace:{path}") == "trace:trace"
+    assert short_name("zipf") == "zipf"
 
 
 @pytest.mark.parametrize(
@@ -98,5 +101,62 @@ def test_missing_or_broken_trace_file(tmp_path, content):
             np.save(file, np.zeros((3, 4), int))
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="--routing=trace:"):
+    with pytest.raises(ValueError, match="routing trace:"):
         load_trace(str(path), SHAPES)
+
+
+SMALL = ExpertShapes(E=8, K=2, H=128, I=64)
+ONE_EXPERT = 3 * 128 * 64 * 2
+
+
+def _routing(ids):
+    ids = np.array(ids, np.int32)
+    return Routing(ids, np.ones(ids.shape, np.float32))
+
+
+def test_counts_by_hand():
+    routings = [_routing([[0, 1], [1, 2]]), _routing([[5, 5], [5, 5]])]
+    found = bench.traffic(routings, SMALL)
+    assert found.unique_experts == (3 + 1) / 2
+    assert found.unique_bytes == 2 * ONE_EXPERT
+    assert found.requested_bytes == 4 * ONE_EXPERT
+
+
+def test_padding_reads_nothing():
+    found = bench.traffic([_routing([[-1, 8], [3, 100]])], SMALL)
+    assert (found.unique_experts, found.requested_bytes) == (1, ONE_EXPERT)
+
+
+def test_presets_have_the_published_sizes():
+    assert bench.expert_bytes(PRESETS["qwen3_30b_a3b"]) == 9_437_184
+    layer = PRESETS["qwen3_coder_480b"]
+    assert layer.E * bench.expert_bytes(layer) == 15_099_494_400
+
+
+def test_uniform_routing_meets_its_expectation():
+    shapes = PRESETS["qwen3_30b_a3b"]
+    assert bench.expected_unique_experts(shapes, 2) == pytest.approx(15.5)
+    for T in (1, 4, 64):
+        found = bench.traffic(make_routings("uniform", shapes, T, 40, 0), shapes)
+        expected = bench.expected_unique_experts(shapes, T)
+        assert found.unique_experts == pytest.approx(expected, rel=0.03)
+
+
+def test_floor():
+    assert bench.floor_us(3e6, 3.0) == pytest.approx(1.0)
+
+
+def test_bytes_before_an_expert_is_read_again():
+    a, b = _routing([[0, 0]]), _routing([[1, 1]])
+    # Layers 0 1 0 1: expert 0 of layer 0 comes back after one other expert.
+    assert bench.bytes_before_reuse([a, a, a, a], 2, SMALL) == ONE_EXPERT
+    # With a new expert in the second round it takes a whole cycle.
+    assert bench.bytes_before_reuse([a, a, b, b], 2, SMALL) == 3 * ONE_EXPERT
+
+
+def test_a_shard_sees_other_shards_experts_as_padding():
+    routing = _routing([[0, 5], [3, 4]])
+    [shard] = bench.of_first_shard([routing], 4)
+    np.testing.assert_array_equal(shard.expert_ids, [[0, -1], [3, -1]])
+    assert shard.expert_ids.dtype == np.int32
+    np.testing.assert_array_equal(shard.expert_weights, routing.expert_weights)

@@ -1,21 +1,21 @@
 """The table and the lines on disk: merged, resumed, whole or not at all."""
 
-import json
 import pathlib
 
 import jax
 import pytest
 
-from experiments.tuning.store import Store
-from experiments.tuning.sweep import Candidate, Dropped, Measured, candidates
-from experiments.tuning.work import Layer
+from experiments.bench.candidates import Configured, configs_to_tune
+from experiments.bench.tuning_bench import Layer
+from experiments.bench.tuning_store import Line, Store, lines_of_text
+from experiments.bench.tuning_sweep import Dropped, Measured
 from pallas_kernels.decode_experts import LAYOUTS, ExpertShapes
 from pallas_kernels.decode_experts.tuned_tables import parse
 from tests.experiments.fake_bench import SHAPES
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 LAYER = Layer("made up", SHAPES, SHAPES.E)
-OUTPUT, EXPERT = candidates(LAYOUTS, SHAPES, 1, 1)
+OUTPUT, EXPERT = configs_to_tune(tuple(LAYOUTS), SHAPES, 1, 1)
 
 
 @pytest.fixture
@@ -32,8 +32,12 @@ def open_store(tmp_path):
     return open_
 
 
-def _measured(candidate: Candidate, us: float) -> Measured:
+def _measured(candidate: Configured, us: float) -> Measured:
     return Measured(candidate, us, 0.5, 1.65e-3)
+
+
+def _lines(store: Store) -> list[Line]:
+    return lines_of_text(store.records_path.read_text(), lambda error: pytest.fail(str(error)))
 
 
 def _read(store: Store):
@@ -71,8 +75,7 @@ def test_a_new_sweep_replaces_the_old_one_and_its_run(open_store):
     table = _read(again)
     assert [(e.layout, e.us) for e in table.fastest] == [("expert_major", 40.0)]
     assert [run["commit"] for run in table.runs] == ["second"]
-    lines = [json.loads(line) for line in again.records_path.read_text().splitlines()]
-    assert [line["us"] for line in lines] == [40.0]
+    assert [line.fields["us"] for line in _lines(again)] == [40.0]
 
 
 def test_without_the_lines_the_tables_own_order_of_sums_goes_on(open_store):
@@ -94,12 +97,14 @@ def test_without_the_lines_the_tables_own_order_of_sums_goes_on(open_store):
 def test_what_was_dropped_has_a_line(open_store):
     store, _ = open_store()
     store.add(LAYER, 1, [_measured(OUTPUT, 30.0)], [Dropped(EXPERT, "it does not compile")])
-    lines = [json.loads(line) for line in store.records_path.read_text().splitlines()]
-    assert [line.get("error") for line in lines] == [None, "it does not compile"]
-    assert "us" not in lines[1]
+    lines = _lines(store)
+    assert [line.fields.get("error") for line in lines] == [None, "it does not compile"]
+    assert "us" not in lines[1].fields
+    # The run and the layer have a line each, not one in every candidate's.
+    assert len(store.records_path.read_text().splitlines()) == 4
     again, said = open_store()
     again.write()
-    assert [json.loads(line) for line in again.records_path.read_text().splitlines()] == lines
+    assert _lines(again) == lines
     assert said == []
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.compare.routings import load_trace as load_for_comparison
+from experiments.bench.routings import load_trace as load_for_comparison
 from moe_jax.routing import replay_route, route, router_logits
 from moe_jax.routing_stats import routing_statistics
 from moe_jax.traces import (

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
+from experiments.bench.accuracy import LARGEST_ERROR
+from experiments.bench.inputs import Case, case_specs, draw_case, jitted_reference
+from pallas_kernels.decode_experts import ExpertShapes
 
 # Relative errors against the float32 reference: before the last rounding, and after bfloat16's.
-FLOAT32_BOUND = 1e-4
-BFLOAT16_BOUND = 1.8e-3
-
-# Compiled once for each shape; called as it is, it would compile at every call.
-jitted_reference = jax.jit(reference_experts)
+FLOAT32_BOUND = LARGEST_ERROR["float32"]
+BFLOAT16_BOUND = LARGEST_ERROR["bfloat16"]
 
 INT32_MAX = np.iinfo(np.int32).max
 INT32_MIN = np.iinfo(np.int32).min
@@ -38,51 +37,14 @@ class Size(NamedTuple):
         return "-".join(f"{letter}{size}" for letter, size in self._asdict().items())
 
 
-class Case(NamedTuple):
-    """What decode_experts and reference_experts take, in their order."""
-
-    x: jax.Array  # [T, H]
-    weights: ExpertWeights
-    expert_ids: jax.Array  # [T, K]
-    expert_weights: jax.Array  # [T, K]
-
-    def tokens(self, which) -> "Case":
-        """The same layer with only these tokens, in this order."""
-        return self._replace(
-            x=self.x[which],
-            expert_ids=self.expert_ids[which],
-            expert_weights=self.expert_weights[which],
-        )
-
-
 def make_case(size: Size, seed: int) -> Case:
-    """Normal x and weights, distinct experts for each token, routing weights in [0.1, 1)."""
-    T, E, K, H, I = size
-    keys = jax.random.split(jax.random.key(seed), 5)
-    normal, bfloat16 = jax.random.normal, jnp.bfloat16
-    return Case(
-        x=normal(keys[0], (T, H), bfloat16),
-        weights=ExpertWeights(
-            gate_up=normal(keys[1], (E, 2, I, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
-            down=normal(keys[2], (E, H, I), bfloat16) * jnp.asarray(I**-0.5, bfloat16),
-        ),
-        expert_ids=jnp.argsort(jax.random.uniform(keys[3], (T, E)))[:, :K].astype(jnp.int32),
-        expert_weights=jax.random.uniform(keys[4], (T, K), minval=0.1),
-    )
+    """As draw_case, which the experiments share."""
+    return draw_case(size.shapes, size.T, seed)
 
 
 def struct_case(size: Size) -> Case:
     """The same as shapes and dtypes only."""
-    T, E, K, H, I = size
-    struct = jax.ShapeDtypeStruct
-    return Case(
-        x=struct((T, H), jnp.bfloat16),
-        weights=ExpertWeights(
-            gate_up=struct((E, 2, I, H), jnp.bfloat16), down=struct((E, H, I), jnp.bfloat16)
-        ),
-        expert_ids=struct((T, K), jnp.int32),
-        expert_weights=struct((T, K), jnp.float32),
-    )
+    return case_specs(size.shapes, size.T)
 
 
 def size_of_terms(case: Case) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.inputs import RouterCase, draw_router_case
 from pallas_kernels.router import Route, reference_route_tokens
 
 # Logits are of size 1. What float32 sums over H may be off, and then the weights.
@@ -26,25 +27,12 @@ class Size(NamedTuple):
         return "-".join(f"{letter}{size}" for letter, size in self._asdict().items())
 
 
-class Case(NamedTuple):
-    x: jax.Array  # [T, H]
-    gate: jax.Array  # [E, H]
-    norm_weight: jax.Array  # [H]
+Case = RouterCase
 
 
 def make_case(size: Size, seed: int) -> Case:
-    """Normal x, logits of size 1, a norm weight near 1."""
-    T, E, _, H = size
-    normal = np.random.default_rng(seed).standard_normal
-
-    def bfloat16(values) -> jax.Array:
-        return jnp.asarray(values.astype(jnp.bfloat16))
-
-    return Case(
-        x=bfloat16(normal((T, H))),
-        gate=bfloat16(normal((E, H)) * H**-0.5),
-        norm_weight=bfloat16(1 + normal(H) / 8),
-    )
+    """As draw_router_case, which the experiments share."""
+    return draw_router_case(size.T, size.E, size.H, seed)
 
 
 def assert_right(

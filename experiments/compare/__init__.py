@@ -1,1 +1,0 @@
-"""What experiments/compare_layouts.py is made of: one question a file, and no flags in here."""
