@@ -50,13 +50,18 @@ def read(path: pathlib.Path) -> NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def execute(notebook: NotebookNode) -> NotebookNode:
+def execute(notebook: NotebookNode, before: str = "") -> NotebookNode:
     """Returns the notebook run in a fresh kernel on the CPU, with all outputs.
+
+    Args:
+      notebook: it is left as it is.
+      before: code that the kernel runs first; it is not in the result.
 
     Raises:
       nbclient.exceptions.CellExecutionError: a cell raised.
     """
     executed = copy.deepcopy(notebook)
+    executed.cells.insert(0, nbformat.v4.new_code_cell(before))
     client = NotebookClient(
         executed,
         kernel_manager_class=_ThisPython,
@@ -73,6 +78,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         }
         asyncio.run(client.async_execute(env={**os.environ, **settings}))
+    executed.cells.pop(0)
     return executed
 
 

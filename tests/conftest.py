@@ -1,38 +1,6 @@
-import gc
-import os
-
-import jax
-import numpy as np
 import pytest
-from jax._src import callback, tree_util
-from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
 # Before any folder's tests import it: the model's use it too.
 pytest.register_assert_rewrite("tests.pallas_kernels.machine")
 
-# Kernels in interpret mode call back into Python, and those callbacks run JAX operations: with
-# asynchronous dispatch they and the main thread's next operation wait for each other now and then.
-# Must be set before the CPU client is made.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
-
-if jax.default_backend() == "cpu":
-    # Most of the suite's time there goes into compiling what runs once. XLA's own passes stay as
-    # they are, LLVM's are left out; in the processes that tests start too.
-    jax.config.update("jax_disable_most_optimizations", True)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-
-    # In interpret mode a kernel calls back for each memory operation, and JAX puts the arguments of
-    # every such call on a device first, which was 40% of those tests. NumPy's arrays do as well;
-    # copies, for XLA takes the memory back.
-    def call_back(*arguments, callback, **_):
-        return tree_util.tree_map(np.asarray, callback(*map(np.array, arguments)))
-
-    def to_int(x):
-        return x if isinstance(x, jax.core.Tracer) else int(x)
-
-    callback.io_callback_impl = call_back
-    shared_memory._to_int = to_int
-
-# A tenth of the suite's time went into looking for cycles among JAX's many small objects.
-gc.freeze()
-gc.set_threshold(100_000, 50, 100)
+import tests.quick_process  # noqa: E402, F401

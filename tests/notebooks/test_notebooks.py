@@ -35,7 +35,7 @@ def test_there_is_a_notebook():
 @each_notebook
 def test_runs(path):
     # A cell that raises is a CellExecutionError that shows the cell.
-    executed = refresh.execute(refresh.read(path))
+    executed = refresh.execute(refresh.read(path), before="import tests.quick_process")
     assert pictures(executed), f"{path.name} drew nothing"
 
 
