@@ -11,14 +11,17 @@ was there; it needs the space of both. Tokenizer and generation_config.json are 
 """
 
 import contextlib
-import sys
+import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Iterator
 
 import rich.progress
-from absl import app, flags, logging
+from absl import logging
 from rich.console import Console
 
+from experiments.bench import script
+from experiments.bench.script import flag
 from moe_jax.checkpoints import (
     CheckpointError,
     Format,
@@ -30,91 +33,83 @@ from moe_jax.checkpoints import (
 )
 from moe_jax.json_files import local_path
 
-_FORMATS = typing.get_args(Format)
-_DTYPES = ("", "bfloat16", "float32", "float16")
-
-_FROM = flags.DEFINE_string("from", "", "The checkpoint to read, of either format.")
-_TO = flags.DEFINE_string("to", "", "The directory to write.")
-_TO_FORMAT = flags.DEFINE_string(
-    "to_format", "", f"{' or '.join(_FORMATS)}; the one that --from is not in if empty."
-)
-_DTYPE = flags.DEFINE_string(
-    "dtype", "", f"To convert to: {', '.join(_DTYPES[1:])}; as stored if empty."
-)
-_MAX_SHARD_GB = flags.DEFINE_float(
-    "max_shard_gb", 5.0, "GB (1e9 bytes) of tensors in a safetensors file."
-)
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Whether --to may hold a checkpoint already.")
-_VERIFY = flags.DEFINE_bool(
-    "verify", False, "Read both checkpoints again afterwards and compare every array bit for bit."
-)
+FORMATS = typing.get_args(Format)
+DTYPES = ("bfloat16", "float32", "float16")
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags, converts, verifies; exits 1 with one message if anything fails."""
-    if len(argv) > 1:
-        sys.exit(f"convert_checkpoint takes flags only; left over: {' '.join(argv[1:])}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags."""
+
+    source: str = flag(
+        "", "The checkpoint to read, of either format.", name="from", needs="a directory"
+    )
+    to: str = flag("", "The directory to write.", needs="a directory")
+    to_format: str | None = flag(None, "By default the one that --from is not in.", of=FORMATS)
+    dtype: str | None = flag(None, "To convert to; by default as stored.", of=DTYPES)
+    max_shard_gb: float = flag(
+        5.0, "GB (1e9 bytes) of tensors in a safetensors file.", least=1e-9, most=1e9
+    )
+    overwrite: bool = flag(False, "Whether --to may hold a checkpoint already.")
+    verify: bool = flag(
+        False, "Read both checkpoints again afterwards and compare every array bit for bit."
+    )
+
+    def __post_init__(self):
+        here = local_path(self.source, "--from").resolve()
+        if here == local_path(self.to, "--to").resolve():
+            raise ValueError(f"--to is {self.to!r}, as --from is; expected another directory")
+
+
+def main(settings: Settings) -> None:
+    """Converts and verifies.
+
+    Raises:
+      ValueError, NotImplementedError, OSError: it cannot be done; the message says what is wrong.
+    """
     logging.set_verbosity(logging.WARNING)  # absl's default shows a page of Orbax's notes
-    # A pipe or a log file is not 80 columns wide just because it says nothing about its width.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    try:
-        _check_flags()
-        _convert(console)
-        if _VERIFY.value:
-            _verify(console)
-    except (ValueError, NotImplementedError, OSError) as error:
-        sys.exit(f"convert_checkpoint: {error}")
+    console = script.make_console()
+    _convert(settings, console)
+    if settings.verify:
+        _verify(settings, console)
 
 
-def _check_flags() -> None:
-    """Raises a ValueError that names the flag."""
-    for flag in (_FROM, _TO):
-        if not flag.value:
-            raise CheckpointError(f"--{flag.name} is empty; expected a directory")
-    here, there = (local_path(flag.value, f"--{flag.name}").resolve() for flag in (_FROM, _TO))
-    if here == there:
-        raise CheckpointError(f"--to is {_TO.value!r}, as --from is; expected another directory")
-    for flag, accepted in ((_TO_FORMAT, ("", *_FORMATS)), (_DTYPE, _DTYPES)):
-        if flag.value not in accepted:
-            raise CheckpointError(
-                f"--{flag.name} is {flag.value!r}; expected one of {', '.join(accepted[1:])}"
-            )
-    if not 1e-9 <= _MAX_SHARD_GB.value < 1e9:
-        raise CheckpointError(f"--max_shard_gb is {_MAX_SHARD_GB.value}; expected more than 0")
-
-
-def _convert(console: Console) -> None:
-    is_from = detect_format(_FROM.value)
-    to_format = _TO_FORMAT.value or _FORMATS[1 - _FORMATS.index(is_from)]
-    reader = open_checkpoint(_FROM.value, dtype=_DTYPE.value or None)
+def _convert(settings: Settings, console: Console) -> None:
+    is_from = detect_format(settings.source)
+    to_format = settings.to_format or FORMATS[1 - FORMATS.index(is_from)]
+    reader = open_checkpoint(settings.source, dtype=settings.dtype)
     _say(
         console,
-        f"{_FROM.value} ({is_from}): {len(reader.shapes)} arrays, {reader.nbytes / 1e9:.3f} GB",
+        f"{settings.source} ({is_from}): {len(reader.shapes)} arrays, {reader.nbytes / 1e9:.3f} GB",
     )
     with _bar(console, f"writing {to_format}") as progress:
-        shared = {"overwrite": _OVERWRITE.value, "copy_from": _FROM.value, "progress": progress}
+        shared = {
+            "overwrite": settings.overwrite,
+            "copy_from": settings.source,
+            "progress": progress,
+        }
         if to_format == "orbax":
-            write_orbax(_TO.value, reader, **shared)
+            write_orbax(settings.to, reader, **shared)
         else:
-            max_shard_bytes = round(_MAX_SHARD_GB.value * 1e9)
-            write_hugging_face(_TO.value, reader, max_shard_bytes=max_shard_bytes, **shared)
-    _say(console, f"Wrote {_TO.value} ({to_format})")
+            max_shard_bytes = round(settings.max_shard_gb * 1e9)
+            write_hugging_face(settings.to, reader, max_shard_bytes=max_shard_bytes, **shared)
+    _say(console, f"Wrote {settings.to} ({to_format})")
 
 
-def _verify(console: Console) -> None:
+def _verify(settings: Settings, console: Console) -> None:
     """Compares what --from says, converted once more, with what --to says.
 
     Raises:
       CheckpointError: arrays or the config differ; lists which.
     """
-    expected = open_checkpoint(_FROM.value, dtype=_DTYPE.value or None)
-    found = open_checkpoint(_TO.value)
+    expected = open_checkpoint(settings.source, dtype=settings.dtype)
+    found = open_checkpoint(settings.to)
     with _bar(console, "verifying") as progress:
         different, checksum = differences(expected, found, progress)
     if different:
         listed = ", ".join(different[:8]) + (", ..." if len(different) > 8 else "")
         raise CheckpointError(
-            f"--verify: {_TO.value} differs from {_FROM.value} in {len(different)}: {listed}"
+            f"--verify: {settings.to} differs from {settings.source} in {len(different)}: {listed}"
         )
     _say(console, f"Verified: {len(found.shapes)} arrays are equal, bit for bit")
     _say(console, f"sha256 of the arrays: {checksum}")
@@ -143,5 +138,9 @@ def _say(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+run = functools.partial(
+    script.run, Settings, main, one_line=(ValueError, NotImplementedError, OSError)
+)
+
 if __name__ == "__main__":
-    app.run(main)
+    run()

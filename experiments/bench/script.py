@@ -43,6 +43,7 @@ class _Flag:
     least: float | None
     most: float
     needs: str
+    name: str
     repeated: bool
     positional: bool
 
@@ -55,9 +56,10 @@ def flag(
     least: float | None = None,
     most: float = _LARGEST,
     needs: str = "",
+    name: str = "",
     repeated: bool = False,
 ) -> Any:
-    """A dataclass field that is a flag of the field's name.
+    """A dataclass field that is a flag, by default of the field's name.
 
     The field's annotation says how the text is read: bool, int, float, str, pathlib.Path, one of
     these `| None` (an empty text is None), or tuple[one of these, ...] (a list with commas, without
@@ -69,6 +71,7 @@ def flag(
       of: accepted values, of each element where the field is a tuple.
       least, most: the range of a number, or of each element.
       needs: what is expected where the value is empty; an empty value is accepted without it.
+      name: the flag's, where Python has another use for the word.
       repeated: a tuple's flag is given once for each element, which may have commas in it.
     """
     made = _Flag(
@@ -77,6 +80,7 @@ def flag(
         least=least,
         most=most,
         needs=needs,
+        name=name,
         repeated=repeated,
         positional=False,
     )
@@ -86,7 +90,14 @@ def flag(
 def argument(help: str) -> Any:
     """A dataclass field that is the script's one argument without a flag."""
     made = _Flag(
-        help=help, of=None, least=None, most=_LARGEST, needs=help, repeated=False, positional=True
+        help=help,
+        of=None,
+        least=None,
+        most=_LARGEST,
+        needs=help,
+        name="",
+        repeated=False,
+        positional=True,
     )
     return dataclasses.field(metadata={"flag": made})
 
@@ -170,7 +181,7 @@ def _define(settings_class: type, values: flags.FlagValues) -> None:
         if is_tuple:
             which = "multi_string" if made.repeated else "list"
         define = getattr(flags, f"DEFINE_{which}")
-        define(field.name, default, _help(made), flag_values=values)
+        define(made.name or field.name, default, _help(made), flag_values=values)
 
 
 def _help(made: _Flag) -> str:
@@ -206,18 +217,20 @@ def _settings(settings_class: type, values: flags.FlagValues, left: Sequence[str
     for field in fields:
         if field.name in found:
             continue
-        made, value = field.metadata["flag"], values[field.name].value
+        made = field.metadata["flag"]
+        name = made.name or field.name
+        value = values[name].value
         kind, is_tuple = _kind(hints[field.name])
         optional = isinstance(hints[field.name], types.UnionType)
         if made.needs and value in ("", []):
-            raise ValueError(f"--{field.name} is empty; expected {made.needs}")
+            raise ValueError(f"--{name} is empty; expected {made.needs}")
         if optional and value in (None, ""):
             found[field.name] = None
         elif is_tuple:
-            elements = [_checked(field.name, "has", text, kind, made) for text in value]
+            elements = [_checked(name, "has", text, kind, made) for text in value]
             found[field.name] = tuple(elements if made.repeated else dict.fromkeys(elements))
         else:
-            found[field.name] = _checked(field.name, "is", value, kind, made)
+            found[field.name] = _checked(name, "is", value, kind, made)
     return settings_class(**found)
 
 
@@ -227,7 +240,7 @@ def _checked(name: str, verb: str, value: Any, kind: type, made: _Flag) -> Any:
         if not value.strip().lstrip("-").isdecimal():
             raise ValueError(f"--{name} {verb} {value!r}; expected {_numbers(made)}")
         value = int(value)
-    value = kind(value)
+    value = pathlib.Path(value).expanduser() if kind is pathlib.Path else kind(value)
     if made.of is not None and value not in made.of:
         raise ValueError(f"--{name} {verb} {value!r}; expected one of {_listed(made.of)}")
     if kind in (int, float) and made.least is not None and not made.least <= value <= made.most:

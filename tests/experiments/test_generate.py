@@ -1,27 +1,24 @@
-"""The script end to end, what it says of wrong flags, and its parts on checkpoints.
-
-It is not imported here: another script's flags of the same names are in this process already.
-"""
+"""The script end to end, what it says of wrong flags, and its parts on checkpoints."""
 
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.generation import load, output, settings
-from experiments.generation.run import run
+from experiments import generate
+from experiments.bench import script
+from experiments.bench.generated_text import printable, report, shown
+from experiments.generate import Loaded, generate_text, load, prompt_ids
 from moe_jax.checkpoints import save_hugging_face, save_orbax
-from moe_jax.generation import Event, Generation, Sampling, generate
+from moe_jax.generation import Event, Generation, Sampling
+from moe_jax.generation import generate as generate_tokens
 from moe_jax.model import Qwen3Moe
 from moe_jax.presets import PRESETS
 from moe_jax.tokenization import ByteTokenizer, ChatTemplateError, load_tokenizer
@@ -30,78 +27,21 @@ from moe_jax.traces import load_trace
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests" / "moe_jax" / "generation" / "checkpoint"
 
-FLAGS = {
-    "checkpoint": "",
-    "preset": "tiny",
-    "random": True,
-    "prompt": ["hello"],
-    "prompt_file": "",
-    "prompt_tokens": 0,
-    "chat": False,
-    "system": "",
-    "enable_thinking": None,
-    "batch": 1,
-    "max_new_tokens": 6,
-    "sampling": {"temperature": None, "top_k": None},
-    "seed": 0,
-    "stop": [],
-    "ignore_eos": False,
-    "dtype": "",
-    "prefill_chunk": 512,
-    "experts_backend": "auto",
-    "decode_backend": "",
-    "capture_trace": "",
-    "warm_up": False,
-}
+
+def parse(*flags, **changes):
+    """Settings of a random model, with flags and fields changed."""
+    flags = [*RANDOM, "--max_new_tokens=6", "--nowarm_up", *flags]
+    settings = script.parse(generate.Settings, flags)
+    return dataclasses.replace(settings, **changes)
 
 
-def parse(**changes):
-    return settings.parse(**{**FLAGS, **changes})
+RANDOM = ("--preset=tiny", "--random", "--prompt=hello")
 
 
-# Several command lines in one process, whose imports are most of the time: main's errors, then the
-# module as `python -m` runs it, with a preset of one layer.
-PROGRAM = """
-import dataclasses, json, runpy, sys
-from absl import flags
-from experiments import generate
-from moe_jax.presets import PRESETS
-*wrong, right = json.loads(sys.argv[1])
-for argv in wrong:
-    flags.FLAGS.unparse_flags()
-    try:
-        generate.main(flags.FLAGS(["generate", *argv]))
-    except SystemExit as end:
-        print(end)
-flags.FLAGS.unparse_flags()
-for flag in [*flags.FLAGS.flags_by_module_dict()["experiments.generate"]]:
-    delattr(flags.FLAGS, flag.name)
-PRESETS["tiny"] = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1)
-sys.argv = ["generate", *right]
-runpy.run_module("experiments.generate", run_name="__main__")
-"""
-
-
-def test_script():
-    calls = ["hello", "--random --preset=gpt --prompt=a", "--checkpoint=/nowhere --prompt=a"]
-    calls += ["--preset=tiny --random --prompt=hello --max_new_tokens=8"]
-    made = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([call.split() for call in calls])],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-    assert made.returncode == 0, made.stderr
-    *errors, rest = made.stdout.split("\n", 3)
-    assert errors == [
-        "generate takes flags only; left over: hello",
-        f"generate: --preset is 'gpt'; expected one of {', '.join(PRESETS)}",
-        "generate: /nowhere is no directory; expected a checkpoint",
-    ]
-    text, _, figures = rest.partition("\n\n")
+def test_script(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1))
+    generate.run([*RANDOM, "--max_new_tokens=8"])
+    text, _, figures = capsys.readouterr().out.partition("\n\n")
     assert 0 < len(text) <= 8 * 4
     assert "rows: 1, prompt tokens: 5, new tokens: 8 (length 1)" in figures
     assert re.search(r"time to first token: [\d.]+ ms, compiled before", figures)
@@ -110,58 +50,65 @@ def test_script():
     assert "cpu, jax " in figures
 
 
+OF_A_CHECKPOINT = ("--checkpoint=x", "--prompt=a")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"random": False}, "--checkpoint and --random: neither given"),
-        ({"checkpoint": "x"}, "--checkpoint and --random: both given"),
-        ({"preset": ""}, "--preset is ''; expected one of tiny, qwen3_30b_a3b"),
-        ({"random": False, "checkpoint": "x"}, "--preset is 'tiny' with --checkpoint"),
-        ({"prompt": []}, "--prompt, --prompt_file and --prompt_tokens: 0 given"),
-        ({"prompt_tokens": 3}, "--prompt, --prompt_file and --prompt_tokens: 2 given"),
-        ({"prompt": ["a", ""]}, "--prompt is empty"),
-        ({"prompt": [], "prompt_file": "/nowhere"}, "--prompt_file is '/nowhere'; expected a file"),
-        ({"chat": True}, "--chat is given with --random"),
-        (
-            {"chat": True, "random": False, "checkpoint": "x", "preset": "", "prompt": []}
-            | {"prompt_tokens": 3},
-            "--chat is given with --prompt_tokens",
-        ),
-        ({"system": "Be brief."}, "--system is 'Be brief.' without --chat"),
-        ({"enable_thinking": False}, "--enable_thinking is False without --chat; expected both"),
-        ({"batch": 0}, "--batch is 0; expected 1 to"),
-        ({"max_new_tokens": 0}, "--max_new_tokens is 0; expected 1 to"),
-        ({"prefill_chunk": 0}, "--prefill_chunk is 0; expected 1 to"),
-        ({"seed": -1}, "--seed is -1; expected 0 to"),
-        ({"sampling": {"top_k": -1}}, "--top_k is -1; expected a whole number"),
-        ({"sampling": {"temperature": -1.0}}, "--temperature is -1.0; expected"),
-        ({"sampling": {"top_p": 0.9}}, "--top_p is 0.9, but choices are greedy"),
-        ({"stop": ["a", ""]}, "--stop is empty"),
-        ({"dtype": "fp8"}, "--dtype is 'fp8'; expected one of bfloat16, float32"),
-        ({"experts_backend": "cuda"}, "--experts_backend is 'cuda'; expected one of auto"),
-        ({"decode_backend": "cuda"}, "--decode_backend is 'cuda'; expected one of auto"),
-        ({"capture_trace": "/nowhere/t.npz"}, "--capture_trace is '/nowhere/t.npz'; expected"),
-        ({"capture_trace": "t.npz", "max_new_tokens": 1}, "--max_new_tokens is 1; expected 2"),
+        (["hello"], "generate takes flags only; left over: hello"),
+        (["--prompt=a"], "--checkpoint and --random: neither given"),
+        ([*RANDOM, "--checkpoint=x"], "--checkpoint and --random: both given"),
+        (["--random", "--prompt=a"], "--preset is empty; expected one of tiny, qwen3_30b_a3b"),
+        ([*RANDOM, "--preset=gpt"], "--preset is 'gpt'; expected one of tiny, qwen3_30b_a3b"),
+        ([*OF_A_CHECKPOINT, "--preset=tiny"], "--preset is 'tiny' with --checkpoint"),
+        (["--checkpoint=s3://x", "--prompt=a"], "--checkpoint is 's3:/x'; expected a path on this"),
+        (["--checkpoint=/nowhere", "--prompt=a"], "/nowhere is no directory; expected a checkp"),
+        (["--checkpoint=x"], "--prompt, --prompt_file and --prompt_tokens: 0 given"),
+        ([*RANDOM, "--prompt_tokens=3"], "--prompt, --prompt_file and --prompt_tokens: 2 given"),
+        ([*RANDOM, "--prompt="], "--prompt is empty"),
+        (["--checkpoint=x", "--prompt_file=/nowhere"], "--prompt_file is '/nowhere'; expected a"),
+        ([*RANDOM, "--chat"], "--chat is given with --random"),
+        (["--checkpoint=x", "--chat", "--prompt_tokens=3"], "--chat is given with --prompt_tokens"),
+        ([*RANDOM, "--system=Be brief."], "--system is 'Be brief.' without --chat"),
+        ([*RANDOM, "--noenable_thinking"], "--enable_thinking is False without --chat; expected"),
+        ([*RANDOM, "--batch=0"], "--batch is 0; expected 1 to"),
+        ([*RANDOM, "--max_new_tokens=0"], "--max_new_tokens is 0; expected 1 to"),
+        ([*RANDOM, "--prefill_chunk=0"], "--prefill_chunk is 0; expected 1 to"),
+        ([*RANDOM, "--seed=-1"], "--seed is -1; expected 0 to"),
+        ([*RANDOM, "--top_k=-1"], "--top_k is -1; expected a whole number"),
+        ([*RANDOM, "--temperature=-1"], "--temperature is -1.0; expected"),
+        ([*RANDOM, "--top_p=0.9"], "--top_p is 0.9, but choices are greedy"),
+        ([*RANDOM, "--stop=a", "--stop="], "--stop is empty"),
+        ([*RANDOM, "--dtype=fp8"], "--dtype is 'fp8'; expected one of bfloat16, float32"),
+        ([*RANDOM, "--experts_backend=cuda"], "--experts_backend is 'cuda'; expected one of auto"),
+        ([*RANDOM, "--decode_backend=cuda"], "--decode_backend is 'cuda'; expected one of auto"),
+        ([*RANDOM, "--capture_trace=/nowhere/t.npz"], "--capture_trace is '/nowhere/t.npz'; expec"),
+        ([*RANDOM, "--capture_trace=t.npz", "--max_new_tokens=1"], "--max_new_tokens is 1; expect"),
     ],
 )
-def test_flag_errors_name_the_flag(flags, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        parse(**flags)
+def test_what_cannot_be_done_ends_in_one_line(flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        generate.run(flags)
+    assert str(stopped.value).startswith("generate: ") or "left over" in str(stopped.value)
+    assert message.removeprefix("generate ") in str(stopped.value)
+    assert "\n" not in str(stopped.value)
 
 
-def test_decode_backend_is_the_experts_backend_unless_given():
-    asked = parse(experts_backend="portable")
-    assert (asked.prefill_backend, asked.decode_backend) == ("portable", "portable")
-    asked = parse(experts_backend="grouped", decode_backend="portable")
-    assert (asked.prefill_backend, asked.decode_backend) == ("grouped", "portable")
+def test_a_file_is_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("two\nlines", encoding="utf-8")
+    settings = script.parse(
+        generate.Settings, ["--random", "--preset=tiny", f"--prompt_file={tmp_path / 'p.txt'}"]
+    )
+    assert settings.prompts() == ("two\nlines",)
 
 
 def test_sampling_flags_go_over_the_checkpoints():
     defaults = Sampling(temperature=0.6, top_k=20, top_p=0.95)
-    asked = parse(sampling={"temperature": 0.9, "top_k": None})
-    assert asked.sampling_over(defaults) == dataclasses.replace(defaults, temperature=0.9)
-    assert parse(sampling={"temperature": 0.0}).sampling_over(defaults).temperature == 0
-    asked = dataclasses.replace(parse(), sampling={"temperature": 0.0, "top_k": 3})
+    settings = parse("--temperature=0.9")
+    assert settings.sampling_over(defaults) == dataclasses.replace(defaults, temperature=0.9)
+    assert parse("--temperature=0").sampling_over(defaults).temperature == 0
+    asked = script.parse(generate.Settings, [*OF_A_CHECKPOINT, "--temperature=0", "--top_k=3"])
     with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
         asked.sampling_over(defaults)
 
@@ -169,19 +116,19 @@ def test_sampling_flags_go_over_the_checkpoints():
 @pytest.mark.parametrize("thinking", [None, False, True])
 def test_enable_thinking_is_for_the_chat_template(thinking):
     tokenizer = load_tokenizer(TOKENIZER)
-    asked = of_checkpoint("x", chat=True, prompt=["hi"], enable_thinking=thinking)
-    rows = load.prompt_ids(asked, load.Loaded(model=None, tokenizer=tokenizer, defaults=None))
+    asked = of_checkpoint("x", chat=True, prompt=("hi",), enable_thinking=thinking)
+    rows = prompt_ids(asked, Loaded(model=None, tokenizer=tokenizer, defaults=None))
     given = {} if thinking is None else {"enable_thinking": thinking}
     assert rows == [tokenizer.encode_chat([{"role": "user", "content": "hi"}], **given)]
     assert tokenizer.decode(rows[0]).endswith("</think>\n\n") == (thinking is False)
 
 
 def test_random_prompt_tokens():
-    asked = parse(prompt=[], prompt_tokens=20, batch=3, seed=4)
-    model = load.Loaded(model=_Config, tokenizer=None, defaults=None)
-    rows = load.prompt_ids(asked, model)
+    asked = parse(prompt=(), prompt_tokens=20, batch=3, seed=4)
+    model = Loaded(model=_Config, tokenizer=None, defaults=None)
+    rows = prompt_ids(asked, model)
     assert [len(row) for row in rows] == [20] * 3
-    assert rows[0] != rows[1] and rows == load.prompt_ids(asked, model)
+    assert rows[0] != rows[1] and rows == prompt_ids(asked, model)
     assert all(0 <= id_ < 512 for row in rows for id_ in row)
 
 
@@ -210,25 +157,25 @@ SHAPES = {"prefill_chunk": 16}
 
 
 def of_checkpoint(folder, **changes):
-    of_file = {"checkpoint": str(folder), "preset": "", "random": False}
+    of_file = {"checkpoint": pathlib.Path(folder), "preset": None, "random": False}
     return parse(**of_file | SHAPES | changes)
 
 
 def test_checkpoint(checkpoint, model):
-    asked = of_checkpoint(checkpoint, chat=True, system="Be brief.", prompt=["hi"])
-    loaded = load.load(asked)
+    asked = of_checkpoint(checkpoint, chat=True, system="Be brief.", prompt=("hi",))
+    loaded = load(asked)
     assert loaded.defaults.stop_ids == (5,)
     assert loaded.defaults.sampling == Sampling()
     tokenizer = load_tokenizer(TOKENIZER)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     ids = tokenizer.encode_chat(messages)
-    assert load.prompt_ids(asked, loaded) == [ids]
+    assert prompt_ids(asked, loaded) == [ids]
     out = io.StringIO()
-    made = run(asked, out)
+    made = generate_text(asked, out)
     options = {"stop_ids": [5], "tokenizer": tokenizer, "capacity": 64}
-    expected = generate(model, [ids], max_new_tokens=6, **options, **SHAPES)
+    expected = generate_tokens(model, [ids], max_new_tokens=6, **options, **SHAPES)
     assert made.tokens == expected.tokens
-    assert out.getvalue().startswith(output.printable(expected.texts[0]) + "\n")
+    assert out.getvalue().startswith(printable(expected.texts[0]) + "\n")
 
 
 def test_defaults_of_a_checkpoint_and_flags_over_them(checkpoint, model):
@@ -236,36 +183,36 @@ def test_defaults_of_a_checkpoint_and_flags_over_them(checkpoint, model):
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps(file))
     try:
-        loaded = load.load(of_checkpoint(checkpoint))
+        loaded = load(of_checkpoint(checkpoint))
         assert loaded.defaults.stop_ids == (3, 4)
         assert loaded.defaults.sampling == Sampling(temperature=0.5, top_k=7)
         # nothing is loaded for flags that do not fit the checkpoint
-        bad = of_checkpoint(checkpoint, sampling={"temperature": 0.0, "top_k": 3})
+        bad = of_checkpoint(checkpoint, temperature=0.0, top_k=3)
         with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
-            load.load(bad)
+            load(bad)
     finally:
         path.unlink()
 
 
 def test_end_tokens_and_stop_strings(checkpoint, model):
     ids = load_tokenizer(TOKENIZER).encode("hello")
-    plain = generate(model, [ids], max_new_tokens=6).tokens[0]
+    plain = generate_tokens(model, [ids], max_new_tokens=6).tokens[0]
     end, unused = plain[2], next(id_ for id_ in range(512) if id_ not in plain)
     text = load_tokenizer(TOKENIZER).decode(plain)
     stop = next(character for character in text if character != "\N{REPLACEMENT CHARACTER}")
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": end}))
     try:
-        made = run(of_checkpoint(checkpoint), io.StringIO())
+        made = generate_text(of_checkpoint(checkpoint), io.StringIO())
         assert made.tokens == [plain[: plain.index(end) + 1]]
         assert made.finish_reasons == ["stop_id"]
         path.write_text(json.dumps({"eos_token_id": unused, "stop_strings": stop}))
-        of_file = run(of_checkpoint(checkpoint), io.StringIO())
-        made = run(of_checkpoint(checkpoint, ignore_eos=True), io.StringIO())
+        of_file = generate_text(of_checkpoint(checkpoint), io.StringIO())
+        made = generate_text(of_checkpoint(checkpoint, ignore_eos=True), io.StringIO())
         assert (made.tokens, made.finish_reasons) == ([plain], ["length"])
     finally:
         path.unlink()
-    of_flag = run(of_checkpoint(checkpoint, stop=[stop], ignore_eos=True), io.StringIO())
+    of_flag = generate_text(of_checkpoint(checkpoint, stop=(stop,), ignore_eos=True), io.StringIO())
     for made in (of_file, of_flag):
         assert made.texts == [text.partition(stop)[0]]
         assert made.finish_reasons == ["stop_string"]
@@ -274,32 +221,32 @@ def test_end_tokens_and_stop_strings(checkpoint, model):
 def test_checkpoint_without_tokenizer_or_template(model, tmp_path):
     save_hugging_face(tmp_path / "m", model)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
-        load.load(of_checkpoint(tmp_path / "m"))
-    asked = of_checkpoint(tmp_path / "m", prompt=[], prompt_tokens=4)
-    assert load.load(asked).tokenizer is None
+        load(of_checkpoint(tmp_path / "m"))
+    asked = of_checkpoint(tmp_path / "m", prompt=(), prompt_tokens=4)
+    assert load(asked).tokenizer is None
     shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "m")
     asked = of_checkpoint(tmp_path / "m", chat=True)
     with pytest.raises(ChatTemplateError, match="has no chat template 'default'"):
-        load.prompt_ids(asked, load.load(asked))
+        prompt_ids(asked, load(asked))
 
 
 def test_random_model_with_trace(model, tmp_path, monkeypatch):
-    monkeypatch.setitem(load.PRESETS, "tiny", model.config)  # the weights, too, are of one seed
+    monkeypatch.setitem(PRESETS, "tiny", model.config)  # the weights, too, are of one seed
     path = tmp_path / "t.npz"
     out = io.StringIO()
-    made = run(parse(dtype="float32", capture_trace=str(path), **SHAPES), out)
-    again = generate(model, [list(b"hello")], max_new_tokens=6, capture=True)
+    made = generate_text(parse(dtype="float32", capture_trace=path, **SHAPES), out)
+    again = generate_tokens(model, [list(b"hello")], max_new_tokens=6, capture=True)
     assert made.tokens == again.tokens
     np.testing.assert_array_equal(load_trace(path).expert_ids, again.trace.expert_ids)
-    assert out.getvalue().startswith(output.printable(made.texts[0]) + "\n")
+    assert out.getvalue().startswith(printable(made.texts[0]) + "\n")
     assert "rows: 1, prompt tokens: 5, new tokens: 6 (length 1)" in out.getvalue()
     assert f"wrote {path}" in out.getvalue()
 
 
 def test_rows_of_a_batch():
-    rows = load.prompt_ids(
-        parse(prompt=["a", "bc"], batch=2),
-        load.Loaded(model=None, tokenizer=ByteTokenizer(256), defaults=None),
+    rows = prompt_ids(
+        parse(prompt=("a", "bc"), batch=2),
+        Loaded(model=None, tokenizer=ByteTokenizer(256), defaults=None),
     )
     assert rows == [[97], [97], [98, 99], [98, 99]]
 
@@ -310,7 +257,7 @@ def event(row, text):
 
 def test_row_0_is_written_as_it_comes_and_the_others_at_the_end():
     out = io.StringIO()
-    events = output.shown(iter([event(0, "a"), event(1, "x"), event(0, "b")]), 2, out)
+    events = shown(iter([event(0, "a"), event(1, "x"), event(0, "b")]), 2, out)
     next(events)
     assert out.getvalue() == "--- row 0\na"
     next(events)
@@ -321,7 +268,7 @@ def test_row_0_is_written_as_it_comes_and_the_others_at_the_end():
 
 
 def test_nothing_that_steers_a_terminal_is_printed():
-    assert output.printable("a\x1b[31m\x07\x9b\n\tß😀") == "a�[31m��\n\tß😀"
+    assert printable("a\x1b[31m\x07\x9b\n\tß😀") == "a�[31m��\n\tß😀"
 
 
 def test_report_without_a_decode_step():
@@ -333,7 +280,7 @@ def test_report_without_a_decode_step():
         decode_seconds=0.0,
         decode_steps=0,
     )
-    text = output.report(made, [[1, 2], [3, 4]], None)
+    text = report(made, [[1, 2], [3, 4]], None)
     assert "prompt tokens: 2, new tokens: 2 (length 1, stop_id 1)" in text
     assert "time to first token: 250.0 ms, compiling included" in text
     assert "decode" not in text

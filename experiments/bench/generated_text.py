@@ -1,4 +1,4 @@
-"""What a run shows: the text while it is made, then the figures."""
+"""What experiments.generate shows: the text while it is made, then the figures."""
 
 import unicodedata
 from collections.abc import Iterator
