@@ -28,7 +28,7 @@ from rich.console import Console
 
 from experiments.bench.environment import checked_out_commit
 from experiments.dispatch import agreement, tables, timing
-from experiments.generation.settings import DTYPES
+from experiments.generate import DTYPES
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.model import Qwen3Moe
