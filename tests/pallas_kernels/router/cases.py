@@ -56,10 +56,11 @@ def assert_right(
             x, case.gate, K=K, norm_weight=case.norm_weight, norm_eps=norm_eps
         ).normed
         chex.assert_type(route.normed, jnp.bfloat16)
-        # The squares' order may move a value over the edge between two bfloat16.
+        # The squares' order may move a value over the edge between two bfloat16, and the product
+        # with the weight over another: 2**-7 of the value each.
         found, expected = (np.asarray(a, np.float32) for a in (route.normed, expected))
         off = np.abs(found - expected)
-        assert np.all(off <= 2**-7 * np.abs(expected))
+        assert np.all(off <= 2**-6 * np.abs(expected))
         assert np.mean(off > 0) < 0.01
         x = route.normed
     for name, shape, dtype in (
