@@ -58,6 +58,9 @@ def unknown_commands(text: str) -> list[str]:
     code = "\n".join(body for _, body in FENCE.findall(text))
     code += "\n".join(re.findall(r"`([^`\n]+)`", FENCE.sub("", text)))
     scripts = "".join(path.read_text() for path in (ROOT / "experiments").rglob("*.py"))
+    # As DEFINE_bool("name", ...) or as a Settings field, name: bool = flag(...).
+    known = set(re.findall(r'"(\w+)"|^    (\w+): .* = flag\(', scripts, re.MULTILINE))
+    known = {name for pair in known for name in pair} | {"help"}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     unknown = []
     for line in code.split("\n"):
@@ -66,13 +69,8 @@ def unknown_commands(text: str) -> list[str]:
         modules = re.findall(r"-m ((?:experiments|notebooks)\.\w+)", command)
         unknown += [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists()]
         if modules or command.startswith("make "):
-            flags = set(re.findall(r"(?<![\w-])--(\w+)", command)) - {"help"}
-            spellings = {flag: (flag, flag.removeprefix("no")) for flag in sorted(flags)}
-            unknown += [
-                f"--{flag}"
-                for flag, names in spellings.items()
-                if not any(f'"{name}"' in scripts for name in names)
-            ]
+            flags = re.findall(r"(?<![\w-])--(\w+)", command)
+            unknown += [f"--{f}" for f in flags if not {f, f.removeprefix("no")} & known]
     return unknown
 
 
