@@ -1,23 +1,27 @@
-"""README's table is the committed record, to the letter."""
+"""The tables of README and docs/benchmarks.md are the committed records, to the letter."""
 
 import pathlib
-import re
 
-from experiments.bench import records, tables
+import pytest
+
+from experiments import render_results
+from experiments.bench import records
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECORD = records.RESULTS / "compare_layouts" / "h100_qwen3_30b_a3b.jsonl"
+FOLDER = records.RESULTS / "compare_layouts"
 
 
-def test_readme_shows_the_committed_record():
-    """`python -m experiments.render_results RECORD --table=readme` prints the block."""
-    readme = (ROOT / "README.md").read_text()
-    block = re.search(
-        r"<!-- results:compare_layouts -->\n(.*)\n<!-- end of results:compare_layouts -->",
-        readme,
-        re.DOTALL,
-    )
-    record = records.read(RECORD)
-    elsewhere = records.measured_elsewhere("h100", record.preset)
-    assert block[1].strip() == tables.to_readme(record, elsewhere).strip()
-    assert f"({RECORD.with_suffix('.png').relative_to(ROOT)})" in readme
+@pytest.mark.parametrize(
+    ("page", "stem"),
+    [
+        ("README.md", render_results.README_RECORD),
+        *(("docs/benchmarks.md", path.stem) for path in sorted(FOLDER.glob("*.jsonl"))),
+    ],
+)
+def test_a_page_shows_the_committed_record(page, stem):
+    """`python -m experiments.render_results RECORD --into=PAGE` makes its tables."""
+    text = (ROOT / page).read_text()
+    record = records.read(FOLDER / f"{stem}.jsonl")
+    elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)
+    assert render_results.with_tables(text, stem, record, elsewhere) == text
+    assert f"results/compare_layouts/{stem}.png)" in text

@@ -84,6 +84,29 @@ def test_a_record_as_the_readmes_table_and_in_full(tmp_path, capsys):
     assert capsys.readouterr().out.count("**chain, us**") == 1
 
 
+def test_a_pages_tables_are_made_anew(tmp_path):
+    end = "<!-- end of results:compare_layouts -->"
+    readme = f"a\n<!-- results:compare_layouts -->\nold\n{end}\nb\n"
+    zipf = f"<!-- results:compare_layouts/{_RECORD.stem} zipf chain_us -->\nold\n{end}\n"
+    other = zipf.replace(_RECORD.stem, "another")
+    page = tmp_path / "page.md"
+    page.write_text(readme + zipf + other)
+    render_results.run([str(_RECORD), f"--into={page}", "--noplot"])
+    made = page.read_text()
+    assert made.startswith("a\n<!-- results:compare_layouts -->\n| T | floor | output_major |")
+    assert (
+        f"{end}\nb\n<!-- results:compare_layouts/{_RECORD.stem} zipf chain_us -->\n|  | T" in made
+    )
+    assert made.endswith(other) and made.count("old") == 1
+    for text, message in [
+        (other, "--into has a page without a table of h100"),
+        (zipf.replace("zipf", "odd"), "a page's table of h100.* has 'odd'; it has uniform, zipf"),
+    ]:
+        page.write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            render_results.run([str(_RECORD), f"--into={page}", "--noplot"])
+
+
 @pytest.mark.parametrize("module", [render_tuned, render_results])
 @pytest.mark.parametrize(
     ("content", "message"),
