@@ -20,15 +20,23 @@ BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}
 
 
 def make(dtype, *, T=T, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
+    """x, weights, ids, routing weights: NumPy's, because JAX would compile each operation."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape, scale):
+        return jnp.asarray(rng.normal(size=shape) * scale, dtype)
+
     weights = ExpertWeights(
-        gate_up=(jax.random.normal(keys[0], (E, 2, I, H)) / H**0.5).astype(dtype),
-        down=(jax.random.normal(keys[1], (E, H, I)) / I**0.5).astype(dtype),
+        gate_up=normal(E, 2, I, H, scale=H**-0.5), down=normal(E, H, I, scale=I**-0.5)
     )
-    x = jax.random.normal(keys[2], (T, H)).astype(dtype)
-    ids = jnp.argsort(jax.random.uniform(keys[3], (T, E)), axis=1)[:, :K].astype(jnp.int32)
-    w = jax.nn.softmax(jax.random.normal(keys[4], (T, K)))
-    return x, weights, ids, w
+    x = normal(T, H, scale=1.0)
+    ids = rng.permuted(np.tile(np.arange(E, dtype=np.int32), (T, 1)), axis=1)[:, :K]
+    return x, weights, jnp.asarray(ids), jnp.asarray(rng.dirichlet(np.ones(K), T), jnp.float32)
+
+
+OPTIONS = ("activation", "backend", "chunk", "phase", "platform")
+run = jax.jit(experts, static_argnames=OPTIONS)  # one program for each call, and not for each op
+reference = jax.jit(reference_experts)
 
 
 def relative_error(y, reference):
@@ -61,9 +69,9 @@ def test_backend_is_close_to_float32(backend, dtype):
     ids = ids.at[1, 0].set(-1).at[2].set(E)  # padding of one entry, and of a whole row
     x = x.at[2].set(jnp.nan)
     w = w.at[2].set(jnp.inf)
-    y = experts(x, weights, ids, w, backend=backend)
+    y = run(x, weights, ids, w, backend=backend)
     assert (y.shape, y.dtype) == ((T, H), dtype)
-    assert relative_error(y, reference_experts(x, weights, ids, w)) < BOUNDS[dtype]
+    assert relative_error(y, reference(x, weights, ids, w)) < BOUNDS[dtype]
     assert not np.asarray(y[2], np.float32).any()
 
 
@@ -71,41 +79,37 @@ def test_backend_is_close_to_float32(backend, dtype):
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_other_activations(backend, activation):
     arguments = make(jnp.float32)
-    y = experts(*arguments, activation=activation, backend=backend)
-    expected = experts(*arguments, activation=activation, backend="reference")
+    y = run(*arguments, activation=activation, backend=backend)
+    expected = run(*arguments, activation=activation, backend="reference")
     assert relative_error(y, expected) < 1e-5
-    assert relative_error(y, experts(*arguments, backend="reference")) > 1e-2
+    assert relative_error(y, run(*arguments, backend="reference")) > 1e-2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=(1, 2, 4))
+def gradient(backend, x, weights, ids, w, target):
+    return jnp.sum(experts(x, weights, ids, w, backend=backend, phase="training") * target)
 
 
 @pytest.mark.parametrize("backend", ["reference", "portable", "grouped"])
 def test_gradients_are_the_references(backend):
     x, weights, ids, w = make(jnp.float32)
-    ids = ids.at[2].set(-1)
-    target = jax.random.normal(jax.random.key(9), (T, H))
-
-    def loss(backend, x, weights, w):
-        return jnp.sum(experts(x, weights, ids, w, backend=backend) * target)
-
-    gradient = functools.partial(jax.grad(loss, argnums=(1, 2, 3)))
-    found, expected = (gradient(name, x, weights, w) for name in (backend, "reference"))
+    ids, target = ids.at[2].set(-1), make(jnp.float32, seed=9)[0]
+    found, expected = (
+        gradient(name, x, weights, ids, w, target) for name in (backend, "reference")
+    )
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
     # Padding that holds NaN leaves no trace.
-    poisoned = gradient(backend, x.at[2].set(jnp.nan), weights, w.at[2].set(jnp.nan))
+    poisoned = gradient(backend, x.at[2].set(jnp.nan), weights, ids, w.at[2].set(jnp.nan), target)
     chex.assert_trees_all_close(poisoned, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [name for name in able() if "pallas" in name])
 def test_gradients_of_the_kernels_are_the_portable_ones(backend):
     arguments = make(jnp.bfloat16)
-
-    def gradients(backend):
-        def loss(x, weights, w):
-            y = experts(x, weights, arguments[2], w, backend=backend, phase="training")
-            return jnp.sum(y.astype(jnp.float32))  # its gradient does not depend on y
-
-        return jax.grad(loss, argnums=(0, 1, 2))(*arguments[:2], arguments[3])
-
-    chex.assert_trees_all_equal(gradients(backend), gradients("portable"))
+    target = jnp.ones((T, H))
+    found = gradient(backend, *arguments, target)
+    chex.assert_trees_all_equal(found, gradient("portable", *arguments, target))
 
 
 def test_a_backend_without_gradients_is_not_for_training():
@@ -115,12 +119,12 @@ def test_a_backend_without_gradients_is_not_for_training():
 
 
 @pytest.mark.parametrize("backend", ["portable", "grouped"])
-@pytest.mark.parametrize("chunk", [1, 4, 6, 7])
+@pytest.mark.parametrize("chunk", [1, 4, 7])
 def test_chunks_change_nothing(backend, chunk):
     arguments = make(jnp.float32)
-    whole = experts(*arguments, backend=backend)
+    whole = run(*arguments, backend=backend)
     chex.assert_trees_all_close(
-        experts(*arguments, backend=backend, chunk=chunk), whole, rtol=1e-6, atol=1e-6
+        run(*arguments, backend=backend, chunk=chunk), whole, rtol=1e-6, atol=1e-6
     )
 
 
@@ -134,8 +138,8 @@ def test_an_inf_in_an_unused_expert_changes_nothing():
     x, ids, w = x[:2], ids[:2], w[:2]  # T * K = 4 < E = 5: gathered
     for backend in ("reference", "portable"):
         chex.assert_trees_all_equal(
-            experts(x, infinite, ids, w, backend=backend),
-            experts(x, weights, ids, w, backend=backend),
+            run(x, infinite, ids, w, backend=backend),
+            run(x, weights, ids, w, backend=backend),
         )
 
 
@@ -157,7 +161,7 @@ def test_what_a_backend_cannot_do_is_an_error_that_names_who_can(change, lacks):
 
 def test_the_portable_backend_gathers_or_multiplies_all():
     for T, form in ((2, "gather"), (3, "dense")):  # T * K = 4 < E = 5 <= 6
-        text = jax.jit(lambda *a: experts(*a, backend="portable")).lower(*make(jnp.float32, T=T))
+        text = run.lower(*make(jnp.float32, T=T), backend="portable")
         assert ("stablehlo.gather" in text.as_text()) == (form == "gather")
 
 
@@ -269,10 +273,13 @@ def test_the_environment_chooses_unless_an_argument_does():
 
 
 def test_what_was_chosen_is_on_record():
+    def trace(**options):
+        jax.eval_shape(functools.partial(experts, **options), *make(jnp.float32))
+
     with record_choices() as record:
-        experts(*make(jnp.float32), platform="NPU", phase="decode")
-        experts(*make(jnp.float32), backend="reference")
-    experts(*make(jnp.float32))
+        trace(platform="NPU", phase="decode")
+        trace(backend="reference")
+    trace()
     assert [(r.platform, r.phase, choice.backend) for r, choice in record] == [
         ("ascend", "decode", "portable"),
         (HERE, "prefill", "reference"),
