@@ -2,12 +2,20 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.cache import init_cache, slots_of, stored_positions, write
 from moe_jax.presets import PRESETS
+
+
+@jax.jit
+def append(stored, new, valid, lengths):
+    stored = write(stored, new, slots_of(valid, lengths), valid)
+    lengths = lengths + valid.sum(axis=1)
+    return stored, lengths, stored_positions(lengths, stored.shape[2])
 
 
 @pytest.mark.parametrize("C", [3, 8])
@@ -27,16 +35,13 @@ def test_rows_hold_the_last_valid_tokens(C):
             new[b, :, s] = token
             if valid[b, s]:
                 rows[b].append(token)
-        valid = jnp.asarray(valid)
-        slots = slots_of(valid, lengths)
-        stored = write(stored, jnp.asarray(new), slots, valid)
-        lengths = lengths + valid.sum(axis=1)
-        positions = stored_positions(lengths, C)
+        stored, lengths, positions = append(stored, new, valid, lengths)
+        positions, held = np.asarray(positions), np.asarray(stored)
         for b in range(B):
             assert int(lengths[b]) == len(rows[b])
-            for slot, position in enumerate(np.asarray(positions[b])):
+            for slot, position in enumerate(positions[b]):
                 expected = rows[b][position] if position >= 0 else -1
-                assert np.all(stored[b, :, slot] == expected)
+                assert np.all(held[b, :, slot] == expected)
             seen = sorted(p for p in positions[b].tolist() if p >= 0)
             assert seen == list(range(len(rows[b])))[-C:]
 

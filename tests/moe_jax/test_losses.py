@@ -5,19 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.losses import (
-    cross_entropy,
-    load_balancing_loss,
-    load_balancing_loss_per_layer,
-    router_z_loss,
-)
+from moe_jax import losses
 
 E, K = 6, 2
 
+# One program each, and not one for each operation.
+cross_entropy = jax.jit(losses.cross_entropy)
+load_balancing_loss = jax.jit(losses.load_balancing_loss, static_argnums=1)
+load_balancing_loss_per_layer = jax.jit(losses.load_balancing_loss_per_layer, static_argnums=1)
+router_z_loss = jax.jit(losses.router_z_loss)
 
-def layers(count=3, T=10, seed=0):
-    keys = jax.random.split(jax.random.key(seed), count)
-    return tuple(jax.random.normal(key, (T, E)) * 2 for key in keys)
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def layers(count=3, T=10):
+    return tuple(normal(T, E, seed=seed) * 2 for seed in range(count))
 
 
 def balance_in_numpy(logits, valid):
@@ -81,7 +85,7 @@ def test_no_layer(loss):
 
 
 def test_cross_entropy_shifts_and_ignores():
-    logits = jax.random.normal(jax.random.key(0), (2, 5, 7))
+    logits = normal(2, 5, 7)
     labels = jnp.array([[-100, -100, 3, 6, -100], [1, 2, -100, 0, 5]])
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     pairs = [
@@ -95,7 +99,7 @@ def test_cross_entropy_shifts_and_ignores():
 
 
 def test_cross_entropy_is_float32_whatever_the_logits_are():
-    logits = jax.random.normal(jax.random.key(0), (1, 4, 7), jnp.bfloat16)
+    logits = normal(1, 4, 7).astype(jnp.bfloat16)
     labels = jnp.array([[0, 1, 2, 3]])
     loss = cross_entropy(logits, labels)
     assert loss.dtype == jnp.float32

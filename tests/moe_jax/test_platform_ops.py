@@ -21,7 +21,7 @@ VALUES = st.sampled_from([-np.inf, -2.0, 0.0, 0.5, 0.5, 3.0, np.inf])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(VALUES, min_size=6, max_size=6), min_size=1, max_size=3), st.data())
+@given(st.lists(st.lists(VALUES, min_size=6, max_size=6), min_size=3, max_size=3), st.data())
 def test_top_k_and_argmax_with_ties(rows, data):
     K = data.draw(st.integers(1, 6))
     scores = jnp.array(rows, jnp.float32)
@@ -49,18 +49,21 @@ def test_running_count(S):
     chex.assert_trees_all_equal(PORTABLE.running_count(flags), XLA.running_count(flags))
 
 
+@jax.jit
+def put_in_both_ways(stored, new, index):
+    return PORTABLE.put(stored, new, index), XLA.put(stored, new, index)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("S", [1, 4])
 def test_put(S, dtype):
     B, kv, C, D = 3, 2, 6, 4
-    keys = jax.random.split(jax.random.key(S), 3)
-    stored = jax.random.normal(keys[0], (B, kv, C, D), dtype)
-    new = jax.random.normal(keys[1], (B, kv, S, D), dtype)
-    order = jax.vmap(jax.random.permutation)(
-        jax.random.split(keys[2], B), jnp.tile(jnp.arange(C, dtype=jnp.int32), (B, 1))
-    )
-    index = order[:, :S].at[0, 0].set(C)  # one is dropped
-    chex.assert_trees_all_equal(PORTABLE.put(stored, new, index), XLA.put(stored, new, index))
+    rng = np.random.default_rng(S)
+    stored, new = (jnp.asarray(rng.normal(size=(B, kv, N, D)), dtype) for N in (C, S))
+    index = rng.permuted(np.tile(np.arange(C, dtype=np.int32), (B, 1)), axis=1)[:, :S]
+    index[0, 0] = C  # one is dropped
+    found, expected = put_in_both_ways(stored, new, index)
+    chex.assert_trees_all_equal(found, expected)
     # What is dropped may be NaN.
-    poisoned = new.at[0, :, 0].set(jnp.nan)
-    chex.assert_trees_all_equal(PORTABLE.put(stored, poisoned, index), XLA.put(stored, new, index))
+    poisoned, _ = put_in_both_ways(stored, new.at[0, :, 0].set(jnp.nan), index)
+    chex.assert_trees_all_equal(poisoned, expected)

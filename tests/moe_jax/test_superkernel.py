@@ -8,18 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe_jax.cache import init_cache
 from moe_jax.config_checks import ConfigError
-from moe_jax.model import Qwen3Moe
-from moe_jax.parameters import from_arrays, to_arrays
-from moe_jax.presets import PRESETS
+from moe_jax.parameters import from_arrays
 from moe_jax.superkernel import SCOPES, VERSION, superkernel_scope
+from tests.moe_jax.tiny import TINY, random_arrays, random_ids
 
 B, S, CAPACITY = 2, 5, 16
 HERE = "cpu" if jax.default_backend() == "cpu" else "cuda"
-TINY = PRESETS["tiny"]
 ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1)
 
 
@@ -48,14 +45,14 @@ EVERY_ROUNDING = {"xla_allow_excess_precision": False}
 @functools.cache
 def inputs(config, dtype, S=1):
     """Random arrays, S tokens of each row, and a cache that already holds some."""
-    prompt = jax.random.randint(jax.random.key(4), (B, S), 0, config.vocab_size)
+    prompt = random_ids(4, (B, S))
     empty = init_cache(config, B, CAPACITY, dtype)
     draw = np.random.default_rng(5).normal
     cache = dataclasses.replace(
         jax.tree.map(lambda held: jnp.asarray(draw(size=held.shape), held.dtype), empty),
         lengths=jnp.array([7, 3], jnp.int32),
     )
-    return to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(3), dtype=dtype)), prompt, cache
+    return random_arrays(config, dtype), prompt, cache
 
 
 @functools.cache

@@ -5,10 +5,11 @@ import functools
 
 import chex
 import jax
-from flax import nnx
+import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.model import Qwen3Moe
-from moe_jax.parameters import from_arrays, to_arrays
+from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -16,12 +17,23 @@ WINDOWED = dataclasses.replace(TINY, use_sliding_window=True, sliding_window=5)
 B, S = 2, 11
 
 
+def random_arrays(config, dtype="float32", seed=3) -> dict[str, jax.Array]:
+    """Weights several times larger than at initialisation, so that experts and heads differ.
+
+    They are NumPy's, because JAX would compile a program for each shape.
+    """
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.ones(s.shape, dtype)
+        if name.endswith("norm.weight")
+        else jnp.asarray(rng.normal(size=s.shape) * 0.15, dtype)
+        for name, s in parameter_shapes(config).items()
+    }
+
+
 @functools.cache
 def model_of(config, dtype="float32") -> Qwen3Moe:
-    """Weights several times larger than at initialisation, so that experts and heads differ."""
-    model = Qwen3Moe(dataclasses.replace(config, initializer_range=0.15), rngs=nnx.Rngs(3))
-    arrays = {name: array.astype(dtype) for name, array in to_arrays(model).items()}
-    return from_arrays(config, arrays)
+    return from_arrays(config, random_arrays(config, dtype))
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "backend", "extras"))
@@ -42,7 +54,8 @@ def run(model, ids, cache=None, mask=None, labels=None, replay=None, *, keep=0, 
 
 
 def random_ids(seed=0, shape=(B, S)):
-    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+    ids = np.random.default_rng(seed).integers(TINY.vocab_size, size=shape)
+    return jnp.asarray(ids, jnp.int32)
 
 
 def close(a, b):

@@ -11,6 +11,7 @@ import shutil
 from typing import NamedTuple
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
@@ -72,14 +73,22 @@ def model_of(name: str, **replaced) -> Qwen3Moe:
     """
     config_json = replace_keys(manifest()["cases"][name]["config"], replaced)
     config = Qwen3MoeConfig.from_hf(config_json)
-    return from_arrays(config, {k: jnp.asarray(v) for k, v in stacked(hub_tensors(name)).items()})
+    return from_arrays(config, _arrays(weights_file(name)))
 
 
 @functools.cache
+def _arrays(file: pathlib.Path) -> dict[str, jax.Array]:
+    return {key: jnp.asarray(tensor) for key, tensor in stacked(_tensors(file)).items()}
+
+
 def hub_tensors(name: str) -> dict[str, np.ndarray]:
-    """The case's weights under their hub keys, float32."""
-    tensors = load_file(weights_file(name))
-    return {key: tensor.astype(np.float32) for key, tensor in tensors.items()}
+    """The case's weights under their hub keys, float32; cases of the same shapes share them."""
+    return _tensors(weights_file(name))
+
+
+@functools.cache
+def _tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    return {key: tensor.astype(np.float32) for key, tensor in load_file(file).items()}
 
 
 def weights_file(name: str) -> pathlib.Path:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.parameters import from_arrays, parameter_shapes
@@ -22,15 +23,14 @@ CONFIG = PRESETS["tiny"]
 
 def random_weights(seed: int) -> dict[str, jax.Array]:
     """Norms around 1, and each linear layer's output about as large as its input; bfloat16."""
-    weights = {}
-    for i, (name, struct) in enumerate(parameter_shapes(CONFIG).items()):
-        key = jax.random.fold_in(jax.random.key(seed), i)
+    weights, rng = {}, np.random.default_rng(seed)
+    for name, struct in parameter_shapes(CONFIG).items():
         if name.endswith("norm.weight"):
-            values = jax.random.uniform(key, struct.shape, minval=0.5, maxval=1.5)
+            values = rng.uniform(0.5, 1.5, struct.shape)
         else:
             scale = 1.0 if name.startswith("embed") else struct.shape[-1] ** -0.5
-            values = jax.random.normal(key, struct.shape) * scale
-        weights[name] = values.astype(jnp.bfloat16)
+            values = rng.normal(0, scale, struct.shape)
+        weights[name] = jnp.asarray(values, jnp.bfloat16)
     return weights
 
 
@@ -41,7 +41,7 @@ def run(model, ids, replay=None):
 
 def relative_error(seed: int) -> float:
     weights = random_weights(seed)
-    ids = jax.random.randint(jax.random.key(seed), (2, 32), 0, CONFIG.vocab_size)
+    ids = jnp.asarray(np.random.default_rng(seed).integers(CONFIG.vocab_size, size=(2, 32)))
     wide = {name: weight.astype(jnp.float32) for name, weight in weights.items()}
     reference = run(from_arrays(CONFIG, wide), ids)
     # their experts, but weighed by its own router

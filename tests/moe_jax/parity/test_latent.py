@@ -82,15 +82,29 @@ def run_block(config: Qwen3MoeConfig, arrays: dict, x, **options) -> jax.Array:
     return moe_block(params_of(block), x, jnp.ones(x.shape[:2], bool), options)[0]
 
 
-def assert_gradients(y_of, found: LatentGolden, arrays: dict) -> None:
-    """Those of sum(y_of(arrays) * cotangent) are the golden's, each against its largest element."""
-    assert arrays.keys() == found.gradients.keys()
-    cotangent = found.inputs["cotangent"]
-    gradients = jax.jit(jax.grad(lambda arrays: jnp.sum(y_of(arrays) * cotangent)))(arrays)
-    for name, expected in found.gradients.items():
-        scale = np.abs(expected).max()
-        assert scale > 1e-3, name
-        assert_close(gradients[name] / scale, expected / scale)
+def assert_gradients(y_of, names: list[str], arrays_of) -> None:
+    """Those of sum(y * cotangent) are the goldens', each against its largest element.
+
+    All cases are one program, because each would take as long to compile.
+
+    Args:
+      y_of: (golden, arrays) -> y.
+      names: of the cases.
+      arrays_of: golden -> what to differentiate by.
+    """
+    cases = [latent_golden(name) for name in names]
+
+    def total(every):
+        parts = zip(cases, every, strict=True)
+        return sum(jnp.sum(y_of(found, a) * found.inputs["cotangent"]) for found, a in parts)
+
+    every = [on_device(arrays_of(found)) for found in cases]
+    for found, gradients in zip(cases, jax.jit(jax.grad(total))(every), strict=True):
+        assert gradients.keys() == found.gradients.keys()
+        for name, expected in found.gradients.items():
+            scale = np.abs(expected).max()
+            assert scale > 1e-3, name
+            assert_close(gradients[name] / scale, expected / scale)
 
 
 def phase_of(case: LatentCase) -> str:
@@ -117,20 +131,16 @@ def test_experts(name, backend):
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
-@pytest.mark.parametrize("name", [name for name in DRAWN if LATENT_CASES[name].gradients])
-def test_gradients_of_experts(name, backend):
-    found = latent_golden(name)
-    ids = jnp.asarray(found.routing["ids"])
-
-    def y_of(arrays):
-        options = {"backend": backend, "phase": "training"}
+def test_gradients_of_experts(backend):
+    def y_of(found, arrays):
+        ids, options = found.routing["ids"], {"backend": backend, "phase": "training"}
         return run_experts(arrays, arrays["x"], ids, arrays["routing.weights"], **options)
 
-    arrays = found.weights | {
-        "x": found.inputs["x"],
-        "routing.weights": found.routing["weights"],
-    }
-    assert_gradients(y_of, found, on_device(arrays))
+    def arrays_of(found):
+        more = {"x": found.inputs["x"], "routing.weights": found.routing["weights"]}
+        return found.weights | more
+
+    assert_gradients(y_of, [name for name in DRAWN if LATENT_CASES[name].gradients], arrays_of)
 
 
 @pytest.mark.parametrize("backend", ["auto", *FLOAT32])
@@ -143,15 +153,13 @@ def test_block(name, backend):
     assert_close(y, found.outputs["y"])
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTED if LATENT_CASES[name].gradients])
-def test_gradients_of_block(name):
-    found = latent_golden(name)
-
-    def y_of(arrays):
+def test_gradients_of_block():
+    def y_of(found, arrays):
         weights = {name: array for name, array in arrays.items() if name != "x"}
         return run_block(found.config, weights, arrays["x"], phase="training")
 
-    assert_gradients(y_of, found, on_device(found.weights | {"x": found.inputs["x"]}))
+    names = [name for name in ROUTED if LATENT_CASES[name].gradients]
+    assert_gradients(y_of, names, lambda found: found.weights | {"x": found.inputs["x"]})
 
 
 # What follows needs nothing of moe_jax: it shows that the goldens can tell wrong orders. Each

@@ -107,22 +107,23 @@ def test_head_dim_is_not_hidden_size_over_heads():
 def padded_layer():
     """A layer's x [T, H], weights, ids and routing weights; PADDED rows are routed nowhere."""
     T, K, E, H, I = 7, 2, 4, 8, 6
-    keys = jax.random.split(jax.random.key(0), 4)
-    weights = ExpertWeights(
-        gate_up=jax.random.normal(keys[1], (E, 2, I, H)), down=jax.random.normal(keys[2], (E, H, I))
+    rng = np.random.default_rng(0)
+    x, gate_up, down = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((T, H), (E, 2, I, H), (E, H, I))
     )
-    ids = jnp.argsort(jax.random.uniform(keys[3], (T, E)))[:, :K].astype(jnp.int32)
-    ids = ids.at[PADDED, :].set(-1)
-    return jax.random.normal(keys[0], (T, H)), weights, ids, jnp.full((T, K), 0.5)
+    ids = rng.permuted(np.tile(np.arange(E, dtype=np.int32), (T, 1)), axis=1)[:, :K]
+    ids[PADDED] = -1
+    weights = ExpertWeights(gate_up=gate_up, down=down)
+    return x, weights, jnp.asarray(ids), jnp.full((T, K), 0.5)
 
 
 @pytest.mark.parametrize("backend", XLA_BACKENDS)
 def test_rows_of_padding_leak_no_nan(padded_layer, backend):
     x, weights, ids, w = padded_layer
-    clean = experts(x, weights, ids, w, backend=backend)
-    dirty = experts(
-        x.at[PADDED].set(jnp.nan), weights, ids, w.at[PADDED].set(jnp.nan), backend=backend
-    )
+    run = jax.jit(functools.partial(experts, backend=backend))
+    clean = run(x, weights, ids, w)
+    dirty = run(x.at[PADDED].set(jnp.nan), weights, ids, w.at[PADDED].set(jnp.nan))
     np.testing.assert_array_equal(dirty, clean)
     np.testing.assert_array_equal(clean[PADDED], 0)
     assert jnp.all(jnp.delete(clean, PADDED, axis=0) != 0)
@@ -132,6 +133,7 @@ def test_rows_of_padding_leak_no_nan_into_gradients(padded_layer):
     # grouped is the backend whose products leave rows undefined, and the one that trains
     x, weights, ids, w = padded_layer
 
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1))
     def gradients_of(x, weights, w):
         return experts(x, weights, ids, w, backend="grouped").sum()
