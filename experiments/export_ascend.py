@@ -16,13 +16,13 @@ jax.jit, and runs the StableHLO text in an independent compiler, IREE (the extra
 Needs no accelerator; JAX_PLATFORMS=cpu keeps JAX from taking hold of one.
 """
 
+import functools
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 from rich.console import Console
 from rich.table import Table
 
@@ -31,53 +31,20 @@ from experiments.ascend.check import check
 from experiments.ascend.comparison import Comparison
 from experiments.ascend.folder import expect_replaceable
 from experiments.ascend.load import load
-from experiments.ascend.settings import DTYPES, SUPERKERNEL, Settings, parse
-from moe_jax.presets import PRESETS
-
-_OUT = flags.DEFINE_string("out", "", "The artifact's directory.")
-_PRESET = flags.DEFINE_string("preset", "", f"Random weights: {', '.join(PRESETS)}.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "", "A checkpoint directory of either format.")
-_CHECK = flags.DEFINE_bool("check", False, "Whether to check what is then in --out.")
-_ABSTRACT = flags.DEFINE_bool(
-    "abstract", False, "Without weights and sample, for what does not fit into memory here."
-)
-_OPTIONAL = (
-    flags.DEFINE_integer("batch", None, "Rows; 1 if not given."),
-    flags.DEFINE_integer("cache_length", None, "Tokens that a row may hold; 64 if not given."),
-    flags.DEFINE_integer("prompt_length", None, "Tokens of the prefill; 16 if not given."),
-    flags.DEFINE_integer("steps", None, "Decode steps of the sample; 4 if not given."),
-    flags.DEFINE_string(
-        "dtype", None, f"{' or '.join(DTYPES)}; as stored if not given, a preset's is bfloat16."
-    ),
-    flags.DEFINE_string(
-        "superkernel", None, f"{', '.join(SUPERKERNEL)}: the scope that the decode step marks."
-    ),
-    flags.DEFINE_integer("seed", None, "Of random weights and prompts; 0 if not given."),
-)
+from experiments.ascend.settings import Settings
+from experiments.bench import script
 
 
-def main(argv: list[str]) -> None:
-    """Checks the flags, exports, checks; exits 1 with a message if anything fails."""
-    if len(argv) > 1:
-        sys.exit(f"export_ascend takes flags only; left over: {' '.join(argv[1:])}")
+def main(settings: Settings) -> str | None:
+    """Exports and checks; returns a line if the check failed.
+
+    Raises:
+      ValueError, OSError, NotImplementedError: it cannot be done; the message says what is wrong.
+    """
     logging.set_verbosity(logging.WARNING)  # absl's default shows a page of Orbax's notes
-    # A pipe or a log file is not 80 columns wide just because it says nothing about its width.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    try:
-        asked = parse(
-            out=_OUT.value,
-            preset=_PRESET.value,
-            checkpoint=_CHECKPOINT.value,
-            check=_CHECK.value,
-            abstract=_ABSTRACT.value,
-            **{flag.name: flag.value for flag in _OPTIONAL},
-        )
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            passed = _run(asked, console)
-    except (ValueError, OSError, NotImplementedError) as error:
-        sys.exit(f"export_ascend: {error}")
-    if not passed:
-        sys.exit("export_ascend: --check failed")
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        passed = _run(settings, script.make_console())
+    return None if passed else "export_ascend: --check failed"
 
 
 def _run(asked: Settings, console: Console) -> bool:
@@ -130,5 +97,9 @@ def _comparisons(comparisons: list[Comparison]) -> Table:
     return table
 
 
+run = functools.partial(
+    script.run, Settings, main, one_line=(ValueError, OSError, NotImplementedError)
+)
+
 if __name__ == "__main__":
-    app.run(main)
+    run()

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from experiments.bench.script import flag
 from moe_jax.json_files import local_path
 from moe_jax.presets import PRESETS
 from moe_jax.superkernel import SCOPES
@@ -10,117 +11,76 @@ from moe_jax.superkernel import SCOPES
 DTYPES = ("bfloat16", "float32")
 SUPERKERNEL = ("off", *SCOPES)
 
-# flag -> (value where it is not given, smallest value)
-_NUMBERS = {
-    "batch": (1, 1),
-    "cache_length": (64, 1),
-    "prompt_length": (16, 1),
-    "steps": (4, 1),
-    "seed": (0, 0),
+# What an export takes where the flag is not given; a check of what lies there takes none of these.
+_DEFAULTS = {
+    "batch": 1,
+    "cache_length": 64,
+    "prompt_length": 16,
+    "steps": 4,
+    "superkernel": "off",
+    "seed": 0,
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags of export_ascend, converted.
+    """The flags of export_ascend; _DEFAULTS are filled in."""
 
-    Attributes:
-      out: the artifact's directory.
-      preset: a name in PRESETS, or None.
-      checkpoint: a checkpoint's directory, or None. Without either, `out` is checked as it is.
-      check: whether to check the artifact when it is written.
-      abstract: whether to do without weights.
-      batch: rows.
-      cache_length: tokens that a row may hold.
-      prompt_length: tokens of the prefill.
-      steps: decode steps of the sample.
-      dtype: None keeps a checkpoint's, and is bfloat16 for a preset.
-      superkernel: "off" or a scope's name.
-      seed: of random weights and of the sample's prompts.
-    """
+    out: pathlib.Path = flag("", "The artifact's directory.", needs="a directory")
+    preset: str | None = flag(None, "Random weights of these sizes.", of=PRESETS)
+    checkpoint: pathlib.Path | None = flag(None, "A checkpoint directory of either format.")
+    check: bool = flag(False, "Whether to check what is then in --out.")
+    abstract: bool = flag(
+        False, "Without weights and sample, for what does not fit into memory here."
+    )
+    batch: int | None = flag(None, "Rows; 1 if not given.", least=1)
+    cache_length: int | None = flag(None, "Tokens that a row may hold; 64 if not given.", least=1)
+    prompt_length: int | None = flag(None, "Tokens of the prefill; 16 if not given.", least=1)
+    steps: int | None = flag(None, "Decode steps of the sample; 4 if not given.", least=1)
+    dtype: str | None = flag(None, "As stored if not given, a preset's is bfloat16.", of=DTYPES)
+    superkernel: str | None = flag(
+        None, "The scope that the decode step marks; off if not given.", of=SUPERKERNEL
+    )
+    seed: int | None = flag(None, "Of random weights and prompts; 0 if not given.", least=0)
 
-    out: pathlib.Path
-    preset: str | None
-    checkpoint: pathlib.Path | None
-    check: bool
-    abstract: bool
-    batch: int
-    cache_length: int
-    prompt_length: int
-    steps: int
-    dtype: str | None
-    superkernel: str
-    seed: int
+    def __post_init__(self):
+        self._check_model()
+        if not self.exports:
+            for name in (*_DEFAULTS, "dtype"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"--{name} is {value!r} without --preset or --checkpoint: what --out holds "
+                        "is checked as it is; expected no such flag"
+                    )
+        filled = {"out": local_path(self.out, "--out")}
+        if self.checkpoint is not None:
+            filled["checkpoint"] = local_path(self.checkpoint, "--checkpoint")
+        filled |= {n: value for n, value in _DEFAULTS.items() if getattr(self, n) is None}
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
+        least = self.prompt_length + self.steps
+        if self.cache_length < least:
+            raise ValueError(
+                f"--cache_length is {self.cache_length}; expected at least {least}, "
+                "--prompt_length and --steps together"
+            )
 
     @property
     def exports(self) -> bool:
         """Whether there is something to export, before a check."""
-        return bool(self.preset or self.checkpoint)
+        return self.preset is not None or self.checkpoint is not None
 
-
-def parse(
-    *, out: str, preset: str, checkpoint: str, check: bool, abstract: bool, **optional
-) -> Settings:
-    """Checks the flags' values.
-
-    Args:
-      optional: the other flags, None where they were not given.
-
-    Raises:
-      ValueError: names the flag, its value and what is accepted.
-    """
-    if not out:
-        raise ValueError("--out is empty; expected a directory")
-    _check_model(preset, checkpoint, check, abstract)
-    if not preset and not checkpoint:
-        for flag, value in optional.items():
-            if value is not None:
-                raise ValueError(
-                    f"--{flag} is {value!r} without --preset or --checkpoint: what --out holds is "
-                    "checked as it is; expected no such flag"
-                )
-    numbers = {
-        flag: optional[flag] if optional[flag] is not None else default
-        for flag, (default, _) in _NUMBERS.items()
-    }
-    for flag, value in numbers.items():
-        smallest = _NUMBERS[flag][1]
-        if not smallest <= value < 2**31:
-            raise ValueError(f"--{flag} is {value}; expected {smallest} to {2**31 - 1}")
-    names = {"dtype": (optional["dtype"], DTYPES)}
-    names["superkernel"] = (optional["superkernel"] or "off", SUPERKERNEL)
-    for flag, (value, accepted) in names.items():
-        if value and value not in accepted:
-            raise ValueError(f"--{flag} is {value!r}; expected one of {', '.join(accepted)}")
-    least = numbers["prompt_length"] + numbers["steps"]
-    if numbers["cache_length"] < least:
-        raise ValueError(
-            f"--cache_length is {numbers['cache_length']}; expected at least {least}, "
-            "--prompt_length and --steps together"
-        )
-    return Settings(
-        out=local_path(out, "--out"),
-        preset=preset or None,
-        checkpoint=local_path(checkpoint, "--checkpoint") if checkpoint else None,
-        check=check,
-        abstract=abstract,
-        dtype=optional["dtype"] or None,
-        superkernel=names["superkernel"][0],
-        **numbers,
-    )
-
-
-def _check_model(preset: str, checkpoint: str, check: bool, abstract: bool) -> None:
-    if preset and checkpoint:
-        raise ValueError(f"--preset is {preset!r} with --checkpoint; expected one of the two")
-    if not preset and not checkpoint and not check:
-        raise ValueError(
-            "--preset and --checkpoint are empty; expected one of the two, or --check for what "
-            "--out holds"
-        )
-    if preset and preset not in PRESETS:
-        raise ValueError(f"--preset is {preset!r}; expected one of {', '.join(PRESETS)}")
-    if abstract and check:
-        raise ValueError(
-            "--abstract is given with --check, which runs what is exported; expected weights"
-        )
+    def _check_model(self) -> None:
+        if self.preset and self.checkpoint:
+            raise ValueError(
+                f"--preset is {self.preset!r} with --checkpoint; expected one of the two"
+            )
+        if not self.exports and not self.check:
+            raise ValueError(
+                "--preset and --checkpoint are empty; expected one of the two, or --check for what "
+                "--out holds"
+            )
+        if self.abstract and self.check:
+            raise ValueError(
+                "--abstract is given with --check, which runs what is exported; expected weights"
+            )

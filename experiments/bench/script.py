@@ -120,9 +120,10 @@ def run(
     Raises:
       SystemExit: a flag is not accepted, or `main` failed; the script's name comes first.
     """
-    name = settings_class.__module__.rpartition(".")[2]
-    if name == "__main__":
-        name = sys.modules["__main__"].__spec__.name.rpartition(".")[2]
+    module = getattr(main, "__module__", None) or settings_class.__module__
+    if module == "__main__":
+        module = sys.modules["__main__"].__spec__.name
+    name = module.rpartition(".")[2]
 
     def read_and_run(values: flags.FlagValues, left: Sequence[str]) -> None:
         try:

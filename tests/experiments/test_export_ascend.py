@@ -1,6 +1,6 @@
 """The script: what it writes, that --check finds it right, and that it finds what is wrong."""
 
-import functools
+import dataclasses
 import json
 import pathlib
 import re
@@ -9,38 +9,33 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
+from experiments import export_ascend
 from experiments.ascend import artifact, folder, iree, step
 from experiments.ascend.comparison import BOUNDS, compare
 from moe_jax.presets import PRESETS
 from moe_jax.superkernel import VERSION
 from tests.moe_jax.checkpoints import hub
 
-# A registry of the script's own: the scripts share names of flags, which one registry refuses.
-FLAGS = flags.FlagValues()
-with pytest.MonkeyPatch.context() as patch:
-    for kind in ("string", "bool", "integer"):
-        define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=FLAGS)
-        patch.setattr(flags, f"DEFINE_{kind}", define)
-    from experiments import export_ascend
-
 SIZES = {"B": 2, "S": 8, "capacity": 32}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """The preset with one layer: most of the time goes into compiling, by XLA and by IREE."""
+    with pytest.MonkeyPatch.context() as patch:
+        config = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1)
+        patch.setitem(PRESETS, "tiny", config)
+        yield config
+
+
 def run(*arguments) -> None:
-    argv = ["export_ascend", *arguments]
-    before = flagsaver.save_flag_values(FLAGS)
-    try:
-        export_ascend.main(FLAGS(argv))
-    finally:
-        flagsaver.restore_flag_values(before, FLAGS)
+    export_ascend.run(arguments)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tiny, tmp_path_factory):
     """A float32 artifact with weights, to damage copies of."""
     out = tmp_path_factory.mktemp("ascend") / "out"
     run("--preset=tiny", f"--out={out}", "--dtype=float32", "--batch=2", "--superkernel=moe")
@@ -88,7 +83,7 @@ def test_the_manifest_says_how_to_call(exported):
         "dtype": "float32",
     }
     assert [each["name"] for each in decode["results"]][-2:] == ["logits", "next_ids"]
-    assert decode["composites"] == 2 * [
+    assert decode["composites"] == [
         {
             "name": "superkernel.moe_experts",
             "version": VERSION,

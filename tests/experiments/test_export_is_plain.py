@@ -31,8 +31,10 @@ LABELS = {"moe": "moe_experts", "attention": "attention", "model": "decode_layer
 @pytest.mark.parametrize("scope", ["off", *LABELS])
 @pytest.mark.parametrize("preset", ["tiny", "qwen3_30b_a3b"])
 def test_the_decode_step_is_plain(preset, scope):
-    """The 30B preset with all its 48 layers: abstract weights, so nothing is allocated."""
+    """Abstract weights, so nothing is allocated."""
     config = with_scope(preset, scope)
+    if scope != "model":  # which alone sees how many layers there are
+        config = dataclasses.replace(config, num_hidden_layers=2)
     made = artifact.export(config, "decode", dtype=jnp.dtype("bfloat16"), **SIZES)
     assert made.exported.platforms == ("ascend",)
     assert violations(made.found) == []
