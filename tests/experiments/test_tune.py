@@ -105,10 +105,13 @@ def test_whole_layers_come_before_shards_and_useful_batches_first(tmp_path):
 
 
 @pytest.fixture
-def tune_with(tmp_path):
+def tune_with(tmp_path, monkeypatch):
     """A function of a bench and changed flags: (what is missing, the store, what was said)."""
+    collect = tune.gc.collect
 
-    def tune_(fake, deadline=None, opened=None, **changes):
+    def tune_(fake, deadline=None, opened=None, collects=False, **changes):
+        # It takes a third of a second among the suite's objects.
+        monkeypatch.setattr(tune.gc, "collect", collect if collects else lambda: None)
         settings = asked(f"--out={tmp_path}", f"--records={tmp_path}")
         settings = dataclasses.replace(settings, **changes)
         record = {"device_kind": "made up", "jax": jax.__version__}
@@ -187,7 +190,9 @@ def test_a_layers_weights_are_gone_before_the_next_ones_are_made(tune_with):
         return heavy
 
     opened = Opened()
-    missing, _, _ = tune_with(make, opened=opened, expert_shards=(2, 4), tokens=(1, 8))
+    missing, _, _ = tune_with(
+        make, opened=opened, collects=True, expert_shards=(2, 4), tokens=(1, 8)
+    )
     assert missing == []
     assert len(opened) == 3
 
