@@ -145,9 +145,7 @@ def _draw_time(ax: Axes, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) ->
         _plot(ax, line)
         _say_what_is_beyond(ax, line)
     ax.axhline(1, color="black", linestyle="--", linewidth=1.2, label="floor: unique bytes read")
-    for c in crossovers(
-        [row for name in LAYOUT_COLOURS for row in layout_rows(rows, name).values()]
-    ):
+    for c in crossovers(_where_both_were_timed(rows)):
         ax.axvspan(c.below, c.above, color="#e8b93e", alpha=0.25, linewidth=0, zorder=0)
         ax.annotate(
             f"{c.after}\novertakes",
@@ -161,6 +159,12 @@ def _draw_time(ax: Axes, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) ->
     highest = max(figure for line in lines for figure in line.points.values())
     ax.set_ylim(0.9, min(_LARGEST_RATIO, 1.05 * highest))
     ax.set_title("time of a layer in a chain, over the floor", fontsize=10, loc="left")
+
+
+def _where_both_were_timed(rows: Sequence[Row]) -> list[Row]:
+    """Both layouts' rows at each T that has both: elsewhere neither overtakes."""
+    first, second = (layout_rows(rows, name) for name in LAYOUT_COLOURS)
+    return [found[T] for T in first.keys() & second.keys() for found in (first, second)]
 
 
 def _say_what_is_beyond(ax: Axes, line: _Line) -> None:
@@ -218,7 +222,7 @@ def _draw_error(ax: Axes, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) -
         linewidth=1.2,
         label="bf16's own rounding of the output",
     )
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1e3 * value:.3g}"))
     ax.set_title("relative error to a float32 reference, 1e-3", fontsize=10, loc="left")
 
