@@ -85,7 +85,7 @@ class Settings:
     out: pathlib.Path = flag(
         pathlib.Path("out/compare_layouts"), "The folder for JSONL and PNG.", needs="a folder"
     )
-    commit: str = flag("", "The commit to record where there is no git checkout.")
+    commit: str = flag("", "The commit to record; the checkout's by default.")
 
     def __post_init__(self):
         if not self.layouts and not self.baselines:

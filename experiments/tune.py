@@ -68,7 +68,7 @@ class Settings:
     records: pathlib.Path = flag(
         pathlib.Path("out/tune"), "The folder for a line about each candidate.", needs="a folder"
     )
-    commit: str = flag("", "The commit to record where there is no git checkout.")
+    commit: str = flag("", "The commit to record; the checkout's by default.")
 
     def __post_init__(self):
         for name in self.presets:  # so that a trace that does not fit fails before the work

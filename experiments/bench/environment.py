@@ -52,7 +52,10 @@ class Environment:
 def describe(
     *, seed: int, repeats: int, commit: str, read_ceiling_tbps: float | None
 ) -> Environment:
-    """Looks at device, versions and checkout; `commit` is for where there is no checkout."""
+    """Looks at device, versions and checkout; a `commit` that is given goes before the checkout's.
+
+    A copy of a tree on another machine may lie in a checkout of another commit.
+    """
     device = jax.devices()[0]
     return Environment(
         device=device_slug(device.device_kind),
@@ -61,7 +64,7 @@ def describe(
         jaxlib=jaxlib.__version__,
         driver=_driver() if device.platform == "gpu" else None,
         python=platform.python_version(),
-        commit=checked_out_commit() or commit or None,
+        commit=commit or checked_out_commit(),
         command=_command(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         seed=seed,

@@ -24,7 +24,7 @@ _WIDTHS = ((3.6, 7.0), (1.8, 4.5))
 _XLA, _VLLM, _GREY = "#b08a3e", "#6b6b6b", "#666666"
 # The ratio's axis ends here: a line that goes beyond says so at the edge.
 _LARGEST_RATIO = 3.2
-_BEYOND = {"weight": "bold", "size": 8, "ha": "center", "va": "top"}
+_BEYOND = {"weight": "bold", "size": 8, "ha": "left", "va": "top"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
