@@ -110,7 +110,9 @@ def check(backend, cases, phases):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("backend", EXPERTS_BACKENDS)
 def test_equal_or_refused(backend, dtype):
-    combinations = itertools.product(WIDTHS, (False, True))
+    combinations = list(itertools.product(WIDTHS, (False, True)))
+    if dtype == "float16":  # which differs from the others in its bound only
+        combinations = combinations[-1:]
     cases = [draw(width, shared, dtype, seed) for seed, (width, shared) in enumerate(combinations)]
     sizes = {"T": T, "K": K, "E": E, "width": H, "I": I}
     requests = [

@@ -1,12 +1,15 @@
 """Which platform a computation is written for."""
 
-import subprocess
-import sys
+import functools
 import warnings
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from moe_jax.attention import attention
+from moe_jax.dispatch import record_choices
+from moe_jax.experts import ExpertWeights, experts
 from moe_jax.platforms import ascend_names, resolve_platform
 
 
@@ -49,23 +52,22 @@ def test_an_unknown_platform_gets_one_warning():
         assert resolve_platform("quantum", environment={}) == "quantum"
 
 
-def test_the_environment_variable_reaches_the_experts(tmp_path):
-    script = (
-        "import jax.numpy as jnp\n"
-        "from moe_jax.dispatch import record_choices\n"
-        "from moe_jax.experts import ExpertWeights, experts\n"
-        "weights = ExpertWeights(gate_up=jnp.ones((2, 2, 4, 4)), down=jnp.ones((2, 4, 4)))\n"
-        "with record_choices() as record:\n"
-        "    experts(jnp.ones((1, 4)), weights, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)))\n"
-        "(request, choice), = record\n"
-        "print(request.platform, choice.backend)\n"
-    )
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "MOE_JAX_PLATFORM": "npu",
-        "MOE_JAX_EXPERTS_BACKEND": "reference",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["ascend", "reference"]
+def test_the_environment_variables_reach_the_ops(monkeypatch):
+    monkeypatch.setenv("MOE_JAX_PLATFORM", "npu")
+    monkeypatch.setenv("MOE_JAX_EXPERTS_BACKEND", "reference")
+    weights = ExpertWeights(gate_up=jnp.ones((2, 2, 4, 4)), down=jnp.ones((2, 4, 4)))
+    ids, slots, heads = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32), (1, 1, 1, 2)
+    q = jnp.ones(heads)
+
+    def traced():
+        with record_choices() as record:
+            jax.eval_shape(experts, jnp.ones((1, 4)), weights, ids, jnp.ones((1, 1)))
+            jax.eval_shape(
+                functools.partial(attention, query_slots=slots, key_slots=slots), q, q, q
+            )
+        return [(request.op, request.platform, choice.backend) for request, choice in record]
+
+    assert traced() == [("experts", "ascend", "reference"), ("attention", "ascend", "xla")]
+    monkeypatch.setenv("MOE_JAX_ATTENTION_BACKEND", "flash")
+    with pytest.raises(ValueError, match="MOE_JAX_ATTENTION_BACKEND is 'flash'; expected 'auto'"):
+        traced()

@@ -13,7 +13,7 @@ from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
 
 TINY = PRESETS["tiny"]
-WINDOWED = dataclasses.replace(TINY, use_sliding_window=True, sliding_window=5)
+WINDOWED = dataclasses.replace(TINY, use_sliding_window=True, sliding_window=5, num_hidden_layers=1)
 B, S = 2, 11
 
 
