@@ -25,7 +25,7 @@ from flax import nnx
 from rich.console import Console
 
 from experiments.bench import script
-from experiments.bench.backend_trials import Timed, compare_backends, time_backends
+from experiments.bench.backend_trials import TimedBackend, compare_backends, time_backends
 from experiments.bench.environment import checked_out_commit
 from experiments.bench.script import flag
 from experiments.generate import DTYPES
@@ -270,7 +270,7 @@ def ran(record: Iterable[tuple[Request, BackendChoice]], device: str) -> rich.ta
     return table
 
 
-def timed(measurements: Iterable[Timed]) -> rich.table.Table:
+def timed(measurements: Iterable[TimedBackend]) -> rich.table.Table:
     """What time_backends measured."""
     table = _table(
         "Time of one layer's experts",

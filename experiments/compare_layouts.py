@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.bench import candidates, environment, plots, records, routings, script, tables
-from experiments.bench.comparison import Comparison, Plan
+from experiments.bench.comparison import ComparisonPlan, LayoutComparison
 from experiments.bench.inputs import draw_layers
 from experiments.bench.script import flag
 from experiments.bench.timing import STEPS
@@ -185,14 +185,14 @@ def _plan(
     deadline: float | None,
     num_steps: int = STEPS,
     num_cases: int = _ACCURACY_CASES,
-) -> Plan:
+) -> ComparisonPlan:
     out_dtype = DTYPES[settings.dtype]
     baselines, left_out = candidates.make_baselines(settings.baselines, out_dtype)
     for line in left_out:
         bar.say(line)
     if not layouts and not baselines:
         sys.exit(f"compare_layouts: nothing is left to run; {'; '.join(left_out)}")
-    return Plan(
+    return ComparisonPlan(
         run=environment.describe(
             seed=settings.seed,
             repeats=settings.repeats,
@@ -213,17 +213,19 @@ def _plan(
     )
 
 
-def _run(settings: Settings, preset: str, plan: Plan, bar: script.Progress) -> Comparison:
+def _run(
+    settings: Settings, preset: str, plan: ComparisonPlan, bar: script.Progress
+) -> LayoutComparison:
     """Runs it; each row is in the file as soon as it is measured."""
     path = _path(settings, preset, plan.run.device)
     before = records.Record(preset=preset, rows=[])
     if settings.add and path.exists():
-        before = records.read(path)
-    comparison = Comparison(
+        before = records.read_record(path)
+    comparison = LayoutComparison(
         plan=plan,
         say=bar.say,
         advance=bar.advance,
-        save=lambda rows: records.write(path, before.updated(rows)),
+        save=lambda rows: records.write_record(path, before.updated(rows)),
     )
     bar.start("chains", len(list(plan.pairs())) * len(plan.candidates))
     comparison.run()
@@ -235,7 +237,7 @@ def _path(settings: Settings, preset: str, device: str) -> pathlib.Path:
 
 
 def _finish(
-    settings: Settings, preset: str, comparison: Comparison, console: Console
+    settings: Settings, preset: str, comparison: LayoutComparison, console: Console
 ) -> str | None:
     """Prints this run's table, draws the record's picture; says what failed or was left out."""
     device = comparison.plan.run.device
@@ -245,7 +247,7 @@ def _finish(
             console, records.Record(preset=preset, rows=comparison.rows), settings.dtype
         )
         picture = path.with_suffix(".png")
-        plots.draw(picture, records.read(path), records.measured_elsewhere(device, preset))
+        plots.draw(picture, records.read_record(path), records.measured_elsewhere(device, preset))
         console.print(f"Wrote {path} and {picture}", highlight=False, soft_wrap=True)
     problems = []
     if failed := sum(bool(row.error) for row in comparison.rows):

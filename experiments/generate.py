@@ -189,7 +189,7 @@ def main(settings: Settings) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedModel:
     """What is needed to generate; tokenizer is None for a checkpoint that has none."""
 
     model: Qwen3Moe
@@ -197,7 +197,7 @@ class Loaded:
     defaults: GenerationDefaults
 
 
-def load(settings: Settings) -> Loaded:
+def load(settings: Settings) -> LoadedModel:
     """Loads the checkpoint, or makes random weights on the device.
 
     Raises:
@@ -206,7 +206,7 @@ def load(settings: Settings) -> Loaded:
     if settings.checkpoint is None:
         config = PRESETS[settings.preset]
         dtype = jnp.dtype(settings.dtype or "bfloat16")
-        return Loaded(
+        return LoadedModel(
             model=Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=dtype),
             tokenizer=ByteTokenizer(config.vocab_size),
             defaults=GenerationDefaults(),
@@ -225,10 +225,10 @@ def load(settings: Settings) -> Loaded:
     model = load_weights(settings.checkpoint, dtype=settings.dtype)
     if not defaults.stop_ids:  # Orbax keeps the config where read_generation_defaults does not look
         defaults = read_generation_defaults(settings.checkpoint, model.config.extra)
-    return Loaded(model=model, tokenizer=tokenizer, defaults=defaults)
+    return LoadedModel(model=model, tokenizer=tokenizer, defaults=defaults)
 
 
-def prompt_ids(settings: Settings, loaded: Loaded) -> list[list[int]]:
+def prompt_ids(settings: Settings, loaded: LoadedModel) -> list[list[int]]:
     """The rows to generate for: each prompt, `batch` times.
 
     Raises:
@@ -291,14 +291,14 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
     return made
 
 
-def _stop_strings(settings: Settings, loaded: Loaded) -> tuple[str, ...]:
+def _stop_strings(settings: Settings, loaded: LoadedModel) -> tuple[str, ...]:
     """Those asked for, and the checkpoint's, which go with its end tokens."""
     if settings.ignore_eos or loaded.tokenizer is None:
         return settings.stop
     return (*settings.stop, *loaded.defaults.stop_strings)
 
 
-def _warm_up(settings: Settings, loaded: Loaded, prompts, options: dict[str, Any]) -> float:
+def _warm_up(settings: Settings, loaded: LoadedModel, prompts, options: dict[str, Any]) -> float:
     """Compiles by a short run of the same shapes; returns the seconds that this took."""
     start = time.perf_counter()
     new = min(2, settings.max_new_tokens)

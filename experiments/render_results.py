@@ -95,7 +95,7 @@ def main(settings: Settings) -> None:
       ValueError: it is no record, has no rows, or none of a routing; a page has no table of it.
     """
     path = settings.record
-    record = records.read(path)
+    record = records.read_record(path)
     if not record.rows:
         raise ValueError(f"{path} holds no measurement")
     elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)

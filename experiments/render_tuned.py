@@ -41,12 +41,12 @@ def main(settings: Settings) -> None:
     """
     try:
         table = parse(settings.table.read_text(encoding="utf-8"), jax.__version__)
-        print(to_markdown(table))
+        print(table_to_markdown(table))
     except ValueError as error:  # a TableError, or text that is not UTF-8, is one
         raise ValueError(f"{settings.table}: {error}") from None
 
 
-def floor_us(entry: Entry, run: dict) -> float:
+def entry_floor_us(entry: Entry, run: dict) -> float:
     """Microseconds to read the unique bytes of the routings that `run` timed the entry with.
 
     Raises:
@@ -68,11 +68,11 @@ def _preset(entry: Entry) -> str:
     return entry.of.partition(",")[0]
 
 
-def to_markdown(table: Table) -> str:
+def table_to_markdown(table: Table) -> str:
     """The table's entries in the order of the presets, shards behind their layers.
 
     Raises:
-      ValueError: as floor_us.
+      ValueError: as entry_floor_us.
     """
     invariant = {(entry.shapes, entry.T): entry for entry in table.invariant}
     order = {name: index for index, name in enumerate(SHAPES)}
@@ -80,7 +80,7 @@ def to_markdown(table: Table) -> str:
     lines = [f"| {_COLUMNS} |", f"| {_ALIGNMENT} |"]
     for entry in ordered:
         run = table.runs[entry.run]
-        floor = floor_us(entry, run)
+        floor = entry_floor_us(entry, run)
         allowed = next(us for most, us in _ALLOWED_US if most >= entry.T)
         over = entry.us - floor
         same_bits = invariant.get((entry.shapes, entry.T))

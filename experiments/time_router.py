@@ -96,8 +96,8 @@ def main(settings: Settings) -> str | None:
         for name in reversed(VARIANTS) if on_gpu else ():
 
             def measure(name=name, T=T, times=times):
-                chain = make_chain(settings, VARIANTS[name], T)
-                times[name] = timing.measure(chain, settings.repeats)
+                chain = router_chain(settings, VARIANTS[name], T)
+                times[name] = timing.measure_step(chain, settings.repeats)
                 return f"{times[name].us:.2f} us"
 
             failed += _report(console, f"T = {T} {name}", measure)
@@ -175,7 +175,7 @@ def _check(settings: Settings, T: int, interpret: bool) -> str:
     )
 
 
-def make_chain(settings: Settings, variant: Callable, T: int) -> timing.Chain:
+def router_chain(settings: Settings, variant: Callable, T: int) -> timing.Chain:
     """A chain of steps with a gate each, enough of them that the gates come from memory."""
     shapes = settings.shapes
     steps = settings.steps or max(16, math.ceil(_COLD_BYTES / (2 * shapes.E * shapes.H)))

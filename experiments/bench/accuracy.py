@@ -22,7 +22,7 @@ REPEATS = 20
 _ALONE = 4
 
 
-class Errors(NamedTuple):
+class OutputErrors(NamedTuple):
     """||y - ref|| / ||ref|| over all cases together, and the largest |y - ref|.
 
     `rounding` is the relative error that the reference itself has once rounded to y's dtype.
@@ -33,7 +33,9 @@ class Errors(NamedTuple):
     rounding: float
 
 
-def measure(layer: Callable, cases: Sequence[Case], references: Sequence[np.ndarray]) -> Errors:
+def measure_errors(
+    layer: Callable, cases: Sequence[Case], references: Sequence[np.ndarray]
+) -> OutputErrors:
     """Runs `layer` on each case and compares with that reference, [T, H] float32 each.
 
     Raises:
@@ -48,14 +50,16 @@ def measure(layer: Callable, cases: Sequence[Case], references: Sequence[np.ndar
     difference = y - reference
     rounded = reference.astype(dtype).astype(np.float64)
     size = np.linalg.norm(reference)
-    return Errors(
+    return OutputErrors(
         relative=float(np.linalg.norm(difference) / size),
         largest=float(np.abs(difference).max()),
         rounding=float(np.linalg.norm(rounded - reference) / size),
     )
 
 
-def check_layout(name: str, errors: Errors, before_rounding: float | None, dtype: str) -> None:
+def check_layout(
+    name: str, errors: OutputErrors, before_rounding: float | None, dtype: str
+) -> None:
     """Raises an AssertionError if a layout's error is above what it must stay within."""
     for error, kind in ((errors.relative, dtype), (before_rounding, "float32")):
         if error is None:

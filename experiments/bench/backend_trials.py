@@ -138,7 +138,7 @@ class _Judge:
         )
 
 
-class Timed(NamedTuple):
+class TimedBackend(NamedTuple):
     """One backend at one T.
 
     Attributes:
@@ -166,7 +166,7 @@ def time_backends(
     seed: int,
     *,
     gradients: bool,
-) -> Iterator[Timed]:
+) -> Iterator[TimedBackend]:
     """Times the experts of a random layer of this config on the default device.
 
     For prefill's numbers of tokens: all steps read the same weights, which a decode step does not
@@ -193,12 +193,12 @@ def time_backends(
             try:
                 chain = timing.Chain(step, (x, jnp.zeros_like(x)), inputs)
             except NotImplementedError as error:
-                yield Timed(T, backend, lacks=str(error))
+                yield TimedBackend(T, backend, lacks=str(error))
                 continue
-            taken = timing.measure(chain, _REPEATS)
+            taken = timing.measure_step(chain, _REPEATS)
             y = chain.result()[1][-1]
             first = y if first is None else first
-            yield Timed(
+            yield TimedBackend(
                 T,
                 backend,
                 taken.us / 1e3,

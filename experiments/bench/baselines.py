@@ -119,7 +119,7 @@ XLA_BASELINES: dict[str, Layer] = {
 ACCURACY_ONLY = ("bf16_rounding",)
 
 
-def inspect(name: str, chain: Chain, T: int, shapes: ExpertShapes) -> dict[str, Any]:
+def inspect_baseline(name: str, chain: Chain, T: int, shapes: ExpertShapes) -> dict[str, Any]:
     """What XLA made of a baseline, read off the compiled program, for the record.
 
     temporary_bytes, and for a ragged product whether it was made dense.

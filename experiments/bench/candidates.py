@@ -96,7 +96,7 @@ class Program(NamedTuple):
     config: dict[str, Any] | None = None
 
 
-def make_chain(layer: Callable, x: jax.Array, steps: Sequence[Any]) -> timing.Chain:
+def layer_chain(layer: Callable, x: jax.Array, steps: Sequence[Any]) -> timing.Chain:
     """A chain of a JAX layer; `steps` are LayerInputs.steps."""
     return timing.Chain(layer_step(layer), x, steps, restart_every=RESTART_EVERY)
 
@@ -121,7 +121,7 @@ class Candidate:
     at: Callable[[int], Program]
     timed: bool = True
     is_jax: bool = True
-    chain: Callable[..., timing.Timeable] = make_chain
+    chain: Callable[..., timing.Timeable] = layer_chain
 
 
 def make_layouts(

@@ -36,7 +36,7 @@ _DEVICE_TIME_BUDGET_S = 90.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class ComparisonPlan:
     """What is run, all of it on the default device.
 
     Attributes:
@@ -100,7 +100,7 @@ class _Built:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Comparison:
+class LayoutComparison:
     """The rows so far.
 
     Attributes:
@@ -110,7 +110,7 @@ class Comparison:
       left: what the deadline cut off, a line each.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     say: Callable[[str], None] = print
     advance: Callable[[str], None] = lambda what: None
     save: Callable[[list[Row]], None] = lambda rows: None
@@ -156,7 +156,9 @@ class Comparison:
         if candidate.timed and candidate.is_jax:
             built.chain = candidate.chain(program.layer, inputs.x, inputs.steps)
         if built.chain is not None and candidate.kind == "baseline":
-            facts = baselines.inspect(candidate.name, built.chain, inputs.T, self.plan.shapes)
+            facts = baselines.inspect_baseline(
+                candidate.name, built.chain, inputs.T, self.plan.shapes
+            )
             built.notes |= facts
             if why := _does_not_fit(built.chain):
                 built.notes["skipped"] = why
@@ -235,7 +237,7 @@ class Comparison:
             row.same_bits_alone = accuracy.same_bits_alone(built.layer, inputs.cases[0], alone)
         if candidate.kind == "layout":
             try:
-                errors = accuracy.Errors(row.rel_error, row.max_error, row.rounding_error)
+                errors = accuracy.OutputErrors(row.rel_error, row.max_error, row.rounding_error)
                 dtype = jnp.dtype(self.plan.out_dtype).name
                 accuracy.check_layout(row.name, errors, row.rel_error_before_rounding, dtype)
             except AssertionError as error:
@@ -245,7 +247,7 @@ class Comparison:
 
     def _errors(self, candidate: Candidate, built: _Built, inputs: LayerInputs) -> dict:
         """The row's fields that follow from the program alone."""
-        found = accuracy.measure(built.layer, inputs.cases, inputs.references)
+        found = accuracy.measure_errors(built.layer, inputs.cases, inputs.references)
         fields = {
             "rel_error": found.relative,
             "max_error": found.largest,
@@ -254,7 +256,7 @@ class Comparison:
         if built.layer_float32 is built.layer:
             fields["rel_error_before_rounding"] = found.relative
         elif built.layer_float32 is not None:
-            before = accuracy.measure(built.layer_float32, inputs.cases, inputs.references)
+            before = accuracy.measure_errors(built.layer_float32, inputs.cases, inputs.references)
             fields["rel_error_before_rounding"] = before.relative
         if candidate.is_jax and candidate.timed:
             repeated = accuracy.same_bits_repeated(built.layer, inputs.cases[0])
@@ -268,7 +270,7 @@ class Comparison:
         else:  # torch captures its graph while nothing else runs
             chain = candidate.chain(built.program.layer, inputs.x, inputs.steps)
         far = candidate.kind == "baseline" and row.floor_us is not None
-        measured = timing.measure(
+        measured = timing.measure_step(
             chain, self.plan.run.repeats, far_us=_FAR_FROM_FLOOR * row.floor_us if far else None
         )
         row.chain_us, row.chain_us_spread = measured.us, measured.spread_us

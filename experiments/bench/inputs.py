@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import routings as routings_module
-from experiments.bench.routings import Routing, Traffic
+from experiments.bench.routings import DrawnRouting, Traffic
 from experiments.bench.timing import Step, restarts_at
 from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
 
@@ -194,7 +194,7 @@ def draw_inputs(
     """
     whole = dataclasses.replace(shapes, E=all_experts or shapes.E)
 
-    def draw(count: int, seed: int) -> list[Routing]:
+    def draw(count: int, seed: int) -> list[DrawnRouting]:
         drawn = routings_module.make_routings(routing, whole, T, count, seed)
         return routings_module.of_first_shard(drawn, shapes.E) if all_experts else drawn
 
@@ -226,8 +226,8 @@ def draw_inputs(
 
 
 def calibrate(
-    x: jax.Array, layers: Sequence[ExpertWeights], routings: Sequence[Routing]
-) -> list[Routing]:
+    x: jax.Array, layers: Sequence[ExpertWeights], routings: Sequence[DrawnRouting]
+) -> list[DrawnRouting]:
     """Scales each token's routing weights so that a chain of layers neither dies nor blows up.
 
     Step i's output is step i + 1's input. The size of silu(gate x) * (up x) goes with the square
@@ -249,6 +249,6 @@ def calibrate(
         size = jnp.sqrt(jnp.mean(y * y, axis=1, keepdims=True))  # [T, 1]
         size = jnp.where(size > 0, size, 1)  # a token whose ids are all padding stays at zero
         weights = (routing.expert_weights / np.asarray(size)).astype(np.float32)
-        calibrated.append(Routing(routing.expert_ids, weights))
+        calibrated.append(DrawnRouting(routing.expert_ids, weights))
         x = (y / size).astype(jnp.bfloat16)
     return calibrated

@@ -142,7 +142,7 @@ class Record:
 _LEADING = ("kind", "run")
 
 
-def write(path: pathlib.Path, record: Record) -> None:
+def write_record(path: pathlib.Path, record: Record) -> None:
     """Writes the file anew, whole or not at all; what is not finite is left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     runs: list[Environment] = []
@@ -169,8 +169,8 @@ def write(path: pathlib.Path, record: Record) -> None:
     unfinished.replace(path)
 
 
-def read(path: pathlib.Path) -> Record:
-    """Reads a file that `write` wrote.
+def read_record(path: pathlib.Path) -> Record:
+    """Reads a file that `write_record` wrote.
 
     Raises:
       ValueError: a line is none of this format; names the line and the field.

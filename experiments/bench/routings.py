@@ -27,7 +27,7 @@ _TRACE_PREFIX = "trace:"
 _BYTES_OF_BF16 = 2
 
 
-class Routing(NamedTuple):
+class DrawnRouting(NamedTuple):
     """expert_ids [T, K] int32 and expert_weights [T, K] float32, each row of which sums to 1."""
 
     expert_ids: np.ndarray
@@ -36,7 +36,7 @@ class Routing(NamedTuple):
 
 def make_routings(
     routing: str, shapes: ExpertShapes, T: int, count: int, seed: int
-) -> list[Routing]:
+) -> list[DrawnRouting]:
     """Draws `count` routings of T tokens; the same arguments give the same routings.
 
     Raises:
@@ -44,7 +44,7 @@ def make_routings(
     """
     trace = None
     if routing.startswith(_TRACE_PREFIX):
-        trace = load_trace(routing.removeprefix(_TRACE_PREFIX), shapes)
+        trace = read_trace_ids(routing.removeprefix(_TRACE_PREFIX), shapes)
     elif routing not in MADE_UP:
         raise ValueError(f"routing is {routing!r}; expected {ACCEPTED}")
     routings = []
@@ -56,7 +56,7 @@ def make_routings(
             ids = np.full((T, shapes.K), rng.integers(shapes.E))
         else:
             ids = _draw_distinct(rng, _log_odds(rng, routing, shapes.E), T, shapes.K)
-        routings.append(Routing(ids.astype(np.int32), _softmax_of_noise(rng, T, shapes.K)))
+        routings.append(DrawnRouting(ids.astype(np.int32), _softmax_of_noise(rng, T, shapes.K)))
     return routings
 
 
@@ -87,7 +87,7 @@ def _softmax_of_noise(rng: np.random.Generator, T: int, K: int) -> np.ndarray:
     return (odds / odds.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def load_trace(path: str, shapes: ExpertShapes) -> np.ndarray:
+def read_trace_ids(path: str, shapes: ExpertShapes) -> np.ndarray:
     """Reads a trace file as [layers, N, K] int64.
 
     Raises:
@@ -129,7 +129,7 @@ def short_name(routing: str) -> str:
     return _TRACE_PREFIX + file.removesuffix(".npz")
 
 
-def of_first_shard(routings: Sequence[Routing], E: int) -> list[Routing]:
+def of_first_shard(routings: Sequence[DrawnRouting], E: int) -> list[DrawnRouting]:
     """The routings as the shard of the experts 0 to E - 1 sees them: other experts' ids are -1."""
     return [
         routing._replace(
@@ -153,7 +153,7 @@ def expert_bytes(shapes: ExpertShapes) -> int:
     return 3 * shapes.H * shapes.I * _BYTES_OF_BF16
 
 
-def traffic(routings: Sequence[Routing], shapes: ExpertShapes) -> Traffic:
+def traffic(routings: Sequence[DrawnRouting], shapes: ExpertShapes) -> Traffic:
     """Counts the routings that are timed; an id outside [0, E) is padding and reads nothing."""
     valid = _valid_ids(routings, shapes)
     unique = float(np.mean([np.unique(ids).size for ids in valid]))
@@ -164,7 +164,7 @@ def traffic(routings: Sequence[Routing], shapes: ExpertShapes) -> Traffic:
     )
 
 
-def _valid_ids(routings: Sequence[Routing], shapes: ExpertShapes) -> list[np.ndarray]:
+def _valid_ids(routings: Sequence[DrawnRouting], shapes: ExpertShapes) -> list[np.ndarray]:
     """Each routing's ids that are not padding, flat."""
     return [r.expert_ids[(r.expert_ids >= 0) & (r.expert_ids < shapes.E)] for r in routings]
 
@@ -179,7 +179,9 @@ def floor_us(unique_bytes: float, tbps: float) -> float:
     return unique_bytes / (tbps * 1e6)
 
 
-def bytes_before_reuse(routings: Sequence[Routing], num_layers: int, shapes: ExpertShapes) -> float:
+def bytes_before_reuse(
+    routings: Sequence[DrawnRouting], num_layers: int, shapes: ExpertShapes
+) -> float:
     """The fewest bytes read between two reads of one expert, when step i runs layer i % num_layers.
 
     A step runs one routing; the steps repeat from the first routing on. Well above the L2 cache's

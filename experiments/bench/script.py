@@ -154,7 +154,7 @@ def run(
     app.run(lambda left: read_and_run(flags.FLAGS, left[1:]))
 
 
-def parse(settings_class: type, argv: Sequence[str]) -> Any:
+def parse_settings(settings_class: type, argv: Sequence[str]) -> Any:
     """The settings that this command line gives.
 
     Raises:

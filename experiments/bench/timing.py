@@ -169,7 +169,7 @@ class StepTime(NamedTuple):
     host_bound: bool
 
 
-def measure(
+def measure_step(
     chain: Timeable, repeats: int, budget_s: float = 1.2, far_us: float | None = None
 ) -> StepTime:
     """Times a chain.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import accuracy, timing
-from experiments.bench.candidates import Configured, configured_layer, make_chain
+from experiments.bench.candidates import Configured, configured_layer, layer_chain
 from experiments.bench.inputs import LayerInputs, draw_inputs, draw_layers
 from experiments.bench.tuning_sweep import Trial
 from pallas_kernels.decode_experts import ExpertShapes
@@ -93,11 +93,11 @@ class ChainTrial:
         self._candidate, self._inputs, self._say_once = candidate, inputs, say_once
         self._repeats, self._interpret = bench.repeats, bench.interpret
         self._layer = configured_layer(candidate, jnp.bfloat16, bench.interpret)
-        self._chain = make_chain(self._layer, inputs.x, inputs.steps)
+        self._chain = layer_chain(self._layer, inputs.x, inputs.steps)
         self._first: np.ndarray | None = None
 
     def check(self) -> float:
-        errors = accuracy.measure(self._layer, self._inputs.cases, self._inputs.references)
+        errors = accuracy.measure_errors(self._layer, self._inputs.cases, self._inputs.references)
         accuracy.check_layout(str(self._candidate), errors, None, "bfloat16")
         return errors.relative
 
@@ -108,7 +108,7 @@ class ChainTrial:
             self._chain.wait()
             us = (time.perf_counter() - start) * 1e6
         else:
-            taken = timing.measure(self._chain, self._repeats, _SAMPLE_BUDGET_S)
+            taken = timing.measure_step(self._chain, self._repeats, _SAMPLE_BUDGET_S)
             us = taken.us
             if taken.host_bound:
                 self._say_once("the host issued work more slowly than the device ran it")

@@ -35,7 +35,7 @@ from pallas_kernels.decode_experts.tuned_tables import (
 _Key = tuple[ExpertShapes, int]
 
 
-class Row(NamedTuple):
+class TunedRow(NamedTuple):
     """A measurement and the run that it was made in."""
 
     of: str
@@ -76,10 +76,10 @@ class Store:
         self.path = out / f"{slug}.json"
         self.records_path = records / f"{slug}_measured.jsonl"
         self._device_kind, self._run, self._say = device_kind, run, say
-        self._rows: dict[_Key, list[Row]] = {}
+        self._rows: dict[_Key, list[TunedRow]] = {}
         self._lines: dict[_Key, list[Line]] = {}
-        self._fastest: dict[_Key, Row] = {}
-        self._invariant: dict[_Key, Row] = {}
+        self._fastest: dict[_Key, TunedRow] = {}
+        self._invariant: dict[_Key, TunedRow] = {}
         self._read_lines()
         self._read_table()
 
@@ -93,7 +93,7 @@ class Store:
         """Puts one sweep in, in the place of an earlier one, and writes both files."""
         key = layer.shapes, T
         rows = [
-            Row(layer.of, layer.shapes, T, *m.candidate, m.us, m.rel_error, self._run)
+            TunedRow(layer.of, layer.shapes, T, *m.candidate, m.us, m.rel_error, self._run)
             for m in measured
         ]
         self._rows[key] = rows
@@ -117,7 +117,7 @@ class Store:
         """The table as it stands; runs that no entry is of are left out."""
         runs: list[dict] = []
 
-        def entry(row: Row) -> Entry:
+        def entry(row: TunedRow) -> Entry:
             if row.run not in runs:
                 runs.append(row.run)
             return Entry(**row._asdict() | {"run": runs.index(row.run)})
@@ -156,8 +156,8 @@ class Store:
             (table.invariant, self._invariant),
         ):
             for entry in entries:
-                fields = {name: getattr(entry, name) for name in Row._fields}
-                row = Row(**fields | {"run": table.runs[entry.run]})
+                fields = {name: getattr(entry, name) for name in TunedRow._fields}
+                row = TunedRow(**fields | {"run": table.runs[entry.run]})
                 rows[row.shapes, row.T] = row
                 known = self._rows.setdefault((row.shapes, row.T), [])
                 if not any((k.layout, k.config) == (row.layout, row.config) for k in known):
@@ -181,7 +181,7 @@ class Store:
                 if fields.get("error") is None:
                     config = make_config(fields["layout"], fields["config"], shapes)
                     figures = {name: fields[name] for name in ("T", "layout", "us", "rel_error")}
-                    row = Row(of=of, shapes=shapes, config=config, run=line.run, **figures)
+                    row = TunedRow(of=of, shapes=shapes, config=config, run=line.run, **figures)
                     self._rows.setdefault(key, []).append(row)
             except (ValueError, KeyError, TypeError) as error:
                 say(error)

@@ -192,7 +192,7 @@ class Sweep:
 _EQUAL = 1.01
 
 
-class Timed(Protocol):
+class TimedConfig(Protocol):
     """A measurement: a layout, its config, microseconds."""
 
     layout: str
@@ -200,13 +200,13 @@ class Timed(Protocol):
     us: float
 
 
-def fastest[M: Timed](measured: Sequence[M]) -> M:
+def fastest[M: TimedConfig](measured: Sequence[M]) -> M:
     """The first one that is as good as the fastest."""
     limit = _EQUAL * min(m.us for m in measured)
     return next(m for m in measured if m.us <= limit)
 
 
-def contenders[M: Timed](measured: Sequence[M]) -> list[M]:
+def contenders[M: TimedConfig](measured: Sequence[M]) -> list[M]:
     """What of one T may get into the table: the fastest, and the fastest of each order of sums."""
     found: list[M] = []
     groups = [measured] if measured else []
@@ -217,7 +217,7 @@ def contenders[M: Timed](measured: Sequence[M]) -> list[M]:
     return found
 
 
-def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
+def invariant[M: TimedConfig](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     """For each T the one that "invariant" takes: all of one order of sums.
 
     Of the orders that were measured at every T, the one with the least total; within it, the
@@ -244,9 +244,9 @@ def invariant[M: Timed](measured: dict[int, Sequence[M]]) -> dict[int, M]:
     )
 
 
-def _of_order[M: Timed](measured: Sequence[M], order: str) -> list[M]:
+def _of_order[M: TimedConfig](measured: Sequence[M], order: str) -> list[M]:
     return [m for m in measured if order == sum_order(m.layout)]
 
 
-def _orders(measured: Iterable[Timed]) -> list[str]:
+def _orders(measured: Iterable[TimedConfig]) -> list[str]:
     return [sum_order(m.layout) for m in measured]

@@ -14,17 +14,17 @@ from pallas_kernels.decode_experts.shapes import SHAPES
 
 def test_errors_are_over_all_cases_together():
     references = [np.array([[3.0, 4.0]]), np.array([[0.0, 12.0]])]
-    found = accuracy.measure(lambda *_: jnp.array([[3.0, 8.0]]), [(), ()], references)
+    found = accuracy.measure_errors(lambda *_: jnp.array([[3.0, 8.0]]), [(), ()], references)
     # The differences are (0, 4) and (3, -4), the references (3, 4) and (0, 12).
     assert found.relative == pytest.approx((41 / 169) ** 0.5)
     assert found.largest == 4.0
     assert found.rounding == 0.0
     with pytest.raises(AssertionError):
-        accuracy.measure(lambda *_: jnp.array([[3.0, jnp.nan]]), [(), ()], references)
+        accuracy.measure_errors(lambda *_: jnp.array([[3.0, jnp.nan]]), [(), ()], references)
 
 
 def _errors_of(relative, rounding=1.66e-3):
-    return accuracy.Errors(relative=relative, largest=0.0, rounding=rounding)
+    return accuracy.OutputErrors(relative=relative, largest=0.0, rounding=rounding)
 
 
 def test_layout_above_its_bound_is_named():

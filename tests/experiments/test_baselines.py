@@ -41,7 +41,7 @@ def test_baseline_against_the_reference(cases, name):
     layer = jax.jit(functools.partial(XLA_BASELINES[name], out_dtype=jnp.float32))
     low, high = (2.5e-3, 6e-3) if name == "bf16_rounding" else (1e-4, 2.5e-3)
     for case in cases.values():
-        found = accuracy.measure(layer, [case], [np.asarray(inputs.jitted_reference(*case))])
+        found = accuracy.measure_errors(layer, [case], [np.asarray(inputs.jitted_reference(*case))])
         chex.assert_scalar_in(found.relative, low, high)
     bf16 = functools.partial(XLA_BASELINES[name], out_dtype=jnp.bfloat16)
     y = jax.eval_shape(bf16, *cases["uniform"])

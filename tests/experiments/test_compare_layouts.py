@@ -23,7 +23,7 @@ TINY = SHAPES["tiny"]
 
 
 def parse(*flags):
-    return script.parse(compare_layouts.Settings, flags)
+    return script.parse_settings(compare_layouts.Settings, flags)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_script_on_a_cpu(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "times mean nothing" in printed
     assert "qwen3_30b_a3b, uniform routing: bytes" in printed
-    record = records.read(tmp_path / "cpu_tiny.jsonl")
+    record = records.read_record(tmp_path / "cpu_tiny.jsonl")
     assert record.preset == "tiny"
     run = record.rows[0].run
     assert "--made=up" in run.command and run.read_ceiling_tbps is None
@@ -103,7 +103,7 @@ def _made_up(name, layer, **fields):
 @pytest.fixture(scope="module")
 def plan():
     good, _ = candidates.make_baselines(["xla_gather"], jnp.bfloat16)
-    return comparison.Plan(
+    return comparison.ComparisonPlan(
         run=environment.describe(seed=0, repeats=2, commit="abc", read_ceiling_tbps=3.0),
         shapes=TINY,
         tokens=(1, 2),
@@ -120,7 +120,7 @@ def plan():
 
 def test_failures_are_recorded_and_the_rest_goes_on(plan):
     saved, said = [], []
-    made = comparison.Comparison(
+    made = comparison.LayoutComparison(
         plan=plan, say=said.append, save=lambda rows: saved.append(len(rows))
     )
     rows = made.run()
@@ -149,7 +149,7 @@ def test_other_routings_run_in_the_programs_of_the_first(plan, monkeypatch):
 
     one = [_made_up("one", counted), _made_up("same", counted)]
     same = dataclasses.replace(one[1], at=one[0].at)
-    made = comparison.Comparison(plan=dataclasses.replace(plan, candidates=[one[0], same]))
+    made = comparison.LayoutComparison(plan=dataclasses.replace(plan, candidates=[one[0], same]))
     rows = made.run()
     assert len(rows) == 6
     assert traced == [(1, 128), (2, 128)]  # once a T: for chain, errors and bits, both routings
@@ -159,7 +159,7 @@ def test_other_routings_run_in_the_programs_of_the_first(plan, monkeypatch):
 
 def test_the_budget_stops_it_between_rows(plan, monkeypatch):
     clock = iter([0.0] * 5 + [2.0] * 100)
-    made = comparison.Comparison(plan=dataclasses.replace(plan, deadline=1.0))
+    made = comparison.LayoutComparison(plan=dataclasses.replace(plan, deadline=1.0))
     now = types.SimpleNamespace(monotonic=lambda: next(clock))
     monkeypatch.setattr(comparison, "time", now)
     rows = made.run()
@@ -174,15 +174,15 @@ def test_the_budget_stops_it_between_rows(plan, monkeypatch):
 
 def test_a_baseline_far_from_the_floor_is_timed_once(plan, monkeypatch):
     asked = []
-    measure = comparison.timing.measure
+    measure = comparison.timing.measure_step
     monkeypatch.setattr(
         comparison.timing,
-        "measure",
+        "measure_step",
         lambda *arguments, **keywords: asked.append(keywords) or measure(*arguments, **keywords),
     )
     baseline = plan.candidates[-1]
     small = dataclasses.replace(plan, tokens=(1,), candidates=[baseline])
-    [row] = comparison.Comparison(plan=small).run()
+    [row] = comparison.LayoutComparison(plan=small).run()
     assert asked == [{"far_us": 20 * row.floor_us}]
     assert row.chain_us_spread == 0  # on this CPU it is far
 
@@ -197,7 +197,7 @@ def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as log:
         failed = compare_layouts.compare_on_gpu(settings, Console(file=log, width=120), None)
     assert failed.startswith("1 measurement(s) failed")
-    layout, baseline = records.read(tmp_path / "cpu_tiny.jsonl").rows
+    layout, baseline = records.read_record(tmp_path / "cpu_tiny.jsonl").rows
     assert layout.error
     assert baseline.ceiling_share > 0
     assert baseline.device_us is None
@@ -210,7 +210,11 @@ def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
         assert left == "out of time, not measured: T = 2, uniform"
         assert compare_layouts.compare_on_gpu(more, Console(file=log, width=120), None) is None
     # The rows of before are kept, and the table is of this run alone.
-    assert [row.tokens for row in records.read(tmp_path / "cpu_tiny.jsonl").rows] == [1, 1, 2]
+    assert [row.tokens for row in records.read_record(tmp_path / "cpu_tiny.jsonl").rows] == [
+        1,
+        1,
+        2,
+    ]
     assert "T=1" not in (tmp_path / "log").read_text()
 
 
@@ -222,7 +226,7 @@ def test_cpu_flow_reads_a_trace_for_the_byte_model_only(tmp_path):
     settings = dataclasses.replace(settings, routing=(f"trace:{trace}",), repeats=2)
     with (tmp_path / "log").open("w") as log:
         assert compare_layouts.check_on_cpu(settings, Console(file=log, width=120), None) is None
-    assert records.read(tmp_path / "cpu_tiny.jsonl").routings() == ["uniform"]
+    assert records.read_record(tmp_path / "cpu_tiny.jsonl").routings() == ["uniform"]
     log = (tmp_path / "log").read_text()
     assert "8.0" in log
     assert "uniform routing" in log

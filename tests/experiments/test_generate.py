@@ -15,7 +15,7 @@ from flax import nnx
 from experiments import generate
 from experiments.bench import script
 from experiments.bench.generated_text import printable, report, shown
-from experiments.generate import Loaded, generate_text, load, prompt_ids
+from experiments.generate import LoadedModel, generate_text, load, prompt_ids
 from moe_jax.checkpoints import save_hugging_face, save_orbax
 from moe_jax.generation import Event, Generation, Sampling
 from moe_jax.generation import generate as generate_tokens
@@ -31,7 +31,7 @@ TOKENIZER = ROOT / "tests" / "moe_jax" / "generation" / "checkpoint"
 def parse(*flags, **changes):
     """Settings of a random model, with flags and fields changed."""
     flags = [*RANDOM, "--max_new_tokens=6", "--nowarm_up", *flags]
-    settings = script.parse(generate.Settings, flags)
+    settings = script.parse_settings(generate.Settings, flags)
     return dataclasses.replace(settings, **changes)
 
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_done_ends_in_one_line(flags, message):
 
 def test_a_file_is_a_prompt(tmp_path):
     (tmp_path / "p.txt").write_text("two\nlines", encoding="utf-8")
-    settings = script.parse(
+    settings = script.parse_settings(
         generate.Settings, ["--random", "--preset=tiny", f"--prompt_file={tmp_path / 'p.txt'}"]
     )
     assert settings.prompts() == ("two\nlines",)
@@ -108,7 +108,9 @@ def test_sampling_flags_go_over_the_checkpoints():
     settings = parse("--temperature=0.9")
     assert settings.sampling_over(defaults) == dataclasses.replace(defaults, temperature=0.9)
     assert parse("--temperature=0").sampling_over(defaults).temperature == 0
-    asked = script.parse(generate.Settings, [*OF_A_CHECKPOINT, "--temperature=0", "--top_k=3"])
+    asked = script.parse_settings(
+        generate.Settings, [*OF_A_CHECKPOINT, "--temperature=0", "--top_k=3"]
+    )
     with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
         asked.sampling_over(defaults)
 
@@ -117,7 +119,7 @@ def test_sampling_flags_go_over_the_checkpoints():
 def test_enable_thinking_is_for_the_chat_template(thinking):
     tokenizer = load_tokenizer(TOKENIZER)
     asked = of_checkpoint("x", chat=True, prompt=("hi",), enable_thinking=thinking)
-    rows = prompt_ids(asked, Loaded(model=None, tokenizer=tokenizer, defaults=None))
+    rows = prompt_ids(asked, LoadedModel(model=None, tokenizer=tokenizer, defaults=None))
     given = {} if thinking is None else {"enable_thinking": thinking}
     assert rows == [tokenizer.encode_chat([{"role": "user", "content": "hi"}], **given)]
     assert tokenizer.decode(rows[0]).endswith("</think>\n\n") == (thinking is False)
@@ -125,7 +127,7 @@ def test_enable_thinking_is_for_the_chat_template(thinking):
 
 def test_random_prompt_tokens():
     asked = parse(prompt=(), prompt_tokens=20, batch=3, seed=4)
-    model = Loaded(model=_Config, tokenizer=None, defaults=None)
+    model = LoadedModel(model=_Config, tokenizer=None, defaults=None)
     rows = prompt_ids(asked, model)
     assert [len(row) for row in rows] == [20] * 3
     assert rows[0] != rows[1] and rows == prompt_ids(asked, model)
@@ -246,7 +248,7 @@ def test_random_model_with_trace(model, tmp_path, monkeypatch):
 def test_rows_of_a_batch():
     rows = prompt_ids(
         parse(prompt=("a", "bc"), batch=2),
-        Loaded(model=None, tokenizer=ByteTokenizer(256), defaults=None),
+        LoadedModel(model=None, tokenizer=ByteTokenizer(256), defaults=None),
     )
     assert rows == [[97], [97], [98, 99], [98, 99]]
 

@@ -21,7 +21,7 @@ FOLDER = records.RESULTS / "compare_layouts"
 def test_a_page_shows_the_committed_record(page, stem):
     """`python -m experiments.render_results RECORD --into=PAGE` makes its tables."""
     text = (ROOT / page).read_text()
-    record = records.read(FOLDER / f"{stem}.jsonl")
+    record = records.read_record(FOLDER / f"{stem}.jsonl")
     elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)
     assert render_results.with_tables(text, stem, record, elsewhere) == text
     assert f"results/compare_layouts/{stem}.png)" in text

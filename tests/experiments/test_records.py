@@ -60,8 +60,8 @@ def _record():
 
 def test_round_trip(tmp_path):
     path = tmp_path / "results" / "h100_x.jsonl"
-    records.write(path, _record())
-    assert records.read(path) == _record()
+    records.write_record(path, _record())
+    assert records.read_record(path) == _record()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kind"] for line in lines[:4]] == ["record", "run", "run", "layout"]
     assert lines[0] == {"kind": "record", "format": 2, "preset": "qwen3_30b_a3b"}
@@ -72,7 +72,7 @@ def test_round_trip(tmp_path):
 
 def test_a_write_that_breaks_off_keeps_the_file_before(tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
-    records.write(path, _record())
+    records.write_record(path, _record())
     before = path.read_text()
 
     def half(self, text):
@@ -82,7 +82,7 @@ def test_a_write_that_breaks_off_keeps_the_file_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "write_text", half)
     with pytest.raises(OSError, match="no space left"):
-        records.write(path, records.Record(preset="x", rows=_record().rows[:1]))
+        records.write_record(path, records.Record(preset="x", rows=_record().rows[:1]))
     assert path.read_text() == before
 
 
@@ -111,8 +111,8 @@ def test_what_follows_from_a_chain_time():
 def test_values_that_json_lacks_are_left_out(tmp_path):
     path = tmp_path / "x.jsonl"
     rows = [_row("a", 1, None, max_error=float("inf"))]
-    records.write(path, records.Record(preset="x", rows=rows))
-    assert records.read(path).rows[0].max_error is None
+    records.write_record(path, records.Record(preset="x", rows=rows))
+    assert records.read_record(path).rows[0].max_error is None
 
 
 HEAD = '{"kind": "record", "format": 2, "preset": "x"}\n'
@@ -136,7 +136,7 @@ def test_what_is_no_result_file_is_refused(tmp_path, text, message):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        records.read(path)
+        records.read_record(path)
 
 
 def test_sections():
@@ -276,7 +276,7 @@ def test_one_record_and_one_picture_a_device_and_preset():
     found = sorted(folder.glob("*.jsonl"))
     assert {path.stem for path in found} == {path.stem for path in folder.glob("*.png")}
     for path in found:
-        record = records.read(path)
+        record = records.read_record(path)
         assert path.stem == f"{record.rows[0].run.device}_{record.preset}"
         assert len({row.key for row in record.rows}) == len(record.rows)
     dumps = [*records.RESULTS.rglob("*.jsonl"), *records.RESULTS.rglob("*.npz")]

@@ -29,7 +29,7 @@ def test_a_floor_is_the_experts_of_the_routings_at_the_ceiling(h100):
     run = h100.runs[entry.run] | {"read_ceiling_tbps": 2.0}
     # One token has K distinct experts, whichever they are.
     bytes_read = entry.shapes.K * 3 * entry.shapes.H * entry.shapes.I * 2
-    assert render_tuned.floor_us(entry, run) == pytest.approx(bytes_read / 2e6)
+    assert render_tuned.entry_floor_us(entry, run) == pytest.approx(bytes_read / 2e6)
 
 
 def test_a_shard_reads_its_share(h100):
@@ -37,16 +37,16 @@ def test_a_shard_reads_its_share(h100):
         _entry(h100, of, 64) for of in ("qwen3_235b_a22b", "qwen3_235b_a22b, expert shard 1/2")
     )
     run = h100.runs[whole.run]
-    floor = render_tuned.floor_us(whole, run)
-    assert render_tuned.floor_us(half, run) == pytest.approx(floor / 2, rel=0.02)
+    floor = render_tuned.entry_floor_us(whole, run)
+    assert render_tuned.entry_floor_us(half, run) == pytest.approx(floor / 2, rel=0.02)
 
 
 def test_within_or_not(h100):
     entry = _entry(h100, "qwen3_30b_a3b", 8)
-    floor = render_tuned.floor_us(entry, h100.runs[entry.run])
+    floor = render_tuned.entry_floor_us(entry, h100.runs[entry.run])
     for over, within in ((6.9, "yes"), (7.1, "no")):
         entries = [dataclasses.replace(entry, us=floor + over)]
-        text = render_tuned.to_markdown(dataclasses.replace(h100, fastest=entries))
+        text = render_tuned.table_to_markdown(dataclasses.replace(h100, fastest=entries))
         assert [cell.strip() for cell in text.splitlines()[-1].split("|")][9] == within
 
 
@@ -54,11 +54,11 @@ def test_what_has_no_floor_is_an_error_and_what_is_not_invariant_a_dash(h100):
     entry = _entry(h100, "qwen3_30b_a3b", 8)
     run = h100.runs[entry.run]
     with pytest.raises(ValueError, match="of is 'mine'; expected one of"):
-        render_tuned.floor_us(dataclasses.replace(entry, of="mine"), run)
+        render_tuned.entry_floor_us(dataclasses.replace(entry, of="mine"), run)
     with pytest.raises(ValueError, match="read_ceiling_tbps is missing"):
-        render_tuned.floor_us(entry, run | {"read_ceiling_tbps": None})
+        render_tuned.entry_floor_us(entry, run | {"read_ceiling_tbps": None})
     alone = dataclasses.replace(h100, fastest=[entry], invariant=[])
-    assert render_tuned.to_markdown(alone).splitlines()[-1].split("|")[6].strip() == "-"
+    assert render_tuned.table_to_markdown(alone).splitlines()[-1].split("|")[6].strip() == "-"
 
 
 @pytest.mark.parametrize("device", ["h100", "h200"])
@@ -77,7 +77,7 @@ def test_a_record_as_the_readmes_table_and_in_full(tmp_path, capsys):
     assert not path.with_suffix(".png").exists()
     render_results.run([str(path), "--metrics=chain_us"])
     printed = capsys.readouterr().out
-    assert printed.count("**chain, us**") == len(records.read(path).routings())
+    assert printed.count("**chain, us**") == len(records.read_record(path).routings())
     assert "vllm, measured elsewhere: 35.6 /" in printed
     assert path.with_suffix(".png").exists()
     render_results.run([str(path), "--metrics=chain_us", "--routing=zipf", "--noplot"])
@@ -139,6 +139,6 @@ def test_wrong_flags_are_named(flag, message):
 
 def test_a_record_without_rows_says_so(tmp_path):
     path = tmp_path / "x.jsonl"
-    records.write(path, records.Record(preset="tiny", rows=[]))
+    records.write_record(path, records.Record(preset="tiny", rows=[]))
     with pytest.raises(SystemExit, match="holds no measurement"):
         render_results.run([str(path)])

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.bench import routings as bench
-from experiments.bench.routings import MADE_UP, Routing, load_trace, make_routings, short_name
+from experiments.bench.routings import (
+    MADE_UP,
+    DrawnRouting,
+    make_routings,
+    read_trace_ids,
+    short_name,
+)
 from pallas_kernels.decode_experts import ExpertShapes
 from pallas_kernels.decode_experts.shapes import SHAPES as PRESETS
 
@@ -90,7 +96,7 @@ def test_malformed_trace_names_the_field(tmp_path, fields, message):
     path = tmp_path / "trace.npz"
     np.savez(path, **fields)
     with pytest.raises(ValueError, match=message):
-        load_trace(str(path), SHAPES)
+        read_trace_ids(str(path), SHAPES)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive", "array"])
@@ -102,7 +108,7 @@ def test_missing_or_broken_trace_file(tmp_path, content):
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="routing trace:"):
-        load_trace(str(path), SHAPES)
+        read_trace_ids(str(path), SHAPES)
 
 
 SMALL = ExpertShapes(E=8, K=2, H=128, I=64)
@@ -111,7 +117,7 @@ ONE_EXPERT = 3 * 128 * 64 * 2
 
 def _routing(ids):
     ids = np.array(ids, np.int32)
-    return Routing(ids, np.ones(ids.shape, np.float32))
+    return DrawnRouting(ids, np.ones(ids.shape, np.float32))
 
 
 def test_counts_by_hand():

@@ -35,7 +35,7 @@ class Settings:
 
 
 def test_without_flags_there_are_the_defaults():
-    assert script.parse(Settings, []) == Settings()
+    assert script.parse_settings(Settings, []) == Settings()
 
 
 def test_every_type_is_read():
@@ -43,7 +43,7 @@ def test_every_type_is_read():
         "--name=b --names=b,a,b --counts=4,2,4 --bucket= --count=0 --seconds=1.5 --maybe=x "
         "--maybe_count=7 --maybe_folder=y --folder=z --lines=a,b --lines=a,b"
     )
-    assert script.parse(Settings, line.split()) == Settings(
+    assert script.parse_settings(Settings, line.split()) == Settings(
         name="b",
         names=("b", "a"),
         counts=(4, 2),
@@ -56,7 +56,7 @@ def test_every_type_is_read():
         folder=pathlib.Path("z"),
         lines=("a,b", "a,b"),
     )
-    assert script.parse(Settings, ["--noon", "--maybe="]) == Settings(on=False)
+    assert script.parse_settings(Settings, ["--noon", "--maybe="]) == Settings(on=False)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_every_type_is_read():
 )
 def test_a_flag_that_is_not_accepted_ends_the_script_with_its_name(flags, message):
     with pytest.raises(SystemExit) as stopped:
-        script.parse(Settings, flags)
+        script.parse_settings(Settings, flags)
     assert str(stopped.value).startswith("test_script: ")
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
@@ -95,10 +95,10 @@ class OneFile:
 
 
 def test_one_argument_without_a_flag():
-    assert script.parse(OneFile, ["x", "--on"]) == OneFile(path=pathlib.Path("x"), on=True)
+    assert script.parse_settings(OneFile, ["x", "--on"]) == OneFile(path=pathlib.Path("x"), on=True)
     for arguments in ([], ["x", "y"]):
         with pytest.raises(SystemExit, match="test_script: takes one argument, the JSONL file"):
-            script.parse(OneFile, arguments)
+            script.parse_settings(OneFile, arguments)
 
 
 def test_what_main_returns_or_raises_ends_the_script():

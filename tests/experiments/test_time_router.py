@@ -27,8 +27,8 @@ def test_wrong_flags_are_named():
 
 @pytest.mark.parametrize("name", ["xla", "empty"])
 def test_a_chain_of_the_others_can_be_timed_here(name):
-    settings = script.parse(time_router.Settings, [*TINY, "--steps=3", "--norm"])
-    chain = time_router.make_chain(settings, time_router.VARIANTS[name], 2)
-    assert timing.measure(chain, 3).us > 0
+    settings = script.parse_settings(time_router.Settings, [*TINY, "--steps=3", "--norm"])
+    chain = time_router.router_chain(settings, time_router.VARIANTS[name], 2)
+    assert timing.measure_step(chain, 3).us > 0
     x = time_router._draw(settings, 2, settings.seed).x
     np.testing.assert_array_equal(chain.result(), [x.astype(np.float32)])

@@ -99,7 +99,7 @@ class _FakeChain:
 
 def measure(monkeypatch, chain, **keywords):
     monkeypatch.setattr(time, "perf_counter", lambda: chain.now)
-    return timing.measure(chain, **keywords)
+    return timing.measure_step(chain, **keywords)
 
 
 @pytest.mark.parametrize(("step", "fixed"), [(30e-6, 100e-6), (400e-6, 300e-6), (4.8e-3, 1e-3)])

@@ -28,7 +28,7 @@ TINY = SHAPES["tiny"]
 
 def asked(*flags):
     defaults = "--preset=tiny --tokens=1,8,2 --rounds=2 --repeats=2 --compile_threads=1"
-    return script.parse(tune.Settings, [*defaults.split(), *flags])
+    return script.parse_settings(tune.Settings, [*defaults.split(), *flags])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench.routings import load_trace as load_for_comparison
+from experiments.bench.routings import read_trace_ids
 from moe_jax.routing import replay_route, route, router_logits
 from moe_jax.routing_stats import routing_statistics
 from moe_jax.traces import (
@@ -131,7 +131,7 @@ def test_compare_layouts_reads_the_same_file(tmp_path):
     valid = jnp.array([True, False, True, True, False])
     trace = drop_padding(two_layers(valid))
     save_trace(tmp_path / "trace.npz", trace)
-    ids = load_for_comparison(str(tmp_path / "trace.npz"), ExpertShapes(E=8, K=2, H=64, I=64))
+    ids = read_trace_ids(str(tmp_path / "trace.npz"), ExpertShapes(E=8, K=2, H=64, I=64))
     assert ids.tolist() == trace.expert_ids.tolist()
     assert ids.shape == (2, 3, 2)
 
