@@ -211,7 +211,7 @@ def load(settings: Settings) -> LoadedModel:
             tokenizer=ByteTokenizer(config.vocab_size),
             defaults=GenerationDefaults(),
         )
-    # The small files first, for a mistake in them should not take minutes to come out.
+    # The small files first, because a mistake in them should not take minutes to come out.
     formats = {"hugging_face": load_hugging_face, "orbax": load_orbax}
     load_weights = formats[detect_format(settings.checkpoint)]
     try:

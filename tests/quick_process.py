@@ -33,7 +33,7 @@ if jax.default_backend() == "cpu":
 
     # In interpret mode a kernel calls back for each memory operation, and JAX puts the arguments of
     # every such call on a device first, which was 40% of those tests. NumPy's arrays do as well;
-    # copies, for XLA takes the memory back.
+    # copies, because XLA takes the memory back.
     callback.io_callback_impl = _call_back
     shared_memory._to_int = _to_int
 

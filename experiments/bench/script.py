@@ -285,7 +285,7 @@ def make_interpreter_safe() -> None:
 
 
 def make_console(width: int = 120) -> Console:
-    """A console; a pipe or a log file is `width` wide, for it says nothing about its own width."""
+    """A console; a pipe or a log file is `width` wide, because it has no width of its own."""
     return Console() if sys.stdout.isatty() else Console(width=width)
 
 

@@ -58,6 +58,7 @@ def test_float32_is_checked_from_what_lies_there(exported, capsys):
     assert "IREE, the shipped StableHLO" in printed
 
 
+@pytest.mark.slow  # float32's bounds are the sharper ones
 def test_bfloat16_is_exported_and_checked(tmp_path, capsys):
     out = tmp_path / "new" / "out"
     run("--preset=tiny", f"--out={out}", "--batch=2", "--steps=6", "--seed=1", "--check")
