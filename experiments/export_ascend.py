@@ -53,7 +53,7 @@ def _run(asked: Settings, console: Console) -> bool:
         iree.expect_installed()  # a missing package should not take minutes to come out
     if asked.exports:
         expect_replaceable(asked.out)
-        manifest = artifact.write(asked, load(asked))
+        manifest = artifact.write_artifact(asked, load(asked))
         console.print(_contents(asked.out, manifest))
     if not asked.check:
         return True

@@ -22,7 +22,7 @@ from absl import logging
 from flax import nnx
 
 from experiments.bench import script
-from experiments.bench.generated_text import report, shown
+from experiments.bench.generated_text import report, show_text
 from experiments.bench.script import flag
 from moe_jax.checkpoints import detect_format, load_hugging_face, load_orbax
 from moe_jax.experts import EXPERTS_BACKENDS
@@ -197,7 +197,7 @@ class LoadedModel:
     defaults: GenerationDefaults
 
 
-def load(settings: Settings) -> LoadedModel:
+def load_to_generate(settings: Settings) -> LoadedModel:
     """Loads the checkpoint, or makes random weights on the device.
 
     Raises:
@@ -261,7 +261,7 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
       ValueError, OSError, NotImplementedError: it cannot be done; the message says what is wrong.
       FloatingPointError: a row's logits are NaN.
     """
-    loaded = load(settings)
+    loaded = load_to_generate(settings)
     prompts = prompt_ids(settings, loaded)
     recorder = TraceRecorder() if settings.capture_trace else None
     options = {
@@ -283,7 +283,7 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
         **options,
     )
     seconds = _warm_up(settings, loaded, prompts, options) if settings.warm_up else None
-    made = collect(shown(events, len(prompts), out), len(prompts))
+    made = collect(show_text(events, len(prompts), out), len(prompts))
     out.write(f"\n{report(made, prompts, seconds)}\n")
     if recorder is not None:
         save_trace(settings.capture_trace, recorder.trace())

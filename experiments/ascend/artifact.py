@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from experiments.ascend import sample
 from experiments.ascend.census import Census, census, violations
-from experiments.ascend.folder import SAMPLE, WEIGHTS, ArtifactError, replacing, seal
+from experiments.ascend.folder import SAMPLE, WEIGHTS, ArtifactError, replacing_folder, seal
 from experiments.ascend.load import Loaded
 from experiments.ascend.settings import Settings
 from experiments.ascend.step import PHASES, PLATFORM, abstract_arguments, empty_cache, jitted
@@ -67,7 +67,7 @@ def export(config: Qwen3MoeConfig, phase: str, *, platforms=(PLATFORM,), **sizes
     )
 
 
-def write(asked: Settings, loaded: Loaded) -> dict[str, Any]:
+def write_artifact(asked: Settings, loaded: Loaded) -> dict[str, Any]:
     """Exports, runs the sample if there are weights, writes the directory; returns the manifest.
 
     Raises:
@@ -75,7 +75,7 @@ def write(asked: Settings, loaded: Loaded) -> dict[str, Any]:
     """
     sizes = {"B": asked.batch, "S": asked.prompt_length, "capacity": asked.cache_length}
     functions = [export(loaded.config, phase, dtype=loaded.dtype, **sizes) for phase in PHASES]
-    with replacing(asked.out) as folder:
+    with replacing_folder(asked.out) as folder:
         for function in functions:
             name = function.phase
             (folder / f"{name}.jax_export").write_bytes(function.exported.serialize())
@@ -142,7 +142,7 @@ def _write_sample(folder: pathlib.Path, asked, loaded, functions) -> dict[str, A
     arguments = {function.phase: function.arguments for function in functions}
     rng = np.random.default_rng(asked.seed)
     prompts = sample.draw_prompts(rng, loaded.config.vocab_size, asked.batch, asked.prompt_length)
-    results = sample.run(
+    results = sample.run_sample(
         sample.jax_runner(loaded.config, arguments),
         sample.flat({"params": loaded.params}),
         cache_of(loaded.config, asked.batch, asked.cache_length, loaded.dtype),

@@ -52,7 +52,7 @@ def check(folder: pathlib.Path) -> list[Comparison]:
     )
 
     arguments = {phase: abstract_arguments(config, phase, **sizes) for phase in PHASES}
-    expected = sample.run(sample.jax_runner(config, arguments), *inputs, follow=saved)
+    expected = sample.run_sample(sample.jax_runner(config, arguments), *inputs, follow=saved)
     other_compiler = BOUNDS[manifest["dtype"]]
     comparisons = [compare("the sample", saved, expected, other_compiler)]
     on_iree = iree.iree_runner(folder, manifest["functions"])
@@ -60,7 +60,7 @@ def check(folder: pathlib.Path) -> list[Comparison]:
         *((what, runner, EQUAL) for what, runner in _reread(config, sizes)),
         ("IREE, the shipped StableHLO", on_iree, other_compiler),
     ):
-        found = sample.run(runner, *inputs, follow=saved)
+        found = sample.run_sample(runner, *inputs, follow=saved)
         comparisons.append(compare(what, found, expected, bound))
     return comparisons
 

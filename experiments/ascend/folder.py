@@ -25,7 +25,7 @@ class ArtifactError(ValueError):
 
 
 @contextlib.contextmanager
-def replacing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields an empty directory that takes the place of `out` when the block ends, whole.
 
     If the block raises, or is killed, nothing has changed.

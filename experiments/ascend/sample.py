@@ -69,7 +69,7 @@ def draw_prompts(rng: np.random.Generator, V: int, B: int, S: int) -> Named:
     return {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
 
 
-def run(
+def run_sample(
     runner: Runner,
     params: Mapping[str, np.ndarray],
     cache: Mapping[str, np.ndarray],

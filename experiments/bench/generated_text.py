@@ -11,7 +11,7 @@ from experiments.bench.environment import checked_out_commit
 from moe_jax.generation import Event, Generation
 
 
-def shown(events: Iterator[Event], B: int, out: TextIO) -> Iterator[Event]:
+def show_text(events: Iterator[Event], B: int, out: TextIO) -> Iterator[Event]:
     """Passes events on and writes their text: row 0 as it comes, the others when all is done."""
     others = [""] * B
     if B > 1:

@@ -226,7 +226,7 @@ def _expect_fields(name: str, found: dict, expected: set[str]) -> None:
         raise TableError(f"{name} lacks {', '.join(missing)}")
 
 
-class Found(NamedTuple):
+class Answer(NamedTuple):
     """The entry that serves a call, or None; and why, in words."""
 
     entry: Entry | None
@@ -241,7 +241,7 @@ def device_slug(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") or "unknown"
 
 
-def find(device: str, shapes: ExpertShapes, T: int, *, invariant: bool) -> Found:
+def find(device: str, shapes: ExpertShapes, T: int, *, invariant: bool) -> Answer:
     """Looks for the entry that serves T tokens.
 
     Args:
@@ -251,20 +251,20 @@ def find(device: str, shapes: ExpertShapes, T: int, *, invariant: bool) -> Found
       invariant: whether to look among the entries that agree in the order of sums.
     """
     path = FOLDER / f"{device_slug(device)}.json"
-    table = load(path)
+    table = load_table(path)
     if table is None:
-        return Found(None, f"there is no table for {device}")
+        return Answer(None, f"there is no table for {device}")
     if table.device_kind != device:
-        return Found(None, f"{path.name} was measured on {table.device_kind}, not on {device}")
+        return Answer(None, f"{path.name} was measured on {table.device_kind}, not on {device}")
     entries = table.invariant if invariant else table.fastest
     by_T = {entry.T: entry for entry in entries if entry.shapes == shapes}
     if not by_T:
-        return Found(None, f"{path.name} has no entry for {shapes}")
+        return Answer(None, f"{path.name} has no entry for {shapes}")
     bucket = serving_bucket(tuple(by_T), T, or_largest=invariant)
     if bucket is None:
-        return Found(None, f"{path.name} ends at T = {max(by_T)} for {shapes}")
+        return Answer(None, f"{path.name} ends at T = {max(by_T)} for {shapes}")
     entry = by_T[bucket]
-    return Found(entry, f"measured on {device}: {entry.us:.1f} us at T = {entry.T} ({path.name})")
+    return Answer(entry, f"measured on {device}: {entry.us:.1f} us at T = {entry.T} ({path.name})")
 
 
 def serving_bucket(measured: tuple[int, ...], T: int, *, or_largest: bool) -> int | None:
@@ -276,7 +276,7 @@ def serving_bucket(measured: tuple[int, ...], T: int, *, or_largest: bool) -> in
 
 
 @functools.cache
-def load(path: pathlib.Path) -> Table | None:
+def load_table(path: pathlib.Path) -> Table | None:
     """The table at `path`, read once; None if there is none, or after a warning if it is no use."""
     try:
         return parse(path.read_text(encoding="utf-8"), jax.__version__)
@@ -289,4 +289,4 @@ def load(path: pathlib.Path) -> Table | None:
 
 def forget() -> None:
     """Has tables read anew, for a process that has changed one."""
-    load.cache_clear()
+    load_table.cache_clear()

@@ -14,8 +14,8 @@ from flax import nnx
 
 from experiments import generate
 from experiments.bench import script
-from experiments.bench.generated_text import printable, report, shown
-from experiments.generate import LoadedModel, generate_text, load, prompt_ids
+from experiments.bench.generated_text import printable, report, show_text
+from experiments.generate import LoadedModel, generate_text, load_to_generate, prompt_ids
 from moe_jax.checkpoints import save_hugging_face, save_orbax
 from moe_jax.generation import Event, Generation, Sampling
 from moe_jax.generation import generate as generate_tokens
@@ -165,7 +165,7 @@ def of_checkpoint(folder, **changes):
 
 def test_checkpoint(checkpoint, model):
     asked = of_checkpoint(checkpoint, chat=True, system="Be brief.", prompt=("hi",))
-    loaded = load(asked)
+    loaded = load_to_generate(asked)
     assert loaded.defaults.stop_ids == (5,)
     assert loaded.defaults.sampling == Sampling()
     tokenizer = load_tokenizer(TOKENIZER)
@@ -185,13 +185,13 @@ def test_defaults_of_a_checkpoint_and_flags_over_them(checkpoint, model):
     path = checkpoint / "generation_config.json"
     path.write_text(json.dumps(file))
     try:
-        loaded = load(of_checkpoint(checkpoint))
+        loaded = load_to_generate(of_checkpoint(checkpoint))
         assert loaded.defaults.stop_ids == (3, 4)
         assert loaded.defaults.sampling == Sampling(temperature=0.5, top_k=7)
         # nothing is loaded for flags that do not fit the checkpoint
         bad = of_checkpoint(checkpoint, temperature=0.0, top_k=3)
         with pytest.raises(ValueError, match="--top_k is 3, but choices are greedy"):
-            load(bad)
+            load_to_generate(bad)
     finally:
         path.unlink()
 
@@ -223,13 +223,13 @@ def test_end_tokens_and_stop_strings(checkpoint, model):
 def test_checkpoint_without_tokenizer_or_template(model, tmp_path):
     save_hugging_face(tmp_path / "m", model)
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
-        load(of_checkpoint(tmp_path / "m"))
+        load_to_generate(of_checkpoint(tmp_path / "m"))
     asked = of_checkpoint(tmp_path / "m", prompt=(), prompt_tokens=4)
-    assert load(asked).tokenizer is None
+    assert load_to_generate(asked).tokenizer is None
     shutil.copy(TOKENIZER / "tokenizer.json", tmp_path / "m")
     asked = of_checkpoint(tmp_path / "m", chat=True)
     with pytest.raises(ChatTemplateError, match="has no chat template 'default'"):
-        prompt_ids(asked, load(asked))
+        prompt_ids(asked, load_to_generate(asked))
 
 
 def test_random_model_with_trace(model, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def event(row, text):
 
 def test_row_0_is_written_as_it_comes_and_the_others_at_the_end():
     out = io.StringIO()
-    events = shown(iter([event(0, "a"), event(1, "x"), event(0, "b")]), 2, out)
+    events = show_text(iter([event(0, "a"), event(1, "x"), event(0, "b")]), 2, out)
     next(events)
     assert out.getvalue() == "--- row 0\na"
     next(events)
