@@ -13,7 +13,7 @@ from moe_jax.dispatch import choose_backend, record_choices, resolve_backend
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest, ExpertWeights, experts
 from pallas_kernels.decode_experts import reference_experts
 
-T, K, E, H, I = 6, 2, 5, 64, 128
+T, K, E, H, I = 4, 2, 5, 64, 128
 HERE = "cpu" if jax.default_backend() == "cpu" else "cuda"
 # bf16: the output's rounding, and the intermediate's in the XLA backends (README: 1.7e-3, 2.4e-3).
 BOUNDS = {jnp.float32: 1e-5, jnp.bfloat16: 4e-3}
@@ -106,8 +106,8 @@ def test_gradients_are_the_references(backend):
 
 @pytest.mark.parametrize("backend", [name for name in able() if "pallas" in name])
 def test_gradients_of_the_kernels_are_the_portable_ones(backend):
-    arguments = make(jnp.bfloat16)
-    target = jnp.ones((T, H))
+    arguments = make(jnp.bfloat16, T=2)
+    target = jnp.ones((2, H))
     found = gradient(backend, *arguments, target)
     chex.assert_trees_all_equal(found, gradient("portable", *arguments, target))
 
@@ -119,7 +119,7 @@ def test_a_backend_without_gradients_is_not_for_training():
 
 
 @pytest.mark.parametrize("backend", ["portable", "grouped"])
-@pytest.mark.parametrize("chunk", [1, 4, 7])
+@pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunks_change_nothing(backend, chunk):
     arguments = make(jnp.float32)
     whole = run(*arguments, backend=backend)
@@ -202,10 +202,10 @@ def test_wrong_arguments():
     ("change", "error", "message"),
     [
         ({"x": (0,)}, ValueError, r"x has shape \(64,\); expected \[T, H\]"),
-        ({"ids": slice(3)}, ValueError, r"ids has shape \(3, 2\); expected \[T, K\] with T = 6"),
+        ({"ids": slice(3)}, ValueError, r"ids has shape \(3, 2\); expected \[T, K\] with T = 4"),
         ({"ids": "float32"}, TypeError, "ids has dtype float32; expected integer values"),
         ({"ids": "bool"}, TypeError, "ids has dtype bool"),
-        ({"w": (slice(None), slice(1))}, ValueError, r"\(6, 1\); expected \(6, 2\), as ids"),
+        ({"w": (slice(None), slice(1))}, ValueError, r"\(4, 1\); expected \(4, 2\), as ids"),
         ({"w": slice(3)}, ValueError, r"expert_weights has shape \(3, 2\)"),
         ({"w": "int32"}, TypeError, "expert_weights has dtype int32; expected floating values"),
     ],

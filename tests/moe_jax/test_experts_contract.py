@@ -158,9 +158,8 @@ def _only_fc1(x, weights, ids, w, *, fc1_latent_proj, fc2_latent_proj, **options
 def test_a_backend_that_computes_something_else_is_caught(monkeypatch, run):
     wrong = dataclasses.replace(EXPERTS_BACKENDS["portable"], run=run)
     monkeypatch.setitem(EXPERTS_BACKENDS, "wrong", wrong)
-    for dtype in ("float32", "bfloat16"):
-        with pytest.raises(AssertionError):
-            check("wrong", [draw(H, True, dtype, seed=5)], ("decode",))
+    with pytest.raises(AssertionError):  # bfloat16 has the widest bound
+        check("wrong", [draw(H, True, "bfloat16", seed=5)], ("decode",))
 
 
 def test_latent_and_shared_are_keywords_only():

@@ -15,7 +15,7 @@ from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
 from moe_jax.traces import trace_of
 
-# ||logits - reference|| / ||reference||, two layers. Over 50 seeds: 0.0053 to 0.0062.
+# ||logits - reference|| / ||reference||, two layers. Over 50 seeds: 0.0058 to 0.0068.
 BOUND = 0.01
 
 CONFIG = PRESETS["tiny"]

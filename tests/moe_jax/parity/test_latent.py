@@ -107,6 +107,13 @@ def assert_gradients(y_of, names: list[str], arrays_of) -> None:
             assert_close(gradients[name] / scale, expected / scale)
 
 
+def assert_outputs(found: dict, cases: dict[str, LatentGolden]) -> None:
+    for name, case in cases.items():
+        np.testing.assert_allclose(
+            found[name], case.outputs["y"], rtol=TOLERANCE, atol=TOLERANCE, err_msg=name
+        )
+
+
 def phase_of(case: LatentCase) -> str:
     return "decode" if case.S == 1 else "prefill"
 
@@ -116,18 +123,25 @@ def on_device(arrays: dict) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
-@pytest.mark.parametrize("name", LATENT_CASES)
-def test_experts(name, backend):
-    found = latent_golden(name)
-    y = run_experts(
-        on_device(found.weights),
-        jnp.asarray(found.inputs["x"]),
-        jnp.asarray(found.routing["ids"]),
-        jnp.asarray(found.routing["weights"]),
-        backend=backend,
-        phase=phase_of(found.case),
-    )
-    assert_close(y, found.outputs["y"])
+def test_experts(backend):
+    """All cases are one program, because each would take as long to compile."""
+
+    def run(every):
+        return {
+            name: run_experts(
+                weights,
+                inputs["x"],
+                routing["ids"],
+                routing["weights"],
+                backend=backend,
+                phase=phase_of(LATENT_CASES[name]),
+            )
+            for name, (weights, inputs, routing) in every.items()
+        }
+
+    cases = {name: latent_golden(name) for name in LATENT_CASES}
+    found = jax.jit(run)({name: (c.weights, c.inputs, c.routing) for name, c in cases.items()})
+    assert_outputs(found, cases)
 
 
 @pytest.mark.parametrize("backend", FLOAT32)
@@ -144,13 +158,17 @@ def test_gradients_of_experts(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", *FLOAT32])
-@pytest.mark.parametrize("name", ROUTED)
-def test_block(name, backend):
-    found = latent_golden(name)
-    x = jnp.asarray(found.inputs["x"])
-    options = {"experts_backend": backend, "phase": phase_of(found.case)}
-    y = run_block(found.config, on_device(found.weights), x, **options)
-    assert_close(y, found.outputs["y"])
+def test_block(backend):
+    def run(every):
+        ys = {}
+        for name, (weights, x) in every.items():
+            phase = phase_of(LATENT_CASES[name])
+            config = cases[name].config
+            ys[name] = run_block(config, weights, x, experts_backend=backend, phase=phase)
+        return ys
+
+    cases = {name: latent_golden(name) for name in ROUTED}
+    assert_outputs(jax.jit(run)({n: (c.weights, c.inputs["x"]) for n, c in cases.items()}), cases)
 
 
 def test_gradients_of_block():
