@@ -33,7 +33,7 @@ def run_and_assert_no_races(function, *arguments, **keywords):
     """Calls function(*arguments, interpret=..., **keywords) with the race detector watching.
 
     The interpreter runs wgmma synchronously and does not watch its operands, so a wgmma that still
-    reads a slot while it is refilled passes here: see tma_ring's `wgmmas_in_flight`.
+    reads a stage while it is refilled passes here: see `wgmmas_in_flight` of mosaic/pipeline.py.
 
     Args:
       function: takes `interpret` and hands it to every plgpu.kernel it runs.
