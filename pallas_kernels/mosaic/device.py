@@ -3,11 +3,14 @@
 import contextlib
 import contextvars
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
+from jax._src.pallas import mpmd  # plgpu.kernel has no argument for outputs in place
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # What one thread block may hold on Hopper, less a reserve for barriers and reduction scratch.
@@ -27,6 +30,7 @@ def launch(
     num_blocks: int,
     out_type: Any,
     scratch_types: Any = (),
+    in_place: Mapping[int, int] = types.MappingProxyType({}),
     interpret: Any,
 ) -> Callable[..., Any]:
     """Returns a function of the inputs that runs `kernel` in `num_blocks` thread blocks.
@@ -37,6 +41,9 @@ def launch(
       num_blocks: thread blocks in the grid.
       out_type: a ShapeDtypeStruct for each output.
       scratch_types: shared memory and barriers, a sequence or a dict of keyword arguments.
+      in_place: index of an input -> index of the output that is the same memory, both counted
+        without those that are None. The kernel gets a ref for each of the two. What it does not
+        write keeps the input's values. XLA copies an input first that is used later.
       interpret: a bool or an InterpretGPUParams. Interpreted, the primitives of this package take
         the forms that a CPU can run.
     """
@@ -46,14 +53,32 @@ def launch(
         with _interpreted_forms(params is not None):
             kernel(lax.axis_index("block"), *refs, **scratch)
 
+    mesh = {"grid": (num_blocks,), "grid_names": ("block",), "kernel_name": name}
+    if in_place:
+        return _launch_in_place(body, plgpu.Mesh(**mesh), out_type, scratch_types, in_place, params)
     return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=(num_blocks,),
-        grid_names=("block",),
-        scratch_types=scratch_types,
-        kernel_name=name,
+        body, out_type=out_type, scratch_types=scratch_types, interpret=params, **mesh
+    )
+
+
+def _launch_in_place(body, mesh, out_type, scratch_types, in_place, params) -> Callable[..., Any]:
+    """plgpu.kernel with outputs in place; it does not run under jax.vmap."""
+
+    def body_with_scratch(*refs):
+        types_by_name = scratch_types if isinstance(scratch_types, Mapping) else {}
+        types_in_order = () if isinstance(scratch_types, Mapping) else scratch_types
+
+        def scoped(*scratch, **scratch_by_name):
+            body(*refs, *scratch, **scratch_by_name)
+
+        pl.run_scoped(scoped, *types_in_order, **types_by_name)
+
+    return mpmd._mpmd_map(
+        [(mesh, body_with_scratch)],
+        out_type,
+        input_output_aliases=dict(in_place),
         interpret=params,
+        name=mesh.kernel_name,
     )
 
 
