@@ -1,5 +1,6 @@
 """What the 128 lanes of a warpgroup do that Pallas has no operation for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,11 @@ def one_per_lane(length: int) -> Any:
 def lane_indices(length: int) -> jax.Array:
     """[length]: each element's index, in the layout one_per_lane."""
     return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=one_per_lane(length))
+
+
+def where(condition: Any, x: jax.Array, otherwise: float) -> jax.Array:
+    """jnp.where of a scalar condition, which Mosaic's select does not broadcast."""
+    return jnp.where(lax.broadcast_in_dim(condition, x.shape, ()), x, otherwise)
 
 
 def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
@@ -102,3 +108,28 @@ def _histogram_ptx(length: int, E: int) -> str:
         {load}
         {add}
         }}"""
+
+
+def add_products(total: jax.Array, factors: Sequence[tuple[Any, Any]]) -> jax.Array:
+    """Total + a @ b of each pair in turn, on the tensor cores; none runs on afterwards.
+
+    The interpreter has no accumulator that starts with values.
+
+    Args:
+      total: [a multiple of 64, N] float32 in Layout.WGMMA.
+      factors: of bf16 in shared memory, as wgmma takes them.
+    """
+
+    def multiply(acc):
+        for a, b in factors:
+            plgpu.wgmma(acc, a, b)
+        plgpu.wgmma_wait(0)
+
+    if not interpreting():
+        return pl.run_state(multiply)(plgpu.ACC.init(total))
+
+    def multiply_and_load(acc):
+        multiply(acc)
+        return acc[...]
+
+    return total + pl.run_scoped(multiply_and_load, plgpu.ACC(total.shape, total.dtype))
