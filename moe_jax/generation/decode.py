@@ -1,10 +1,14 @@
-"""The two compiled functions of generation: prefill of a chunk of the prompts, and a decode step.
+"""The two compiled functions of generation: prefill of a chunk of the prompts, and decode steps.
 
 Both run the model on new tokens, then choose the next one, so a decode step's input never leaves
 the device. They are compiled once for each Plan and shape; lengths, sampling values, seeds and stop
 ids are arrays. The cache and the history of tokens are donated: the caller's are gone after.
+
+One dispatch runs several decode steps, because a host may need longer for a dispatch than a GPU for
+a step. `loop_for` decides how.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -16,7 +20,52 @@ from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
 from moe_jax.generation.sampling import Steps, choose
 from moe_jax.parameters import from_arrays
 from moe_jax.platform_ops import platform_ops
+from moe_jax.platforms import has_all_of_xla
 from moe_jax.traces import RoutingTrace, trace_of
+
+# Decode steps of a dispatch, where it is not said: 8 take a GPU 20 ms or more, which is longer than
+# a slow host's 7 ms for a dispatch. Elsewhere a step takes longer than its dispatch.
+_DEFAULT_STEPS = {"cuda": 8}
+
+
+class Loop(NamedTuple):
+    """The decode steps of one dispatch; hashable.
+
+    Attributes:
+      most_steps: 1 is no loop.
+      exits_early: whether the loop ends when no row goes on, or when the steps asked for are done.
+        Else it always runs most_steps; those beyond change nothing.
+    """
+
+    most_steps: int = 1
+    exits_early: bool = False
+
+    def counts(self, total: int) -> Iterator[int]:
+        """The steps to ask of each dispatch, `total` together.
+
+        The first ones are few if that makes them shorter, so that text begins to show at once.
+        """
+        count = 1 if self.exits_early else self.most_steps
+        while total > 0:
+            yield min(count, total)
+            total -= count
+            count = min(2 * count, self.most_steps)
+
+
+def loop_for(platform: str, steps: int | None, capacity: int) -> Loop:
+    """The Loop of a platform as resolve_platform returns it; the only place that decides it.
+
+    Args:
+      platform: one without all of XLA gets no loop.
+      steps: the most of a dispatch; None takes what suits the platform.
+      capacity: of the cache, which no row takes more steps than.
+    """
+    most = min(_DEFAULT_STEPS.get(platform, 1) if steps is None else steps, capacity)
+    if most == 1 or not has_all_of_xla(platform):
+        return Loop()
+    # XLA's GPU runtime reads a data-dependent condition on the host before each step. The host then
+    # waits for the device, and the next dispatch cannot be prepared meanwhile.
+    return Loop(most, exits_early=platform != "cuda")
 
 
 class Plan(NamedTuple):
@@ -28,6 +77,7 @@ class Plan(NamedTuple):
       backend: the experts' backend.
       platform: as resolve_platform returns it.
       capture: whether to return which experts were chosen.
+      loop: of the decode steps; prefill has none.
     """
 
     config: Qwen3MoeConfig
@@ -35,6 +85,7 @@ class Plan(NamedTuple):
     backend: str
     platform: str
     capture: bool
+    loop: Loop = Loop()
 
 
 class StepInputs(NamedTuple):
@@ -80,11 +131,36 @@ class Sampled(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a compiled function returns; trace has the experts of the tokens it ran on, or None."""
+    """What a chunk of prefill returns.
+
+    Attributes:
+      sampled: the next tokens.
+      state: after the tokens that ran.
+      trace: the experts of the tokens that ran, or None.
+    """
 
     sampled: Sampled
     state: DecodeState
     trace: RoutingTrace | None
+
+
+class Decoded(NamedTuple):
+    """What a dispatch of N = most_steps decode steps returns; fewer of them may have run.
+
+    Attributes:
+      tokens: [N, B] int32, sampled by each step; to be ignored where `ran` is False.
+      ran: [N, B] bool, the rows that each step ran for. A step that is False in all rows has
+        changed nothing.
+      traces: arrays [N, MoE layers, B, K], or None; rows that a step did not run for have ids -1.
+      sampled: by the last step that ran.
+      state: after these steps.
+    """
+
+    tokens: jax.Array
+    ran: jax.Array
+    traces: RoutingTrace | None
+    sampled: Sampled
+    state: DecodeState
 
 
 def _prefill(
@@ -99,14 +175,78 @@ def _prefill(
     return _advance(plan, inputs, state, ids, valid, rows, jnp.int32(0))
 
 
+# tokens, ran and traces of Decoded, or of one step without their first axis.
+_Results = tuple[jax.Array, jax.Array, RoutingTrace | None]
+
+
+class _Carry(NamedTuple):
+    """Of the loop: the step's number in it, and what Decoded has."""
+
+    index: jax.Array
+    state: DecodeState
+    last: Sampled
+    results: _Results
+
+
 def _decode(
-    plan: Plan, inputs: StepInputs, state: DecodeState, last: Sampled, alive: jax.Array
-) -> Step:
-    """Runs the last tokens. Rows that are not active, or not alive [B] bool, stay as they are."""
-    active = last.active & alive
-    return _advance(
-        plan, inputs, state, last.tokens[:, None], active[:, None], active, last.index + 1
-    )
+    plan: Plan,
+    inputs: StepInputs,
+    state: DecodeState,
+    last: Sampled,
+    alive: jax.Array,
+    count: jax.Array,
+) -> Decoded:
+    """Runs the last tokens, then what they lead to: up to `count` steps.
+
+    Args:
+      alive: [B] bool. Rows that are not alive, or not active in `last`, stay as they are.
+      count: int32, from 1 to most_steps.
+    """
+    N = plan.loop.most_steps
+
+    def step(index: jax.Array | int, state: DecodeState, last: Sampled) -> tuple[Step, _Results]:
+        active = last.active & alive & (index < count)  # [B]
+        ids, valid = last.tokens[:, None], active[:, None]
+        made = _advance(plan, inputs, state, ids, valid, active, last.index + 1)
+        return made, (made.sampled.tokens, active, made.trace)
+
+    if N == 1:
+        made, results = step(0, state, last)
+        return Decoded(*jax.tree.map(lambda result: result[None], results), *made[:2])
+
+    def go_on(carry: _Carry) -> jax.Array:
+        return (carry.index < count) & jnp.any(carry.last.active & alive)
+
+    def body(carry: _Carry) -> _Carry:
+        made, results = step(carry.index, carry.state, carry.last)
+        # Beyond `count` a row that goes on must stay active for the next dispatch.
+        last = jax.tree.map(
+            lambda new, old: jnp.where(carry.index < count, new, old), made.sampled, carry.last
+        )
+        results = jax.tree.map(
+            lambda stored, new: jax.lax.dynamic_update_index_in_dim(stored, new, carry.index, 0),
+            carry.results,
+            results,
+        )
+        return _Carry(carry.index + 1, made.state, last, results)
+
+    carry = _Carry(jnp.int32(0), state, last, _no_results(plan, last.tokens.shape[0]))
+    if plan.loop.exits_early:
+        carry = jax.lax.while_loop(go_on, body, carry)
+    else:
+        carry = jax.lax.fori_loop(0, N, lambda _, carry: body(carry), carry)
+    return Decoded(*carry.results, carry.last, carry.state)
+
+
+def _no_results(plan: Plan, B: int) -> _Results:
+    """Of N steps that have not run."""
+    N, config = plan.loop.most_steps, plan.config
+    tokens, ran = jnp.full((N, B), NO_TOKEN, jnp.int32), jnp.zeros((N, B), bool)
+    if not plan.capture:
+        return tokens, ran, None
+    shape = (N, len(config.moe_layers), B, config.num_experts_per_tok)
+    ids, weights = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
+    return tokens, ran, RoutingTrace(expert_ids=ids, expert_weights=weights)
 
 
 def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, active, index) -> Step:
@@ -132,7 +272,7 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
     return Step(Sampled(tokens, active, index), DecodeState(output.cache, history), trace)
 
 
-# How both are compiled; a step's inputs that it returns anew are donated.
+# How both are compiled; the state, which they return anew, is donated.
 JIT = {"static_argnums": 0, "donate_argnums": 2}
 prefill = jax.jit(_prefill, **JIT)
 decode = jax.jit(_decode, **JIT)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.cache import init_cache
@@ -34,7 +33,8 @@ class Event:
       text: what may be shown now: characters and beginnings of stop strings are held back until
         they are complete, or clearly none. Neither stop strings nor stop ids are in it.
       finish_reason: None, or why the row ends with this token: "stop_id", "stop_string", "length".
-      seconds: since `stream` began to run, when the token was there.
+      seconds: since `stream` began to run, when the token was there; the same for all tokens of a
+        group, see steps_per_dispatch.
     """
 
     row: int
@@ -59,14 +59,15 @@ def stream(
     capacity: int | None = None,
     prefill_backend: str = "auto",
     decode_backend: str = "auto",
+    steps_per_dispatch: int | None = None,
     platform: str | None = None,
     on_routing: Callable[[RoutingTrace], None] | None = None,
 ) -> Iterator[Event]:
     """Generates for every prompt; arguments are checked here, the work is done as one iterates.
 
-    The next step is started before a token is read, so that the device does not wait for Python.
-    The price is at most one step too many at the end, and for a row with a stop string one token
-    that is not reported.
+    The next steps are started before a token is read, so that the device does not wait for Python.
+    With N = steps_per_dispatch, tokens come in groups of up to N. The price is at most 2 N - 1
+    steps too many at the end, and as many unreported tokens for a row with a stop string.
 
     Args:
       model: its parameters are used in place; changing them while iterating changes what follows.
@@ -85,6 +86,9 @@ def stream(
       capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
         value serves calls of several lengths with one compiled step.
       prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts.
+      steps_per_dispatch: the most decode steps that are started at once, because a slow host needs
+        longer for a dispatch than a fast device for a step. Changes time, not results. None takes 8
+        on CUDA and 1 elsewhere; a platform that may have no loops always takes 1.
       platform: what to write the steps for, as in moe_jax.platforms.resolve_platform.
       on_routing: called after each decode step with its RoutingTrace of NumPy arrays,
         [MoE layers, B, K]; rows that had ended have ids -1 and weights 0.
@@ -118,10 +122,14 @@ def stream(
         if not isinstance(backend, str) or backend not in ("auto", *EXPERTS_BACKENDS):
             accepted = sorted(EXPERTS_BACKENDS)
             raise ValueError(f"{name} is {backend!r}; expected auto or one of {accepted}")
+    if steps_per_dispatch is not None:
+        name = "steps_per_dispatch"
+        steps_per_dispatch = arguments.whole_number(name, steps_per_dispatch, least=1)
     if on_routing is not None and not callable(on_routing):
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
+    platform = resolve_platform(platform)
     job = _Job(
         model=model,
         sampling=sampling.for_model(config.vocab_size, stops),
@@ -135,7 +143,8 @@ def stream(
         texts=texts,
         prefill_backend=prefill_backend,
         decode_backend=decode_backend,
-        platform=resolve_platform(platform),
+        platform=platform,
+        loop=compiled.loop_for(platform, steps_per_dispatch, capacity),
         on_routing=on_routing,
     )
     return _events(job)
@@ -158,53 +167,75 @@ class _Job:
     prefill_backend: str
     decode_backend: str
     platform: str
+    loop: compiled.Loop
     on_routing: Callable[[RoutingTrace], None] | None
 
-    def plan(self, backend: str, capture: bool) -> compiled.Plan:
+    def prefill_plan(self) -> compiled.Plan:
         # Without what config.json has besides, which differs by checkpoint and computes nothing.
         config = dataclasses.replace(self.model.config, extra={})
-        return compiled.Plan(config, self.sampling.steps, backend, self.platform, capture)
+        steps, platform = self.sampling.steps, self.platform
+        return compiled.Plan(config, steps, self.prefill_backend, platform, capture=False)
+
+    def decode_plan(self) -> compiled.Plan:
+        capture = self.on_routing is not None
+        plan = self.prefill_plan()
+        return plan._replace(backend=self.decode_backend, capture=capture, loop=self.loop)
 
 
 def _events(job: _Job) -> Iterator[Event]:
     start = time.perf_counter()
+    going = np.ones(len(job.rows), bool)
+    index = 0
+    for tokens, traces in _tokens(job, going):
+        seconds = time.perf_counter() - start
+        traces = jax.tree.map(np.asarray, traces)
+        for place, of_rows in enumerate(tokens):
+            if traces is not None:
+                job.on_routing(_only_rows(traces.layer(place), going))
+            is_last = index + 1 == job.max_new_tokens
+            for row in np.flatnonzero(going).tolist():
+                token = int(of_rows[row])
+                text, reason = _read(job, row, index, token, is_last)
+                going[row] = reason is None
+                yield Event(
+                    row=row,
+                    index=index,
+                    token_id=token,
+                    text=text,
+                    finish_reason=reason,
+                    seconds=seconds,
+                )
+            if not going.any():
+                return
+            index += 1
+
+
+def _tokens(job: _Job, going: np.ndarray) -> Iterator[tuple[np.ndarray, RoutingTrace | None]]:
+    """Tokens [N, B] of prefill, N = 1, then of each dispatch, and the traces of its N steps.
+
+    A dispatch is started before the tokens of the one before it are read.
+
+    Args:
+      going: [B] bool. The caller sets it to False for a row that has ended, also where only the
+        text tells: dispatches that start afterwards do nothing for it.
+    """
     inputs = compiled.StepInputs(
         parameters=to_arrays(job.model),
         values=job.sampling.values(),
         keys=job.keys,
         stop_ids=token_table(sorted(job.stop_ids)),
     )
-    plan = job.plan(job.decode_backend, capture=job.on_routing is not None)
-    step = _prefill(job, inputs)
-    going = np.ones(len(job.rows), bool)
-    alive = jnp.array(going)  # a copy: `going` changes
-    for index in range(job.max_new_tokens):
-        is_last = index + 1 == job.max_new_tokens
-        # Started before this step's tokens are read. `state` is donated; `sampled` is not.
-        ahead = None if is_last else compiled.decode(plan, inputs, step.state, step.sampled, alive)
-        tokens = np.asarray(step.sampled.tokens)
-        seconds = time.perf_counter() - start
-        if step.trace is not None:
-            job.on_routing(_only_rows(step.trace, going))
-        stopped = False
-        for row in np.flatnonzero(going).tolist():
-            token = int(tokens[row])
-            text, reason = _read(job, row, index, token, is_last)
-            going[row] = reason is None
-            stopped |= reason == "stop_string"
-            yield Event(
-                row=row,
-                index=index,
-                token_id=token,
-                text=text,
-                finish_reason=reason,
-                seconds=seconds,
-            )
-        if not going.any():
-            return
-        if stopped:  # stop ids the device has seen for itself
-            alive = jnp.array(going)
-        step = ahead
+    plan = job.decode_plan()
+    first = _prefill(job, inputs)
+    sampled, state = first.sampled, first.state
+    tokens, traces, count = first.sampled.tokens[None], None, 1
+    for ahead_count in job.loop.counts(job.max_new_tokens - 1):
+        # `state` is donated; `sampled` is not. A copy of `going`, because that changes.
+        ahead = compiled.decode(plan, inputs, state, sampled, going.copy(), np.int32(ahead_count))
+        yield np.asarray(tokens)[:count], traces
+        sampled, state = ahead.sampled, ahead.state
+        tokens, traces, count = ahead.tokens, ahead.traces, ahead_count
+    yield np.asarray(tokens)[:count], traces
 
 
 def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
@@ -214,7 +245,7 @@ def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
     history = job.sampling.steps.empty_history(B, config.vocab_size, job.capacity)
     state = compiled.DecodeState(init_cache(config, B, job.capacity, dtype), history)
     ids, valid = arguments.pad_left(job.rows, job.columns)
-    plan = job.plan(job.prefill_backend, capture=False)
+    plan = job.prefill_plan()
     for first in range(0, job.columns, job.prefill_chunk):
         chunk = slice(first, first + job.prefill_chunk)
         step = compiled.prefill(plan, inputs, state, ids[:, chunk], valid[:, chunk])
@@ -240,9 +271,9 @@ def _read(job: _Job, row: int, index: int, token: int, is_last: bool) -> tuple[s
 
 
 def _only_rows(trace: RoutingTrace, going: np.ndarray) -> RoutingTrace:
-    """The trace in NumPy; nothing in the rows that have ended, whatever the device did for them."""
+    """The trace with nothing in the rows that have ended, whatever the device did for them."""
     kept = going[None, :, None]
     return RoutingTrace(
-        expert_ids=np.where(kept, np.asarray(trace.expert_ids), -1),
-        expert_weights=np.where(kept, np.asarray(trace.expert_weights), np.float32(0)),
+        expert_ids=np.where(kept, trace.expert_ids, -1),
+        expert_weights=np.where(kept, trace.expert_weights, np.float32(0)),
     )
