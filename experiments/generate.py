@@ -80,6 +80,9 @@ class Settings:
     decode_backend: str | None = flag(
         None, "The same for decode steps; --experts_backend by default.", of=_BACKENDS
     )
+    steps_per_dispatch: int | None = flag(
+        None, "The most decode steps started at once; the platform's own by default.", least=1
+    )
     capture_trace: pathlib.Path | None = flag(
         None, "An .npz for the experts of every decode step; compare_layouts reads it."
     )
@@ -272,6 +275,7 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
         "capacity": _capacity(prompts, settings.max_new_tokens),
         "prefill_backend": settings.experts_backend,
         "decode_backend": settings.decode_backend or settings.experts_backend,
+        "steps_per_dispatch": settings.steps_per_dispatch,
     }
     events = stream(
         loaded.model,

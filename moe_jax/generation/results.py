@@ -19,7 +19,8 @@ class Generation:
       finish_reasons: "stop_id", "stop_string" or "length".
       first_token_seconds: from the start to the first token: prefill, and in the first call of
         these shapes the compiling of prefill and decode step.
-      decode_seconds: from the first token to the last.
+      decode_seconds: from the first token to the last; a group of tokens comes at once, see
+        steps_per_dispatch of `stream`.
       decode_steps: steps in that time; tokens_per_second counts the tokens of all rows in them.
       trace: of the decode steps one after the other, each with all B rows; None if not captured.
     """

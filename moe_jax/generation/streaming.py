@@ -123,8 +123,9 @@ def stream(
             accepted = sorted(EXPERTS_BACKENDS)
             raise ValueError(f"{name} is {backend!r}; expected auto or one of {accepted}")
     if steps_per_dispatch is not None:
-        name = "steps_per_dispatch"
-        steps_per_dispatch = arguments.whole_number(name, steps_per_dispatch, least=1)
+        steps_per_dispatch = arguments.whole_number(
+            "steps_per_dispatch", steps_per_dispatch, least=1
+        )
     if on_routing is not None and not callable(on_routing):
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
@@ -228,14 +229,14 @@ def _tokens(job: _Job, going: np.ndarray) -> Iterator[tuple[np.ndarray, RoutingT
     plan = job.decode_plan()
     first = _prefill(job, inputs)
     sampled, state = first.sampled, first.state
-    tokens, traces, count = first.sampled.tokens[None], None, 1
+    tokens, traces, count = first.sampled.tokens, None, 1
     for ahead_count in job.loop.counts(job.max_new_tokens - 1):
         # `state` is donated; `sampled` is not. A copy of `going`, because that changes.
         ahead = compiled.decode(plan, inputs, state, sampled, going.copy(), np.int32(ahead_count))
-        yield np.asarray(tokens)[:count], traces
+        yield np.asarray(tokens).reshape(-1, len(going))[:count], traces
         sampled, state = ahead.sampled, ahead.state
         tokens, traces, count = ahead.tokens, ahead.traces, ahead_count
-    yield np.asarray(tokens)[:count], traces
+    yield np.asarray(tokens).reshape(-1, len(going))[:count], traces
 
 
 def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:

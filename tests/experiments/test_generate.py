@@ -40,7 +40,7 @@ RANDOM = ("--preset=tiny", "--random", "--prompt=hello")
 
 def test_script(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1))
-    generate.run([*RANDOM, "--max_new_tokens=8"])
+    generate.run([*RANDOM, "--max_new_tokens=8", "--steps_per_dispatch=3"])
     text, _, figures = capsys.readouterr().out.partition("\n\n")
     assert 0 < len(text) <= 8 * 4
     assert "rows: 1, prompt tokens: 5, new tokens: 8 (length 1)" in figures
@@ -75,6 +75,7 @@ OF_A_CHECKPOINT = ("--checkpoint=x", "--prompt=a")
         ([*RANDOM, "--batch=0"], "--batch is 0; expected 1 to"),
         ([*RANDOM, "--max_new_tokens=0"], "--max_new_tokens is 0; expected 1 to"),
         ([*RANDOM, "--prefill_chunk=0"], "--prefill_chunk is 0; expected 1 to"),
+        ([*RANDOM, "--steps_per_dispatch=0"], "--steps_per_dispatch is 0; expected 1 to"),
         ([*RANDOM, "--seed=-1"], "--seed is -1; expected 0 to"),
         ([*RANDOM, "--top_k=-1"], "--top_k is -1; expected a whole number"),
         ([*RANDOM, "--temperature=-1"], "--temperature is -1.0; expected"),

@@ -46,9 +46,9 @@ def tiny(**changes) -> Qwen3Moe:
     return Qwen3Moe(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
 
 
-def spoilt(value: float, token: int) -> Qwen3Moe:
+def spoilt(value: float, token: int, **changes) -> Qwen3Moe:
     """The tiny model with `value` all through one token's embedding."""
-    model = nnx.clone(tiny())
+    model = nnx.clone(tiny(**changes))
     table = model.embed_tokens.weight
     table[...] = table[...].at[token].set(value)
     return model

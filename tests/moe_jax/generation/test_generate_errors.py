@@ -45,6 +45,12 @@ ERRORS = {
     ),
     "capacity a float": ({"capacity": 64.0}, ValueError, "capacity is 64.0; expected a whole"),
     "chunk": ({"prefill_chunk": 0}, ValueError, "prefill_chunk is 0; expected a whole number"),
+    "steps 0": ({"steps_per_dispatch": 0}, ValueError, "steps_per_dispatch is 0; expected a whole"),
+    "steps True": (
+        {"steps_per_dispatch": True},
+        ValueError,
+        "steps_per_dispatch is True; expected",
+    ),
     "sampling": ({"sampling": 0.7}, TypeError, "sampling is 0.7; expected a Sampling"),
     "stop id": ({"stop_ids": [128]}, ValueError, r"stop_ids\[0\] is 128; expected 0 to 127"),
     "stop id text": ({"stop_ids": ["a"]}, TypeError, r"stop_ids\[0\] is .a.; expected a whole"),
