@@ -1,4 +1,4 @@
-"""The result file of compare_layouts: one a device and preset, as JSON lines.
+"""The result files of compare_layouts and decode_speed: one a device and preset, as JSON lines.
 
     {"kind": "record", "format": 2, "preset": "qwen3_30b_a3b"}
     {"kind": "run", "device": "h100", "commit": ..., "read_ceiling_tbps": 3.23, ...}
@@ -6,13 +6,15 @@
     {"kind": "baseline", "run": 0, "name": "xla_gather", "tokens": 8, "routing": "zipf", ...}
 
 A row's `run` is the run that it was measured in, because a later run may add to a file. Fields
-that have their default are left out. What other projects measured elsewhere is in ELSEWHERE.
+that have their default are left out. What other projects measured elsewhere is in ELSEWHERE. The rows
+of decode_speed have other kinds and fields: decode_records.py.
 """
 
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.bench.environment import Environment
@@ -117,10 +119,10 @@ class Row:
 
 @dataclasses.dataclass(kw_only=True)
 class Record:
-    """The rows of one preset on one device."""
+    """The rows of one preset on one device, all of one kind's class."""
 
     preset: str
-    rows: list[Row]
+    rows: list[Any]
 
     def routings(self) -> list[str]:
         """The routings that there are rows of."""
@@ -130,13 +132,16 @@ class Record:
         """The rows of one routing and output dtype."""
         return [row for row in self.rows if (row.routing, row.dtype) == (routing, dtype)]
 
-    def updated(self, newer: list[Row]) -> "Record":
+    def updated(self, newer: list[Any]) -> "Record":
         """With these rows in the place of those of the same key, and behind the others."""
         keys = {row.key for row in newer}
         return Record(
             preset=self.preset, rows=[row for row in self.rows if row.key not in keys] + newer
         )
 
+
+# What a line of each kind is read as.
+KINDS: Mapping[str, type] = {"layout": Row, "baseline": Row}
 
 # Row fields that hold no JSON value of their own, or come first in a line.
 _LEADING = ("kind", "run")
@@ -152,10 +157,10 @@ def write_record(path: pathlib.Path, record: Record) -> None:
             runs.append(row.run)
         fields = {
             field.name: _finite(getattr(row, field.name))
-            for field in dataclasses.fields(Row)
+            for field in dataclasses.fields(row)
             if field.name not in _LEADING
         }
-        defaults = {field.name: field.default for field in dataclasses.fields(Row)}
+        defaults = {field.name: field.default for field in dataclasses.fields(row)}
         lines.append(
             {"kind": row.kind, "run": runs.index(row.run)}
             | {name: value for name, value in fields.items() if value != defaults[name]}
@@ -169,8 +174,12 @@ def write_record(path: pathlib.Path, record: Record) -> None:
     unfinished.replace(path)
 
 
-def read_record(path: pathlib.Path) -> Record:
+def read_record(path: pathlib.Path, kinds: Mapping[str, type] = KINDS) -> Record:
     """Reads a file that `write_record` wrote.
+
+    Args:
+      path: the file.
+      kinds: what a row of each kind is read as; other kinds are errors.
 
     Raises:
       ValueError: a line is none of this format; names the line and the field.
@@ -188,20 +197,22 @@ def read_record(path: pathlib.Path) -> Record:
         if kind == "record":
             if line.get("format") != FORMAT:
                 raise ValueError(
-                    f"{where}: format is {line.get('format')!r}; expected {FORMAT}, which "
-                    "compare_layouts writes"
+                    f"{where}: format is {line.get('format')!r}; expected {FORMAT}, which this "
+                    "code writes"
                 )
             record = Record(preset=line.get("preset"), rows=[])
         elif kind == "run":
             runs.append(_make(where, Environment, line))
-        elif kind in ("layout", "baseline"):
+        elif kind in kinds:
             if line.get("run") not in range(len(runs)):
                 raise ValueError(
                     f"{where}: run is {line.get('run')!r}; expected 0 to {len(runs) - 1}"
                 )
-            record.rows.append(_make(where, Row, line | {"kind": kind, "run": runs[line["run"]]}))
+            fields = line | {"kind": kind, "run": runs[line["run"]]}
+            record.rows.append(_make(where, kinds[kind], fields))
         else:
-            raise ValueError(f"{where}: kind is {kind!r}; expected run, layout or baseline")
+            accepted = ", ".join(["run", *kinds])
+            raise ValueError(f"{where}: kind is {kind!r}; expected one of {accepted}")
     if record is None:
         raise ValueError(f"{path} is empty; expected kind record on line 1")
     return record
