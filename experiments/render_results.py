@@ -1,13 +1,16 @@
-"""What does a record of compare_layouts say? Prints it as Markdown and redraws its picture.
+"""What does a record say? Prints it as Markdown and redraws its picture.
 
     python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl
     python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl \
         --table=readme
     python -m experiments.render_results results/compare_layouts/h100_qwen3_30b_a3b.jsonl \
         --into=README.md,docs/benchmarks.md
+    python -m experiments.render_results results/decode_speed/h100_qwen3_30b_a3b.jsonl \
+        --into=docs/benchmarks.md
 
-The full table has a section a routing; --table=readme has the README's rows and columns. With
---into it replaces this record's tables in pages, and prints none.
+A record is of compare_layouts or of decode_speed. The first's full table has a section a routing,
+and --table=readme has the README's rows and columns. With --into it replaces this record's tables
+in pages, and prints none.
 """
 
 import dataclasses
@@ -16,7 +19,15 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from experiments.bench import plots, records, script, tables
+from experiments.bench import (
+    decode_plots,
+    decode_records,
+    decode_tables,
+    plots,
+    records,
+    script,
+    tables,
+)
 from experiments.bench.script import argument, flag
 
 TABLES = ("full", "readme")
@@ -25,6 +36,10 @@ README_RECORD = "h100_qwen3_30b_a3b"
 _BLOCK = re.compile(
     r"(<!-- results:compare_layouts(?:/(?P<stem>\S+) (?P<routing>\S+) (?P<metrics>\S+))? -->\n)"
     r".*?(?=\n<!-- end of results:compare_layouts -->)",
+    re.DOTALL,
+)
+_DECODE_BLOCK = re.compile(
+    r"(<!-- results:decode_speed/(?P<stem>\S+) -->\n).*?(?=\n<!-- end of results:decode_speed -->)",
     re.DOTALL,
 )
 
@@ -56,6 +71,11 @@ def with_tables(
         <!-- results:compare_layouts/h100_qwen3_30b_a3b zipf chain_us,times_floor -->
         <!-- end of results:compare_layouts -->
 
+    A record of decode_speed has one table:
+
+        <!-- results:decode_speed/h100_qwen3_30b_a3b -->
+        <!-- end of results:decode_speed -->
+
     Args:
       page: Markdown.
       stem: the record's file name, without its ending.
@@ -74,12 +94,19 @@ def with_tables(
         others = map(tables.elsewhere_line, elsewhere) if block["routing"] == "uniform" else ()
         return "\n\n".join([made, *others])
 
-    ours = [m for m in _BLOCK.finditer(page) if (m["stem"] or README_RECORD) == stem]
+    is_decode = _is_decode(record)
+    blocks = (_DECODE_BLOCK if is_decode else _BLOCK).finditer(page)
+    ours = [block for block in blocks if (block["stem"] or README_RECORD) == stem]
     if not ours:
         raise ValueError(f"--into has a page without a table of {stem}")
     for block in reversed(ours):
-        page = page[: block.start()] + block[1] + table(block) + page[block.end() :]
+        made = decode_tables.to_markdown(record) if is_decode else table(block)
+        page = page[: block.start()] + block[1] + made + page[block.end() :]
     return page
+
+
+def _is_decode(record: records.Record) -> bool:
+    return isinstance(record.rows[0], decode_records.DecodeRow)
 
 
 def _check_routing(what: str, routing: str, record: records.Record) -> None:
@@ -95,7 +122,7 @@ def main(settings: Settings) -> None:
       ValueError: it is no record, has no rows, or none of a routing; a page has no table of it.
     """
     path = settings.record
-    record = records.read_record(path)
+    record = records.read_record(path, {**records.KINDS, **decode_records.KINDS})
     if not record.rows:
         raise ValueError(f"{path} holds no measurement")
     elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)
@@ -103,6 +130,8 @@ def main(settings: Settings) -> None:
         for page in settings.into:
             made = with_tables(page.read_text(), path.stem, record, elsewhere)
             page.write_text(made)
+    elif _is_decode(record):
+        print(decode_tables.to_markdown(record))
     elif settings.table == "readme":
         print(tables.to_readme(record, elsewhere))
     else:
@@ -111,7 +140,9 @@ def main(settings: Settings) -> None:
             _check_routing("--routing", routing, record)
         parts = [tables.to_markdown(record, routing, settings.metrics) for routing in routings]
         print("\n\n".join([*parts, *map(tables.elsewhere_line, elsewhere)]))
-    if settings.plot:
+    if settings.plot and _is_decode(record):
+        decode_plots.draw(path.with_suffix(".png"), record)
+    elif settings.plot:
         plots.draw(path.with_suffix(".png"), record, elsewhere)
 
 

@@ -73,6 +73,11 @@ class DecodeRow:
         return self.kind, self.batch, self.context, self.feed
 
     @property
+    def name(self) -> str:
+        """As a line about the run says it."""
+        return self.kind
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Of all rows of the batch, in the chain."""
         return None if self.ms is None else 1e3 * self.batch / self.ms
@@ -135,7 +140,7 @@ def sorted_rows(rows: list[DecodeRow]) -> list[DecodeRow]:
 def beside(rows: list[DecodeRow], row: DecodeRow) -> DecodeRow | None:
     """The baseline's row at a row's batch and context, if it has a time."""
     for other in rows:
-        if other.kind == "transformers" and other.ms is not None:
-            if (other.batch, other.context) == (row.batch, row.context):
-                return other
+        same = (other.batch, other.context) == (row.batch, row.context)
+        if same and other.kind == "transformers" and other.ms is not None:
+            return other
     return None

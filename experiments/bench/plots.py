@@ -72,7 +72,7 @@ def figure_of(
     handles: dict[str, object] = {}
     for ax, panel in zip(axes[0], panels, strict=True):
         panel(ax, rows, elsewhere)
-        _finish_tokens_axis(ax)
+        finish_axis(ax)
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
@@ -227,12 +227,13 @@ def _draw_error(ax: Axes, rows: Sequence[Row], elsewhere: Sequence[Elsewhere]) -
     ax.set_title("relative error to a float32 reference, 1e-3", fontsize=10, loc="left")
 
 
-def _finish_tokens_axis(ax: Axes) -> None:
+def finish_axis(ax: Axes, label: str = "tokens T") -> None:
+    """A logarithmic axis with a tick at each value that a line has there, from 1 up."""
     tokens = sorted({T for line in ax.get_lines() for T in line.get_xdata() if T >= 1})
     ax.set_xscale("log", base=2)
     ax.set_xticks(tokens, [str(T) for T in tokens])
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("tokens T")
+    ax.set_xlabel(label)
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -6,8 +6,8 @@
     {"kind": "baseline", "run": 0, "name": "xla_gather", "tokens": 8, "routing": "zipf", ...}
 
 A row's `run` is the run that it was measured in, because a later run may add to a file. Fields
-that have their default are left out. What other projects measured elsewhere is in ELSEWHERE. The rows
-of decode_speed have other kinds and fields: decode_records.py.
+that have their default are left out. What other projects measured elsewhere is in ELSEWHERE.
+decode_records.py has the rows of decode_speed, which are of other kinds.
 """
 
 import dataclasses

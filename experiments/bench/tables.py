@@ -5,7 +5,7 @@ A table has one section a metric, one row a candidate and one column a number of
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -230,12 +230,12 @@ def to_markdown(
     """One routing's table and remarks as Markdown, for docs/benchmarks.md."""
     rows = record.of(routing, dtype)
     tokens = tokens_of(rows)
-    lines = [_line(["", f"T = {tokens[0]}", *map(str, tokens[1:])])]
-    lines.append(_line(["---", *["---:"] * len(tokens)]))
+    lines = [markdown_line(["", f"T = {tokens[0]}", *map(str, tokens[1:])])]
+    lines.append(markdown_line(["---", *["---:"] * len(tokens)]))
     for section in sections(rows, metrics):
-        lines.append(_line([f"**{section.title}**", *[""] * len(tokens)]))
-        lines.extend(_line([name, *cells]) for name, cells in section.rows)
-    lines += ["", *(f"- {line}" for line in remarks(rows)), "", *_runs_of(rows)]
+        lines.append(markdown_line([f"**{section.title}**", *[""] * len(tokens)]))
+        lines.extend(markdown_line([name, *cells]) for name, cells in section.rows)
+    lines += ["", *(f"- {line}" for line in remarks(rows)), "", *runs_of(rows)]
     commands = dict.fromkeys(row.run.command for row in rows)
     lines += ["", *(f"Made by `{command}`." for command in commands)]
     return "\n".join(lines)
@@ -261,8 +261,8 @@ def to_readme(record: Record, elsewhere: Sequence[Elsewhere]) -> str:
     [*vllm] = (other for other in elsewhere if other.name == "vllm")
     theirs = dict(zip(vllm[0].tokens, vllm[0].us, strict=True)) if vllm else {}
     lines = [
-        _line(["T", "floor", *ours, "vLLM 0.33 *", BEST_XLA, "error"]),
-        _line(["---:"] * 7),
+        markdown_line(["T", "floor", *ours, "vLLM 0.33 *", BEST_XLA, "error"]),
+        markdown_line(["---:"] * 7),
     ]
     used: list[Row] = []
     for T in README_TOKENS:
@@ -276,9 +276,9 @@ def to_readme(record: Record, elsewhere: Sequence[Elsewhere]) -> str:
         cells += [_or_nothing(theirs.get(T)), _or_nothing(best[T].chain_us if T in best else None)]
         errors = [row.rel_error for row in timed if row.rel_error is not None]
         cells.append(f"{1e3 * max(errors):.2f}e-3" if errors else _NOTHING)
-        lines.append(_line(cells))
+        lines.append(markdown_line(cells))
         used += [*timed, *([best[T]] if T in best else [])]
-    lines += ["", *_runs_of(used)]
+    lines += ["", *runs_of(used)]
     for other in vllm:
         least_and_largest = " to ".join(f"{1e3 * error:.1f}e-3" for error in other.rel_errors)
         error = f"; its error is {least_and_largest}" if other.rel_errors else ""
@@ -305,7 +305,7 @@ def _or_nothing(us: float | None) -> str:
     return _NOTHING if us is None else microseconds(us)
 
 
-def _runs_of(rows: Sequence[Row]) -> list[str]:
+def runs_of(rows: Sequence[Any]) -> list[str]:
     """A line for each run of the rows; where there are several, with the rows' names."""
     runs: dict[str, list[Row]] = {}
     for row in rows:
@@ -324,5 +324,6 @@ def _runs_of(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """A line of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"
