@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from experiments import render_results
-from experiments.bench import records
+from experiments.bench import decode_records, records
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = records.RESULTS / "compare_layouts"
@@ -25,3 +25,12 @@ def test_a_page_shows_the_committed_record(page, stem):
     elsewhere = records.measured_elsewhere(record.rows[0].run.device, record.preset)
     assert render_results.with_tables(text, stem, record, elsewhere) == text
     assert f"results/compare_layouts/{stem}.png)" in text
+
+
+@pytest.mark.parametrize("path", sorted((records.RESULTS / "decode_speed").glob("*.jsonl")))
+def test_the_benchmarks_show_the_committed_decode_steps(path):
+    """`python -m experiments.render_results RECORD --into=docs/benchmarks.md` makes the table."""
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    record = decode_records.read_record(path)
+    assert render_results.with_tables(text, path.stem, record, ()) == text
+    assert f"results/decode_speed/{path.stem}.png)" in text
