@@ -34,6 +34,7 @@ class StepOptions:
       platform: as resolve_platform returns it.
       phase: "prefill", "decode" or "training".
       experts_backend, attention_backend: as in moe_jax.experts and moe_jax.attention.
+      layers_backend: as in moe_jax.decode_step.
     """
 
     config: Qwen3MoeConfig
@@ -41,13 +42,14 @@ class StepOptions:
     phase: str
     experts_backend: str = "auto"
     attention_backend: str = "auto"
+    layers_backend: str = "auto"
 
 
 class TokenPositions(NamedTuple):
     """Where the new tokens stand.
 
     Attributes:
-      rope: (cos, sin), each [1 or B, S, D].
+      rope: (cos, sin), each [1 or B, S, D] float32.
       slots: [B, S] int32, each token's place in its row.
       valid: [B, S] bool, False for padding.
       lengths: [B] int32, tokens in each row before these.
@@ -194,7 +196,8 @@ def attention_block(
     q = rms_norm(q, params.q_norm, eps).swapaxes(1, 2)  # [B, heads, S, D]
     k = rms_norm(k, params.k_norm, eps).swapaxes(1, 2)  # [B, kv, S, D]
     v = v.swapaxes(1, 2)
-    q, k = apply_rope(q, *positions.rope), apply_rope(k, *positions.rope)
+    cos, sin = (table.astype(x.dtype) for table in positions.rope)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
     slots, valid = positions.slots, positions.valid
     if cache is None:

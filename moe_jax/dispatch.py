@@ -1,7 +1,8 @@
 """Which backend computes an op, and why: one table for every op, read from the top.
 
 An op is one function with several implementations of the same signature. Today these are "experts"
-(moe_jax/experts) and "attention" (moe_jax/attention). An op's folder lists its backends, each with
+(moe_jax/experts), "attention" (moe_jax/attention), and "layers" (moe_jax/decode_step.py): all layers
+of a call, whose plain implementation asks for the other two. An op's folder lists its backends, each with
 what it can do. This file chooses one of them in Python, before anything is traced.
 `python -m experiments.backends` prints all of it.
 """
@@ -150,6 +151,18 @@ RULES: tuple[Rule, ...] = (
         backend="xla",
         why="two products and a softmax in plain XLA; the only implementation yet",
     ),
+    Rule(
+        op="layers",
+        platforms=("cuda",),
+        phases=("decode",),
+        backend="pallas",
+        why="the kernels' decode step has one or a few launches a layer, and loads weights ahead",
+    ),
+    Rule(
+        op="layers",
+        backend="blocks",
+        why="the blocks of decoder.py one by one, with a backend each for experts and attention",
+    ),
 )
 
 
@@ -180,6 +193,11 @@ def choose_backend(request: Request, backends: Mapping[str, Backend]) -> Backend
 def backend_variable(op: str) -> str:
     """The environment variable that names an op's backend where no argument does."""
     return f"MOE_JAX_{op.upper()}_BACKEND"
+
+
+def backend_named(op: str, backend: str, *, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a caller or the environment names an op's backend, so that no table chooses it."""
+    return backend != "auto" or bool(environment.get(backend_variable(op)))
 
 
 _record: contextvars.ContextVar[list | None] = contextvars.ContextVar("record", default=None)

@@ -15,7 +15,8 @@ from flax import nnx
 from moe_jax import losses
 from moe_jax.cache import KVCache, LayerCache, overflowed, slots_of
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.decoder import LayerParams, StepOptions, TokenPositions, run_layers, scoped
+from moe_jax.decode_step import layers
+from moe_jax.decoder import LayerParams, StepOptions, TokenPositions
 from moe_jax.input_checks import check_inputs
 from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear, rms_norm
@@ -105,6 +106,7 @@ class Qwen3Moe(nnx.Module):
         output_hidden_states: bool = False,
         experts_backend: str = "auto",
         attention_backend: str = "auto",
+        layers_backend: str = "auto",
         platform: str | None = None,
         replay: RoutingTrace | None = None,
     ) -> CausalLMOutput:
@@ -133,6 +135,9 @@ class Qwen3Moe(nnx.Module):
           experts_backend: as in moe_jax.experts.experts. With labels a call is of the phase
             "training"; with a cache and S = 1 it is a "decode" step.
           attention_backend: as in moe_jax.attention.attention.
+          layers_backend: a name in moe_jax.decode_step.LAYERS_BACKENDS, or "auto": the environment
+            variable MOE_JAX_LAYERS_BACKEND, and without that the table of moe_jax.dispatch. A
+            backend named for experts or attention is one of the blocks'.
           platform: what to write the computation for, as in moe_jax.platforms.resolve_platform.
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
@@ -165,6 +170,7 @@ class Qwen3Moe(nnx.Module):
             phase=_phase(labels, cache, S),
             experts_backend=experts_backend,
             attention_backend=attention_backend,
+            layers_backend=layers_backend,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
@@ -178,7 +184,7 @@ class Qwen3Moe(nnx.Module):
         elif segments is None and attention_mask is None and cache is None:
             segments = segments_of(jnp.broadcast_to(position_ids, (B, S)), ops)
         rope = rope_tables(
-            config.rope, config.head_dim, config.max_position_embeddings, position_ids, x.dtype
+            config.rope, config.head_dim, config.max_position_embeddings, position_ids, jnp.float32
         )
 
         # 2. The layers.
@@ -186,8 +192,7 @@ class Qwen3Moe(nnx.Module):
         caches = None
         if cache is not None:
             caches = tuple(map(LayerCache, cache.keys, cache.values))
-        run = scoped(run_layers, options)
-        outputs, caches, routings = run(params.layers, x, positions, caches, replay)
+        outputs, caches, routings = layers(params.layers, x, positions, caches, replay, options)
         normed = rms_norm(outputs[-1], params.norm, config.rms_norm_eps)
         hidden_states = [x, *outputs[:-1], normed]
         if cache is not None:

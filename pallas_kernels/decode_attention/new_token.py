@@ -11,16 +11,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.warpgroup import one_per_lane
+from pallas_kernels.mosaic.warpgroup import ROWS_BY_64, TILE_ROWS, one_per_lane
 
 HEAD_SIZE = 128
-ROWS = 8  # heads that are normed and turned at a time
+ROWS = TILE_ROWS  # heads that are normed and turned at a time
 
 _HALF = HEAD_SIZE // 2  # RoPE turns element i with element i + D/2
-# 8 heads by half their elements: 4 warps by 2 heads, 16 lanes by 4 elements along a head.
-_TILE = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, _HALF), (2, 4))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
-)
+_TILE = ROWS_BY_64  # 8 heads by half their elements
 _ELEMENTS = _TILE.reduce(0)
 
 
@@ -59,7 +56,7 @@ class Constants:
 
 
 def prepare(
-    parts: Sequence[Any], kv_head, constants: Constants, q_smem, scores_smem, new_smem,
+    parts: Sequence[Any], factor, kv_head, constants: Constants, q_smem, scores_smem, new_smem,
     *, heads: int, kv: int, eps: float, scale: float,
 ) -> None:  # fmt: skip
     """Puts the queries, the new key and value, and the scores of this key, in shared memory.
@@ -69,6 +66,7 @@ def prepare(
     Args:
       parts: [heads + 2 kv, D] float32 each, in global memory: partial sums of the row's query
         heads, keys and values.
+      factor: float32, what the sums are multiplied with.
       kv_head: int32.
       constants: of the row.
       q_smem: [N, D], see wgmma_operand; the G query heads of kv_head.
@@ -82,12 +80,12 @@ def prepare(
     G, D = heads // kv, HEAD_SIZE
     starts = range(0, G, ROWS)
     queries = [
-        _add_halves([_load_heads(p, kv_head * G + start, G - start, 2 * kv) for p in parts])
+        _add_halves([_load_heads(p, kv_head * G + start, G - start, 2 * kv) for p in parts], factor)
         for start in starts
     ]
     key_row, value_row = heads + kv_head, heads + kv + kv_head
-    key = _add_halves([_load_halves(part.at[key_row], _ELEMENTS) for part in parts])
-    value = functools.reduce(
+    key = _add_halves([_load_halves(part.at[key_row], _ELEMENTS) for part in parts], factor)
+    value = factor * functools.reduce(
         jnp.add, [plgpu.load(p.at[value_row], layout=one_per_lane(D)) for p in parts]
     )
     square = jnp.sum(key[0] * key[0]) + jnp.sum(key[1] * key[1])
@@ -153,6 +151,6 @@ def _load_heads(part, first, count: int, rows_behind: int) -> list[jax.Array]:
     return tiles
 
 
-def _add_halves(partials: list[list[jax.Array]]) -> list[jax.Array]:
-    """Partial sums added in ascending order."""
-    return [functools.reduce(jnp.add, halves) for halves in zip(*partials, strict=True)]
+def _add_halves(partials: list[list[jax.Array]], factor) -> list[jax.Array]:
+    """Partial sums added in ascending order, times the factor."""
+    return [factor * functools.reduce(jnp.add, halves) for halves in zip(*partials, strict=True)]

@@ -138,7 +138,7 @@ class SplitAttention:
     def run(
         self, block_id, qkv, cos, sin, q_norm, k_norm, lengths, valid, keys, values,
         sums, log_weights, shared, full,
-        wait: Callable[[], None] = _nothing,
+        wait: Callable[[], Any] = _nothing,
         signal: Callable[[Any], None] = _nothing,
     ) -> None:  # fmt: skip
         """All of one block; at the end it calls signal(row * kv + kv head).
@@ -159,7 +159,8 @@ class SplitAttention:
           log_weights: likewise.
           shared: see shared_types.
           full: see full_type.
-          wait: once wait() returns, qkv may be read.
+          wait: once wait() returns, qkv may be read; it returns what the row's sums are multiplied
+            with, or None for nothing.
           signal: called once.
         """
         # Groups come last, because the first ones have splits in each row.
@@ -177,13 +178,14 @@ class SplitAttention:
         )  # fmt: skip
         ring.prologue()
         constants = Constants.load(cos.at[row], sin.at[row], q_norm, k_norm)
-        wait()
+        factor = wait()
+        factor = jnp.float32(1) if factor is None else factor
 
         @pl.when(work.num_splits > 0)
         def _():
             parts = [qkv.at[partial, row] for partial in range(self.num_partials)]
             prepare(
-                parts, kv_head, constants, q_smem, scores_smem, new_smem,
+                parts, factor, kv_head, constants, q_smem, scores_smem, new_smem,
                 heads=self.heads, kv=self.kv, eps=self.eps, scale=scale,
             )  # fmt: skip
             scores = plgpu.load(scores_smem, layout=_HEADS, optimized=False)  # [N]

@@ -20,7 +20,7 @@ from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
 from pallas_kernels.mosaic.grid_sync import staggered_start
-from pallas_kernels.mosaic.l2_hints import copy_evict_first
+from pallas_kernels.mosaic.l2_hints import copy_evict_first, prefetch_rows
 from pallas_kernels.mosaic.operands import wgmma_operand
 from pallas_kernels.mosaic.pipeline import mainloop, pipeline, prologue
 from pallas_kernels.mosaic.warpgroup import store_row
@@ -155,6 +155,9 @@ class Down:
     """Block (tile, block_m neurons): row p of outputs = down_e (high + low), of p's column.
 
     Outputs are [num_outputs, H] float32. The rows of no column stay unwritten.
+
+    With prefetches=True a block also asks for the weights that its stages have no room for to come
+    to L2, before it waits.
     """
 
     tiles: TokenTiles
@@ -163,6 +166,7 @@ class Down:
     block_m: int
     block_k: int
     num_stages: int
+    prefetches: bool = False
 
     @property
     def blocks_per_tile(self) -> int:
@@ -224,6 +228,9 @@ class Down:
 
             # Weights depend on no other block, so they are on their way before the wait.
             prologue(num_steps, self.num_stages, load_weights)
+            if self.prefetches and num_steps > self.num_stages:
+                rest = slice(self.num_stages * block_k, self.I)
+                prefetch_rows(down, weight_rows.start, self.block_m, rest)
             wait(index)
             prologue(num_steps, self.num_stages, load_hidden)
             mainloop(

@@ -13,8 +13,14 @@ from jax._src.pallas import mpmd  # plgpu.kernel has no argument for outputs in 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import layout_search  # noqa: F401  which makes lowering fast
+
 # What one thread block may hold on Hopper, less a reserve for barriers and reduction scratch.
 SHARED_MEMORY_BYTES = 232448 - 4096
+
+# Shared memory for sums over several warps. Reductions here are of few numbers, and with less of it
+# three blocks of 72 KB fit on a core.
+_COMPILER_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=1024)
 
 _H100_CORES = 132
 # The interpreter runs blocks one after the other, so more of them only take more time.
@@ -57,7 +63,12 @@ def launch(
     if in_place:
         return _launch_in_place(body, plgpu.Mesh(**mesh), out_type, scratch_types, in_place, params)
     return plgpu.kernel(
-        body, out_type=out_type, scratch_types=scratch_types, interpret=params, **mesh
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        compiler_params=_COMPILER_PARAMS,
+        interpret=params,
+        **mesh,
     )
 
 
@@ -77,6 +88,7 @@ def _launch_in_place(body, mesh, out_type, scratch_types, in_place, params) -> C
         [(mesh, body_with_scratch)],
         out_type,
         input_output_aliases=dict(in_place),
+        compiler_params=_COMPILER_PARAMS,
         interpret=params,
         name=mesh.kernel_name,
     )

@@ -2,6 +2,7 @@
 
     signal             this block has written its part
     wait               until that number of blocks has signalled
+    pause              some nanoseconds
     staggered_start    the second block of each core begins later
 
 A block waits for lower-numbered blocks only. A core takes blocks in the order of their numbers, as
@@ -227,10 +228,14 @@ def staggered_start(block_id: Any, num_blocks: int, bytes_read: int) -> None:
     if interpreting() or num_blocks < _MIN_BLOCKS_PER_CORE * cores:
         return
     second = (block_id >= cores) & (block_id < 2 * cores)
-    pl.when(second)(functools.partial(_sleep, bytes_read // _BYTES_PER_NS // 2))
+    pl.when(second)(functools.partial(pause, bytes_read // _BYTES_PER_NS // 2))
 
 
-def _sleep(ns: int) -> None:
+def pause(ns: int) -> None:
+    """Lets all lanes do nothing for some nanoseconds; the interpreter has no clock, and goes on."""
+    if interpreting() or ns <= 0:
+        return
+
     @plgpu.inline_mgpu()
     def sleep(_):
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):

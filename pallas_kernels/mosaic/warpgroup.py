@@ -14,6 +14,12 @@ from pallas_kernels.mosaic.device import interpreting
 
 LANES = 128  # of a warpgroup
 
+# [8, 64] in registers: 4 warps by 2 rows, 16 lanes by 4 elements along a row.
+TILE_ROWS = 8
+ROWS_BY_64 = plgpu.Layout.TILED(
+    plgpu.Tiling(((TILE_ROWS, 64), (2, 4))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
+)
+
 # 64 elements, in each warp the same.
 _ANY_MULTIPLE_OF_64 = plgpu.Layout.TILED(
     plgpu.Tiling(((64,), (2,))),

@@ -1,6 +1,7 @@
-"""The router's last tasks: logits, softmax and top-k of one token in each thread block."""
+"""The router's last task: logits, softmax and top-k of one token in each thread block."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane
+from pallas_kernels.decode_step.add_residual import inverse_rms
+from pallas_kernels.decode_step.split_product import round_up
+from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout
 
 _INT32_MIN = -(2**31)
 _RANKS = 16  # rows of _TILE
@@ -22,11 +25,6 @@ _ALONG_EXPERTS = _TILE.reduce(0)
 _FEW = plgpu.Layout.WGMMA.reduce(0)
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple
-
-
 def padded_experts(E: int) -> int:
     """E, rounded up to whole warpgroups."""
     return round_up(E, LANES)
@@ -36,60 +34,117 @@ def padded_experts(E: int) -> int:
 class TopK:
     """Block t: logits[t] = partials added in the order of splits, and the K likeliest experts.
 
+    Reads partials [num_splits, N, padded_E] float32, of which columns beyond E may hold anything,
+    squares, total and norm_weight as AddResidual has them, and valid [T] int32. Writes logits
+    [T, E] float32, ids [T * K] int32 and weights [T * K] float32, a token's one after the other,
+    and normed [N, H] bf16. A token that is not valid has ids of -1.
+
     Each lane has some experts, and counts those that come before its own: E comparisons, and no
     exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. A tile of 16
     ranks by E experts then turns "expert e has rank r" around, by sums along its rows.
 
     Shared memory is written and read by the same warpgroup alone, so Pallas's own barrier after
     each store is enough: commit_smem is for the copy engine and the tensor cores.
+
+    Attributes:
+      T, H, E, K: tokens, their size, experts, experts a token.
+      N: rows of normed; those from T on stay unwritten.
+      eps: of the norm before the router.
+      num_splits: of the product with the router's gate.
+      norm_topk_prob: whether the K weights are divided by their sum.
+      after: the kind of task that writes the partials.
     """
 
+    T: int
+    H: int
     E: int
     K: int
+    N: int
+    eps: float
     num_splits: int
     norm_topk_prob: bool
+    after: str
+
+    num_counters = 1
+    bytes_read = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.T
+
+    @property
+    def arrivals(self) -> int:
+        return self.T
 
     @property
     def padded_E(self) -> int:
         return padded_experts(self.E)
 
-    def out_types(self, T: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Logits, ids and weights."""
-        return (
-            jax.ShapeDtypeStruct((T, self.E), jnp.float32),
-            jax.ShapeDtypeStruct((T, self.K), jnp.int32),
-            jax.ShapeDtypeStruct((T, self.K), jnp.float32),
-        )
-
-    def shared_types(self) -> dict[str, Any]:
-        """Shared memory of a block, by names."""
-        experts, ranks = (self.padded_E,), (round_up(self.K, _RANKS),)
+    @property
+    def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+        chosen = (self.T * self.K,)
         return {
-            "keys": plgpu.SMEM(experts, jnp.int32),
-            "expert_ranks": plgpu.SMEM(experts, jnp.int32),
-            "expert_logits": plgpu.SMEM(experts, jnp.float32),
-            "chosen_ids": plgpu.SMEM(ranks, jnp.int32),
-            "chosen_weights": plgpu.SMEM(ranks, jnp.float32),
+            "logits": jax.ShapeDtypeStruct((self.T, self.E), jnp.float32),
+            "ids": jax.ShapeDtypeStruct(chosen, jnp.int32),
+            "weights": jax.ShapeDtypeStruct(chosen, jnp.float32),
+            "normed": jax.ShapeDtypeStruct((self.N, self.H), jnp.bfloat16),
         }
 
-    def run(self, token, partials, logits, ids, weights, shared: dict[str, Any]) -> None:
-        """All of one block, once its token's partials are there.
+    def shared_types(self) -> tuple:
+        """One group, by names."""
+        experts, ranks = (self.padded_E,), (round_up(self.K, _RANKS),)
+        return (
+            {
+                "keys": plgpu.SMEM(experts, jnp.int32),
+                "expert_ranks": plgpu.SMEM(experts, jnp.int32),
+                "expert_logits": plgpu.SMEM(experts, jnp.float32),
+                "chosen_ids": plgpu.SMEM(ranks, jnp.int32),
+                "chosen_weights": plgpu.SMEM(ranks, jnp.float32),
+            },
+        )
 
-        Args:
-          token: int32.
-          partials: [num_splits, tokens, padded_E] float32; columns beyond E may hold anything.
-          logits: [T, E] float32, written.
-          ids: [T, K] int32, written.
-          weights: [T, K] float32, written.
-          shared: see shared_types.
-        """
-        expert_logits = self._add_partials(partials, token)  # [padded_E]
-        shared["expert_ranks"][...] = self._rank(expert_logits, shared["keys"])
-        shared["expert_logits"][...] = expert_logits
-        self._choose(shared)
-        _store(shared["expert_logits"], logits.at[token], self.E)
-        _store(shared["chosen_ids"], ids.at[token], self.K)
-        _store(shared["chosen_weights"], weights.at[token], self.K)
+    def barrier_types(self) -> Any:
+        return ()
+
+    def run(self, block_id, arrays, shared, full, wait, signal) -> None:
+        """All of token block_id."""
+        del full
+        (smem,), token = shared, block_id
+        valid = arrays["valid"][token]
+        layout = row_layout(self.H)
+        norm_weight = plgpu.load(arrays["norm_weight"], layout=layout, optimized=False)
+        wait(self.after)
+        row = plgpu.load(arrays["total"].at[token], layout=layout, optimized=False)
+        inverse = inverse_rms(arrays["squares"], token, self.H, self.eps)
+        expert_logits = self._add_partials(arrays["partials"], token) * inverse  # [padded_E]
+        row = row.astype(jnp.float32) * inverse * norm_weight.astype(jnp.float32)
+        arrays["normed"][token] = row.astype(jnp.bfloat16)
+        smem["expert_ranks"][...] = self._rank(expert_logits, smem["keys"])
+        smem["expert_logits"][...] = expert_logits
+        self._choose(smem, valid)
+        _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
+        chosen = pl.ds(token * self.K, self.K)
+        _store(smem["chosen_ids"], arrays["ids"].at[chosen], self.K)
+        _store(smem["chosen_weights"], arrays["weights"].at[chosen], self.K)
+        signal()
+
+    def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The same in plain jnp."""
+        mean = jnp.sum(arrays["squares"], axis=0)[:, None] / self.H
+        inverse = lax.rsqrt(mean + self.eps)  # [N, 1]
+        logits = (jnp.sum(arrays["partials"], axis=0) * inverse)[: self.T, : self.E]
+        weights, ids = lax.top_k(jax.nn.softmax(logits, axis=-1), self.K)
+        if self.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        ids = jnp.where(arrays["valid"][:, None] > 0, ids, -1).astype(jnp.int32)
+        normed = arrays["total"].astype(jnp.float32) * inverse
+        normed = normed * arrays["norm_weight"].astype(jnp.float32)
+        return {
+            "logits": logits,
+            "ids": ids.reshape(-1),
+            "weights": weights.reshape(-1),
+            "normed": normed.astype(jnp.bfloat16),
+        }
 
     def _add_partials(self, partials, token) -> jax.Array:
         """[padded_E] float32: the logits, -inf where no expert is."""
@@ -145,7 +200,7 @@ class TopK:
         _, ranks = lax.fori_loop(0, self.K, one_round, (keys, jnp.full_like(keys, self.E)))
         return ranks
 
-    def _choose(self, shared: dict[str, Any]) -> None:
+    def _choose(self, shared: dict[str, Any], valid) -> None:
         """Ids and weights in the order of ranks, from the experts' logits and ranks."""
         shape = (_RANKS, self.padded_E)
 
@@ -167,7 +222,8 @@ class TopK:
         for first in range(0, self.K, _RANKS):
             here = ranks == row + first
             part = pl.ds(first, _RANKS)
-            shared["chosen_ids"][part] = jnp.sum(jnp.where(here, expert, 0), axis=1)
+            ids = jnp.sum(jnp.where(here, expert, 0), axis=1)
+            shared["chosen_ids"][part] = jnp.where(jnp.full(ids.shape, valid) > 0, ids, -1)
             weights = jnp.sum(jnp.where(here, exponentials, 0.0), axis=1) / total
             shared["chosen_weights"][part] = weights
 

@@ -1,0 +1,23 @@
+"""A decoder layer's decode step, in as few launches as pay.
+
+Start at `api.py` (what a user calls) and `reference.py` (what it means); `layer.py` has the list of
+tasks, and `tasks.py` runs such a list.
+"""
+
+from pallas_kernels.decode_step.api import (
+    LayerStep,
+    LayerWeights,
+    Residual,
+    RowPositions,
+    decode_layer,
+)
+from pallas_kernels.decode_step.reference import reference_decode_layer
+
+__all__ = [
+    "LayerStep",
+    "LayerWeights",
+    "Residual",
+    "RowPositions",
+    "decode_layer",
+    "reference_decode_layer",
+]

@@ -1,0 +1,202 @@
+"""Adds to the residual stream, and begins what follows: an RMSNorm, and perhaps the router.
+
+    block s, of 64 columns      total = x + parts[0] + parts[1] + ...                    [tokens, 64]
+                                squares[s] = sum of total^2 over these columns           [tokens]
+        without a gate          scaled = weight * total                                  [tokens, 64]
+        with the router's       partials[s] = gate[:, 64 columns] (weight * total)       [tokens, E]
+
+A norm needs a token's whole row before anything can be divided by its root mean square. But the
+division is by one number a token, so a product can come first: W (weight * x) / rms. So no block
+waits for the others of its row. Whoever reads a product adds the squares, and divides (inverse_rms).
+
+Parts are what a product split over its columns leaves, or the outputs of a token's K experts.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic.operands import wgmma_operand
+from pallas_kernels.mosaic.warpgroup import ROWS_BY_64, TILE_ROWS
+
+COLUMNS = 64  # of a block
+_EXPERTS = 64  # rows of the gate that one wgmma takes
+
+
+def inverse_rms(squares: Any, token: Any, H: int, eps: float) -> jax.Array:
+    """1 / sqrt(mean of a token's squares + eps), in a kernel.
+
+    Args:
+      squares: see AddResidual, in global memory.
+      token: int32.
+      H: how many squares were added.
+      eps: of the norm.
+    """
+    total = jnp.float32(0)
+    for block in range(squares.shape[0]):
+        total += squares[block, token]
+    return lax.rsqrt(total / H + eps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddResidual:
+    """Reads x [N, H] bf16, norm_weight [H] bf16; with parts `parts` [num_parts, N, H] float32.
+
+    Masked, it reads valid [T] int32, too, and adds nothing to a token where that is 0. With E it
+    reads gate [E, H] bf16.
+
+    Writes squares [H / 64, N] float32; with parts total [N, H] bf16; then scaled [N, H] bf16, or
+    with E partials [H / 64, N, E rounded up to 128] float32.
+
+    Attributes:
+      T, H: tokens, their size, a multiple of 64.
+      N: rows of x, a multiple of 8; those from T on may hold anything.
+      num_parts: what is added to x.
+      masked: whether to look at valid.
+      E: experts of the router; 0 for none.
+      after: the kind of task that writes the parts; "" if they are there from the start.
+    """
+
+    T: int
+    H: int
+    N: int
+    num_parts: int = 0
+    masked: bool = False
+    E: int = 0
+    after: str = ""
+
+    num_counters = 1
+
+    @property
+    def num_blocks(self) -> int:
+        return self.H // COLUMNS
+
+    @property
+    def arrivals(self) -> int:
+        return self.num_blocks
+
+    @property
+    def bytes_read(self) -> int:
+        return 2 * self.E * self.H
+
+    @property
+    def _expert_blocks(self) -> int:
+        return -(-self.E // _EXPERTS)
+
+    @property
+    def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+        struct, row = jax.ShapeDtypeStruct, (self.N, self.H)
+        types = {"squares": struct((self.num_blocks, self.N), jnp.float32)}
+        if self.num_parts:
+            types["total"] = struct(row, jnp.bfloat16)
+        if self.E:
+            shape = (self.num_blocks, self.N, -(-self.E // 128) * 128)
+            return types | {"partials": struct(shape, jnp.float32)}
+        return types | {"scaled": struct(row, jnp.bfloat16)}
+
+    def shared_types(self) -> tuple:
+        """With a gate: its columns, and the tokens as the tensor cores read them."""
+        if not self.E:
+            return ()
+        gate = wgmma_operand(self._expert_blocks, _EXPERTS, COLUMNS)
+        return ([gate, wgmma_operand(self.N, COLUMNS)],)
+
+    def barrier_types(self) -> Any:
+        return plgpu.Barrier(num_arrivals=self._expert_blocks) if self.E else ()
+
+    def run(self, block_id, arrays, shared, full, wait, signal) -> None:
+        """All tokens' columns from 64 block_id on."""
+        columns = pl.ds(block_id * COLUMNS, COLUMNS)
+        if self.E:
+            gate_smem, tokens_smem = shared[0]
+            for part in range(self._expert_blocks):
+                rows = pl.ds(block_id * 0 + part * _EXPERTS, _EXPERTS)  # perhaps beyond the end
+                plgpu.copy_gmem_to_smem(arrays["gate"].at[rows, columns], gate_smem.at[part], full)
+        weight = plgpu.load(
+            arrays["norm_weight"].at[columns], layout=ROWS_BY_64.reduce(0), optimized=False
+        )
+        weight = lax.broadcast_in_dim(weight.astype(jnp.float32), (TILE_ROWS, COLUMNS), (1,))
+        weight = plgpu.layout_cast(weight, ROWS_BY_64)
+        if self.after:
+            wait(self.after)
+
+        def add(group, _):
+            rows = pl.ds(group * TILE_ROWS, TILE_ROWS)
+            total = self._total(arrays, group, rows, columns)
+            squares = arrays["squares"].at[block_id]
+            squares[rows] = jnp.sum(total * total, axis=1)
+            if self.num_parts:
+                arrays["total"][rows, columns] = total.astype(jnp.bfloat16)
+            scaled = (total * weight).astype(jnp.bfloat16)
+            if self.E:
+                tokens_smem[rows] = scaled
+            else:
+                arrays["scaled"][rows, columns] = scaled
+
+        lax.fori_loop(0, self.N // TILE_ROWS, add, None)
+        if self.E:
+            plgpu.commit_smem()
+            plgpu.barrier_wait(full)
+            for part in range(self._expert_blocks):
+                out = arrays["partials"].at[block_id, :, pl.ds(part * _EXPERTS, _EXPERTS)]
+                _multiply(gate_smem.at[part], tokens_smem, out)
+        signal()
+
+    def _total(self, arrays, group, rows, columns) -> jax.Array:
+        """[8, 64] float32; all loads are under way before the first addition."""
+
+        def load(ref):
+            return plgpu.load(ref, layout=ROWS_BY_64, optimized=False).astype(jnp.float32)
+
+        total = load(arrays["x"].at[rows, columns])
+        parts = [load(arrays["parts"].at[part, rows, columns]) for part in range(self.num_parts)]
+        added = total
+        for part in parts:
+            added += part
+        if not self.masked or not parts:
+            return added
+        place = plgpu.broadcasted_iota(jnp.int32, added.shape, 0, layout=ROWS_BY_64)
+        counts = jnp.zeros_like(place)
+        for row in range(min(TILE_ROWS, self.T)):
+            token = jnp.minimum(group * TILE_ROWS + row, self.T - 1)
+            counts = jnp.where(place == row, jnp.full_like(place, arrays["valid"][token]), counts)
+        # Select, never multiply by zero: what lies at an unwritten row may be inf or NaN.
+        return jnp.where(counts > 0, added, total)
+
+    def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The same in plain jnp."""
+        total, found = arrays["x"].astype(jnp.float32), {}
+        if self.num_parts:
+            parts = arrays["parts"]
+            if self.masked:
+                valid = jnp.pad(arrays["valid"], (0, self.N - self.T))
+                parts = jnp.where(valid[:, None] > 0, parts, 0)
+            total = total + jnp.sum(parts, axis=0)
+            found["total"] = total.astype(jnp.bfloat16)
+        by_block = total.reshape(self.N, -1, COLUMNS)
+        found["squares"] = jnp.sum(by_block * by_block, axis=2).T
+        scaled = total * arrays["norm_weight"].astype(jnp.float32)
+        if not self.E:
+            return found | {"scaled": scaled.astype(jnp.bfloat16)}
+        gate = arrays["gate"].astype(jnp.float32).reshape(self.E, -1, COLUMNS)
+        tokens = scaled.astype(jnp.bfloat16).astype(jnp.float32).reshape(self.N, -1, COLUMNS)
+        partials = jnp.einsum("nsk,esk->sne", tokens, gate, precision=lax.Precision.HIGHEST)
+        return found | {"partials": jnp.pad(partials, ((0, 0), (0, 0), (0, -self.E % 128)))}
+
+
+def _multiply(gate_smem, tokens_smem, out) -> None:
+    """Out [N, 64] = tokens [N, 64] times the gate's 64 experts."""
+
+    def multiply(acc):
+        plgpu.wgmma(acc, gate_smem, tokens_smem.transpose((1, 0)))
+        return acc[...]
+
+    sums = pl.run_scoped(multiply, plgpu.ACC((_EXPERTS, tokens_smem.shape[0]), jnp.float32))
+    out = out.transpose((1, 0))
+    out[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)

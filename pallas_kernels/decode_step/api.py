@@ -1,0 +1,316 @@
+"""decode_layer: one new token of each row through a whole decoder layer, in as few launches as pay."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_experts import ExpertWeights, decode_experts
+from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
+from pallas_kernels.decode_step.layer import (
+    LayerConfig,
+    LayerShapes,
+    attention_tasks,
+    experts_tasks,
+    prefetch_tasks,
+    router_tasks,
+)
+from pallas_kernels.decode_step.split_product import round_up
+from pallas_kernels.decode_step.tasks import Task, run_as_grid
+from pallas_kernels.mosaic import device
+from pallas_kernels.mosaic.operands import expect_array
+
+MAX_ROWS = 64
+SLOTS_MULTIPLE = 64  # of a row of the cache
+HEAD_DIM = 128
+INSTEAD = "reference_decode_layer"
+
+
+class LayerWeights(NamedTuple):
+    """A layer's weights, all bfloat16, [out, in].
+
+    Attributes:
+      input_layernorm, post_attention_layernorm: [H].
+      q_proj: [heads * D, H].
+      k_proj, v_proj: [kv * D, H].
+      q_norm, k_norm: [D].
+      o_proj: [H, heads * D].
+      gate: [E, H], the router's.
+      gate_up, down: [E, 2, I, H] and [E, H, I].
+    """
+
+    input_layernorm: jax.Array
+    q_proj: jax.Array
+    k_proj: jax.Array
+    v_proj: jax.Array
+    q_norm: jax.Array
+    k_norm: jax.Array
+    o_proj: jax.Array
+    post_attention_layernorm: jax.Array
+    gate: jax.Array
+    gate_up: jax.Array
+    down: jax.Array
+
+
+class Residual(NamedTuple):
+    """The residual stream between two layers: x, and what the next layer adds to it.
+
+    Attributes:
+      x: [N, H] bfloat16, N = B rounded up to a multiple of 8; rows from B on may hold anything.
+      parts: None, or [number, N, H] float32. Those of rows that are not valid do not count.
+    """
+
+    x: jax.Array
+    parts: jax.Array | None = None
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Residual":
+        """From x [B, H] alone."""
+        return cls(jnp.pad(x, ((0, -len(x) % 8), (0, 0))))
+
+    def total(self, valid: jax.Array) -> jax.Array:
+        """[B, H]: the sum, rounded once; valid is [B]."""
+        B = len(valid)
+        if self.parts is None:
+            return self.x[:B]
+        total = self.x[:B].astype(jnp.float32)
+        for part in self.parts[:, :B]:
+            # Select, never multiply by zero: unwritten rows may hold inf or NaN.
+            total += jnp.where(valid[:, None] > 0, part, 0)
+        return total.astype(self.x.dtype)
+
+
+class RowPositions(NamedTuple):
+    """Where the new tokens stand.
+
+    Attributes:
+      cos, sin: [B, D] float32, RoPE's tables at the tokens' positions.
+      lengths: [B] int32, tokens in each row of the cache before these.
+      valid: [B] int32; a row with 0 appends nothing and is routed nowhere.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    lengths: jax.Array
+    valid: jax.Array
+
+
+class LayerStep(NamedTuple):
+    """What a layer returns.
+
+    Attributes:
+      residual: the Residual for the next layer.
+      keys, values: [B, kv, C, D], the cache with the new tokens.
+      ids: [B, K] int32, the experts of each row; -1 in a row that is not valid.
+      weights: [B, K] float32, their weights.
+      logits: [B, E] float32, the router's.
+    """
+
+    residual: Residual
+    keys: jax.Array
+    values: jax.Array
+    ids: jax.Array
+    weights: jax.Array
+    logits: jax.Array
+
+
+# How a layer is cut into grids; beyond 8 rows the experts are launches of their own.
+LAUNCHES = ("layer", "blocks")
+
+
+def decode_layer(
+    residual: Residual,
+    weights: LayerWeights,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: RowPositions,
+    *,
+    K: int,
+    eps: float,
+    norm_topk_prob: bool = True,
+    next_weights: LayerWeights | None = None,
+    launches: str = "layer",
+    config: LayerConfig | None = None,
+    interpret: Any = False,
+) -> LayerStep:
+    """Computes x + attention(norm(x)), then + experts(norm(x)), for one new token of each row.
+
+    Accumulates in float32 from each product to the next operand of the tensor cores, which is
+    bfloat16. A row's bits depend on its own tokens alone: not on its neighbours, nor up to 8 rows
+    on how many there are.
+
+    Args:
+      residual: x with what is yet to be added; at most 64 rows.
+      weights: the layer's.
+      keys, values: [B, kv, C, D] bfloat16, the layer's cache, after RoPE, token p of a row in slot p
+        mod C; C a multiple of 64. They are updated in place if the caller donates them.
+      positions: where the tokens stand.
+      K: experts a token.
+      eps: of all RMSNorms.
+      norm_topk_prob: whether the K weights are divided by their sum.
+      next_weights: the next layer's, of the same shapes, of which some may be brought to L2.
+      launches: "layer", one grid up to 8 rows; or "blocks", one for attention and one for the
+        experts and their router.
+      config: None takes what was fastest.
+      interpret: as in decode_experts.
+
+    Raises:
+      ValueError: a shape or a number does not fit; the message names it.
+      TypeError: a dtype is not one that is accepted.
+      NotImplementedError: a size that the kernels lack, or the GPU is not a Hopper.
+    """
+    device.check_interpret(interpret)
+    if launches not in LAUNCHES:
+        raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
+    shapes = _check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
+    device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
+    config = default_config(shapes) if config is None else config
+    return _run(
+        residual, weights, keys, values, positions, next_weights,
+        shapes=shapes, launches=launches, config=config, interpret=interpret,
+    )  # fmt: skip
+
+
+def default_config(shapes: LayerShapes) -> LayerConfig:
+    """What was fastest (docs/lab.md)."""
+    del shapes
+    return LayerConfig()
+
+
+@functools.partial(jax.jit, static_argnames=("shapes", "launches", "config", "interpret"))
+def _run(
+    residual, weights, keys, values, positions, next_weights,
+    *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret,
+) -> LayerStep:  # fmt: skip
+    s = shapes
+    known = {"x": residual.x, "keys": _rows(keys), "values": _rows(values)}
+    known |= weights._asdict() | positions._asdict()
+    known |= {"gate_up": weights.gate_up.reshape(-1, s.H), "down": weights.down.reshape(-1, s.I)}
+    if residual.parts is not None:
+        known["parts"] = residual.parts
+    num_parts = 0 if residual.parts is None else len(residual.parts)
+    prefetches = next_weights is not None and config.prefetch_pieces > 0
+    if prefetches:
+        known |= {f"next_{name}": array for name, array in next_weights._asdict().items()}
+    for name, tasks in grids(s, config, num_parts, prefetches, launches).items():
+        known |= _launch(name, tasks, known, interpret)
+    ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
+    if "outputs" in known:
+        outputs = known["outputs"].reshape(s.K, s.N, s.H)
+    else:
+        padding = ((0, s.N - s.B), (0, 0))
+        outputs = decode_experts(
+            known["moe_input"],
+            ExpertWeights(gate_up=weights.gate_up, down=weights.down),
+            jnp.pad(ids, padding, constant_values=-1),
+            jnp.pad(chosen_weights, padding),
+            out_dtype=jnp.float32,
+            interpret=interpret,
+        )[None]
+    return LayerStep(
+        residual=Residual(known["residual"], outputs),
+        keys=known["keys"].reshape(keys.shape),
+        values=known["values"].reshape(values.shape),
+        ids=ids,
+        weights=chosen_weights,
+        logits=known["logits"],
+    )
+
+
+def grids(
+    s: LayerShapes, config: LayerConfig, num_parts: int, prefetches: bool, launches: str
+) -> dict[str, list[Task]]:
+    """The tasks of each grid, in their order. More than 8 rows leave the experts to others."""
+    attention, router = attention_tasks(s, config, num_parts, num_parts > 0), router_tasks(s)
+    if prefetches:
+        router += prefetch_tasks(s, config)
+    if not WholeBatchTiles.fit(s.B, s.K):
+        return {"decode_attention": [*attention, *router]}
+    experts = experts_tasks(s, config)
+    if launches == "layer":
+        return {"decode_layer": [*attention, *router, *experts]}
+    return {"decode_attention": attention, "decode_moe": [*router, *experts]}
+
+
+def _launch(name: str, tasks: list[Task], known: dict, interpret) -> dict[str, jax.Array]:
+    """The arrays that a grid's tasks write or change."""
+    written = [name for task in tasks for name in task.writes.values()]
+    changed = [name for task in tasks for name in task.updates.values()]
+    read = {name for task in tasks for name in (*task.reads.values(), *changed)} - set(written)
+    kinds = {task.kind for task in tasks}
+    given = {name: array for name, array in known.items() if name in read}
+    tasks = [task.among(kinds) for task in tasks]
+    return run_as_grid(tasks, given, (*written, *changed), name=name, interpret=interpret)
+
+
+def _rows(cache: jax.Array) -> jax.Array:
+    return cache.reshape(-1, cache.shape[-1])
+
+
+def _check_inputs(
+    residual, weights, keys, values, positions, K, eps, norm_topk_prob
+) -> LayerShapes:
+    """The sizes, or ValueError, TypeError or NotImplementedError where an input is not accepted."""
+    letters = {
+        "input_layernorm": "[H]", "q_proj": "[heads*D, H]", "k_proj": "[kv*D, H]",
+        "v_proj": "[kv*D, H]", "q_norm": "[D]", "k_norm": "[D]", "o_proj": "[H, heads*D]",
+        "post_attention_layernorm": "[H]", "gate": "[E, H]", "gate_up": "[E, 2, I, H]",
+        "down": "[E, H, I]",
+    }  # fmt: skip
+    for field, shape in letters.items():
+        value = getattr(weights, field)
+        expect_array(f"weights.{field}", value, shape, jnp.bfloat16, instead=INSTEAD)
+    expect_array("residual.x", residual.x, "[N, H]", jnp.bfloat16, instead=INSTEAD)
+    for name, value in (("keys", keys), ("values", values)):
+        expect_array(name, value, "[B, kv, C, D]", jnp.bfloat16, instead=INSTEAD)
+    (N, H), (B, kv, C, D) = residual.x.shape, keys.shape
+    E, _, I, _ = weights.gate_up.shape
+    heads = weights.q_proj.shape[0] // D
+    expected = {
+        "weights.input_layernorm": (H,), "weights.q_proj": (heads * D, H),
+        "weights.k_proj": (kv * D, H), "weights.v_proj": (kv * D, H), "weights.q_norm": (D,),
+        "weights.k_norm": (D,), "weights.o_proj": (H, heads * D),
+        "weights.post_attention_layernorm": (H,), "weights.gate": (E, H),
+        "weights.gate_up": (E, 2, I, H), "weights.down": (E, H, I), "keys": (B, kv, C, D),
+        "values": (B, kv, C, D), "positions.cos": (B, D), "positions.sin": (B, D),
+        "positions.lengths": (B,), "positions.valid": (B,),
+    }  # fmt: skip
+    given = {"keys": keys, "values": values}
+    given |= {f"weights.{name}": value for name, value in weights._asdict().items()}
+    given |= {f"positions.{name}": value for name, value in positions._asdict().items()}
+    if round_up(B, 8) != N:
+        raise ValueError(
+            f"residual.x has {N} rows; expected B = {B}, rounded up to a multiple of 8"
+        )
+    parts = residual.parts
+    if parts is not None and (parts.ndim != 3 or parts.shape[1:] != (N, H)):
+        raise ValueError(f"residual.parts has shape {parts.shape}; expected [number, {N}, {H}]")
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
+    for name, dtype in (
+        ("cos", jnp.float32), ("sin", jnp.float32), ("lengths", jnp.int32), ("valid", jnp.int32),
+    ):  # fmt: skip
+        found = getattr(positions, name).dtype
+        if found != dtype:
+            raise TypeError(f"positions.{name} has dtype {found}; expected {dtype.__name__}")
+    for name, value, accepted, fits in (
+        ("B", B, f"1 to {MAX_ROWS}", B <= MAX_ROWS),
+        ("D", D, f"{HEAD_DIM}", D == HEAD_DIM),
+        ("C", C, f"a multiple of {SLOTS_MULTIPLE}", C % SLOTS_MULTIPLE == 0),
+        ("H", H, "a multiple of 64", H % 64 == 0),
+        ("I", I, "a multiple of 64", I % 64 == 0),
+        ("E", E, "a multiple of 8 up to 512", E % 8 == 0 and E <= 512),
+        ("heads", heads, f"a multiple of kv = {kv}, 64 times at most", heads % kv == 0),
+    ):
+        if not fits:
+            raise NotImplementedError(
+                f"{name} is {value}; decode_layer takes {accepted}, {INSTEAD} any number"
+            )
+    if not 1 <= K <= min(E, 32):
+        raise ValueError(f"K is {K}; expected 1 to {min(E, 32)}")
+    return LayerShapes(
+        B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
+        norm_topk_prob=bool(norm_topk_prob),
+    )  # fmt: skip

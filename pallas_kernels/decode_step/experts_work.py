@@ -1,0 +1,171 @@
+"""The experts' two products of expert_major as tasks of a step, for at most 8 tokens.
+
+    gate_up     block (assignment, 32 neurons)        hidden = silu(gate_e x) * up_e x * weight
+    down        block (assignment, block_m neurons)   outputs[k, t] = down_e hidden
+
+All tokens are every expert's tile (WholeBatchTiles), so nothing is gathered. The blocks of an
+assignment whose expert another one leads find that out from the ids, and end.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
+from pallas_kernels.decode_experts.token_tiles import Tile, WholeBatchTiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotMajorTiles(WholeBatchTiles):
+    """WholeBatchTiles whose output of token t's k-th expert is row k * 8 + t.
+
+    So the outputs are K parts of 8 tokens, which AddResidual adds as it adds any others.
+    """
+
+    @property
+    def num_outputs(self) -> int:
+        return self.expert_ids.shape[1] * self.N
+
+    def for_each_valid(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
+        K = jnp.int32(self.expert_ids.shape[1])
+
+        def do_row(column, row):
+            do(column, lax.rem(row, K) * self.N + lax.div(row, K))
+
+        super().for_each_valid(tile, do_row)
+
+
+def slot_major_tiles(T: int, K: int, E: int, H: int) -> SlotMajorTiles:
+    """Tiles of T tokens whose ids are known as the kernel runs only."""
+    return SlotMajorTiles(
+        x=jax.ShapeDtypeStruct((T, H), jnp.bfloat16),
+        expert_ids=jax.ShapeDtypeStruct((T, K), jnp.int32),
+        expert_weights=jax.ShapeDtypeStruct((T, K), jnp.float32),
+        E=E,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateUpWork:
+    """Reads ids, weights [T * K], tokens [8, H] and gate_up [E * 2 * I, H]; writes hidden.
+
+    Attributes:
+      product: what its blocks do.
+      after: the kind of task that writes the ids.
+    """
+
+    product: GateUp
+    after: str
+
+    @property
+    def num_blocks(self) -> int:
+        return self.product.num_blocks
+
+    @property
+    def num_counters(self) -> int:
+        return self.product.tiles.num_tiles
+
+    @property
+    def arrivals(self) -> int:
+        return self.product.blocks_per_tile
+
+    @property
+    def bytes_read(self) -> int:
+        return self.num_counters * 4 * self.product.I * self.product.H
+
+    @property
+    def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"hidden": self.product.out_type}
+
+    def shared_types(self) -> tuple:
+        return self.product.shared_types()
+
+    def barrier_types(self) -> Any:
+        return self.product.full_type()
+
+    def run(self, block_id, arrays, shared, full, wait, signal) -> None:
+        """Signals its tile's counter; a block without a tile signals nothing."""
+        wait(self.after)
+        a = arrays
+        self.product.run(
+            block_id, a["ids"], a["weights"], a["tokens"], a["gate_up"], a["hidden"],
+            shared, full, signal,
+        )  # fmt: skip
+
+    def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """[T * K, I] float32 of each assignment by itself; zeros where it is padding."""
+        I, H = self.product.I, self.product.H
+        T, K = self.product.tiles.expert_ids.shape
+        gate_up = arrays["gate_up"].reshape(-1, 2, I, H)[jnp.maximum(arrays["ids"], 0)]
+        tokens = jnp.repeat(arrays["tokens"][:T], K, axis=0).astype(jnp.float32)
+        gate, up = jnp.einsum(
+            "ah,azih->zai", tokens, gate_up.astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
+        hidden = jax.nn.silu(gate) * up * arrays["weights"][:, None]
+        return {"hidden": jnp.where(arrays["ids"][:, None] >= 0, hidden, 0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DownWork:
+    """Reads ids [T * K], hidden and down [E * H, I]; writes outputs [K * 8, H] float32, row k * 8 + t.
+
+    Rows of padding stay unwritten.
+
+    Attributes:
+      product: what its blocks do.
+      after_ids, after: the kinds of tasks that write ids and hidden.
+    """
+
+    product: Down
+    after_ids: str
+    after: str
+
+    num_counters = 0
+    arrivals = 0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.product.num_blocks
+
+    @property
+    def bytes_read(self) -> int:
+        return self.product.tiles.num_tiles * 2 * self.product.I * self.product.H
+
+    @property
+    def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {"outputs": self.product.out_type}
+
+    def shared_types(self) -> tuple:
+        return self.product.shared_types()
+
+    def barrier_types(self) -> Any:
+        return self.product.full_type()
+
+    def run(self, block_id, arrays, shared, full, wait, signal) -> None:
+        """The last task: it signals nothing, because the grid ends."""
+        del signal
+        wait(self.after_ids)
+        a = arrays
+        self.product.run(
+            block_id, a["ids"], a["hidden"], a["down"], a["outputs"], shared, full,
+            lambda tile: wait(self.after, tile),
+        )  # fmt: skip
+
+    def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """From a reference's hidden; zeros where an assignment is padding."""
+        I, H = self.product.I, self.product.H
+        down = arrays["down"].reshape(-1, H, I)[jnp.maximum(arrays["ids"], 0)]
+        outputs = jnp.einsum(
+            "ai,ahi->ah",
+            arrays["hidden"],
+            down.astype(jnp.float32),
+            precision=lax.Precision.HIGHEST,
+        )
+        T, K = self.product.tiles.expert_ids.shape
+        outputs = outputs.reshape(T, K, H).swapaxes(0, 1)
+        padding = ((0, 0), (0, self.product.tiles.N - T), (0, 0))
+        return {"outputs": jnp.pad(outputs, padding).reshape(-1, H)}

@@ -1,0 +1,256 @@
+"""A decoder layer's decode step as a list of tasks.
+
+    add_1        total = x + the last layer's outputs; the norm's weight times it
+    qkv          partial sums of q, k and v
+    attend       RMSNorm of q and k, RoPE, the cache's new slot, attention over a split of the keys
+    merge        the splits of a row and head
+    o            partial sums of the output projection
+    add_2        total = total + o; partial sums of the router's product
+    top_k        softmax and top-k; the normed input of the experts
+    gate_up      the experts' first product and its epilogue
+    down         the second, one output for each assignment; the next add_1 adds them
+
+`attention_tasks` are the first six, `router_tasks` the next, `experts_tasks` the last two. Up to 8
+tokens all of them can be one grid. Divisions by a norm's root mean square are left to those who
+read a product (add_residual.py): attend and top_k.
+"""
+
+import dataclasses
+
+from pallas_kernels.decode_attention.merge_splits import MergeSplits
+from pallas_kernels.decode_attention.split_attention import SplitAttention
+from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
+from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
+from pallas_kernels.decode_step.attention_work import AttendWork, MergeWork
+from pallas_kernels.decode_step.experts_work import DownWork, GateUpWork, slot_major_tiles
+from pallas_kernels.decode_step.prefetch import Prefetch
+from pallas_kernels.decode_step.split_product import SplitProduct, round_up
+from pallas_kernels.decode_step.tasks import Task
+from pallas_kernels.decode_step.top_k import TopK
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerShapes:
+    """A layer's sizes in the house's letters, and what of its config the tasks need.
+
+    Attributes:
+      B: rows, each with one new token.
+      H, heads, kv, D: of the attention.
+      C: slots of a row of the cache.
+      E, K, I: of the experts.
+      eps: of the RMSNorms.
+      norm_topk_prob: as in the config.
+    """
+
+    B: int
+    H: int
+    heads: int
+    kv: int
+    D: int
+    C: int
+    E: int
+    K: int
+    I: int
+    eps: float
+    norm_topk_prob: bool
+
+    @property
+    def N(self) -> int:
+        """Columns of a product: the tokens, and padding."""
+        return round_up(self.B, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """How a layer's tasks are cut and paced; nothing here changes a bit of a result on a GPU.
+
+    Attributes:
+      qkv_pause_ns, o_pause_ns: see SplitProduct.
+      prefetch_pieces, prefetch_pause_ns: see Prefetch; no pieces for no prefetch.
+      gate_up_block_k, gate_up_num_stages: of GateUp.
+      down_block_m, down_block_k, down_num_stages, down_prefetches: of Down.
+    """
+
+    qkv_pause_ns: int = 0
+    o_pause_ns: int = 0
+    prefetch_pieces: int = 0
+    prefetch_pause_ns: int = 1000
+    gate_up_block_k: int = 256
+    gate_up_num_stages: int = 2
+    down_block_m: int = 64
+    down_block_k: int = 128
+    down_num_stages: int = 3
+    down_prefetches: bool = False
+
+
+def attention_tasks(
+    s: LayerShapes, config: LayerConfig, num_parts: int, masked: bool
+) -> list[Task]:
+    """From x and what is added to it to the next residual, and the router's partial sums.
+
+    Args:
+      s: sizes.
+      config: how.
+      num_parts: parts of what is added to x; 0 for nothing.
+      masked: as in AddResidual.
+    """
+    rows = (s.heads * s.D, s.kv * s.D, s.kv * s.D)
+    add_1 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked)
+    qkv = SplitProduct(
+        N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, pause_ns=config.qkv_pause_ns
+    )
+    phase = SplitAttention(
+        B=s.B, heads=s.heads, kv=s.kv, D=s.D, C=s.C, num_partials=qkv.num_splits, eps=s.eps
+    )
+    attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv")
+    merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend")
+    o = SplitProduct(
+        N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", pause_ns=config.o_pause_ns
+    )
+    add_2 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, after="o")
+    added = {"parts": "parts"} if num_parts else {}
+    mask = {"valid": "valid"} if masked else {}
+    total = "attention_input" if num_parts else "x"
+    names = ("qkv", "cos", "sin", "q_norm", "k_norm", "lengths", "valid")
+    return [
+        Task(
+            kind="add_1",
+            work=add_1,
+            reads={"x": "x", "norm_weight": "input_layernorm"} | added | mask,
+            writes={"scaled": "scaled", "squares": "squares_1"}
+            | ({"total": total} if num_parts else {}),
+        ),
+        Task(
+            kind="qkv",
+            work=qkv,
+            reads={"tokens": "scaled"} | {f"weights_{i}": f"{c}_proj" for i, c in enumerate("qkv")},
+            writes={"partials": "qkv"},
+            waits_for={"add_1": qkv.num_blocks},
+        ),
+        Task(
+            kind="attend",
+            work=attend,
+            reads={name: name for name in names} | {"squares": "squares_1"},
+            writes={role: f"attend_{role}" for role in attend.out_types},
+            updates={"keys": "keys", "values": "values"},
+            waits_for={"qkv": attend.num_blocks},
+        ),
+        Task(
+            kind="merge",
+            work=merge,
+            reads={role: f"attend_{role}" for role in attend.out_types}
+            | {"lengths": "lengths", "valid": "valid"},
+            writes={"attended": "attended"},
+            waits_for={"attend": merge.phase.blocks_per_pair},
+        ),
+        Task(
+            kind="o",
+            work=o,
+            reads={"tokens": "attended", "weights_0": "o_proj"},
+            writes={"partials": "o"},
+            waits_for={"merge": o.num_blocks},
+        ),
+        Task(
+            kind="add_2",
+            work=add_2,
+            reads={
+                "x": total,
+                "norm_weight": "post_attention_layernorm",
+                "parts": "o",
+                "gate": "gate",
+            },  # fmt: skip
+            writes={"total": "residual", "squares": "squares_2", "partials": "logits_partials"},
+            waits_for={"o": add_2.num_blocks},
+        ),
+    ]
+
+
+def router_tasks(s: LayerShapes) -> list[Task]:
+    """From the router's partial sums to logits, ids, weights, and the experts' normed input."""
+    top_k = TopK(
+        T=s.B,
+        H=s.H,
+        E=s.E,
+        K=s.K,
+        N=s.N,
+        eps=s.eps,
+        num_splits=s.H // COLUMNS,
+        norm_topk_prob=s.norm_topk_prob,
+        after="add_2",
+    )
+    return [
+        Task(
+            kind="top_k",
+            work=top_k,
+            reads={
+                "partials": "logits_partials",
+                "squares": "squares_2",
+                "total": "residual",
+                "norm_weight": "post_attention_layernorm",
+                "valid": "valid",
+            },  # fmt: skip
+            writes={"normed": "moe_input"} | {name: name for name in ("logits", "ids", "weights")},
+            waits_for={"add_2": s.B},
+        ),
+    ]
+
+
+def prefetch_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
+    """The next layer's attention weights on their way to L2."""
+    wide, narrow = s.heads * s.D, s.kv * s.D
+    work = Prefetch(
+        shapes=((wide, s.H), (narrow, s.H), (narrow, s.H), (s.H, wide)),
+        pieces=config.prefetch_pieces,
+        pause_ns=config.prefetch_pause_ns,
+    )
+    reads = {f"weights_{i}": f"next_{c}_proj" for i, c in enumerate("qkvo")}
+    return [Task(kind="prefetch", work=work, reads=reads, writes={})]
+
+
+def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
+    """From moe_input, ids and weights to outputs; at most 8 tokens."""
+    tiles = slot_major_tiles(s.B, s.K, s.E, s.H)
+    gate_up = GateUp(
+        tiles=tiles,
+        H=s.H,
+        I=s.I,
+        block_k=_fitting(config.gate_up_block_k, s.H),
+        num_stages=config.gate_up_num_stages,
+    )
+    down = Down(
+        tiles=tiles,
+        H=s.H,
+        I=s.I,
+        block_m=config.down_block_m,
+        block_k=_fitting(config.down_block_k, s.I),
+        num_stages=config.down_num_stages,
+        prefetches=config.down_prefetches,
+    )
+    return [
+        Task(
+            kind="gate_up",
+            work=GateUpWork(product=gate_up, after="top_k"),
+            reads={
+                "ids": "ids",
+                "weights": "weights",
+                "tokens": "moe_input",
+                "gate_up": "gate_up",
+            },  # fmt: skip
+            writes={"hidden": "hidden"},
+            waits_for={"top_k": gate_up.num_blocks},
+        ),
+        Task(
+            kind="down",
+            work=DownWork(product=down, after_ids="top_k", after="gate_up"),
+            reads={"ids": "ids", "hidden": "hidden", "down": "down"},
+            writes={"outputs": "outputs"},
+            waits_for={"top_k": down.num_blocks, "gate_up": down.blocks_per_tile},
+        ),
+    ]
+
+
+def _fitting(block_k: int, size: int) -> int:
+    """The block, or half or a quarter of it, so that it divides the size."""
+    while size % block_k:
+        block_k //= 2
+    return block_k

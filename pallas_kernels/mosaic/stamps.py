@@ -1,0 +1,44 @@
+"""Times at which a thread block came past a place, for a time line of a grid."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic.device import interpreting
+
+BEGIN, WAITED, END, CORE = range(4)
+
+
+def stamps_type(num_blocks: int) -> jax.ShapeDtypeStruct:
+    """[num_blocks, 4] int32: nanoseconds, their lower 32 bits, at begin, end of the last wait and
+    end of each block; and the core that it ran on. They are not written where interpreted.
+    """
+    return jax.ShapeDtypeStruct((num_blocks, 4), jnp.int32)
+
+
+def stamp(stamps: Any, block_id: Any, place: int) -> None:
+    """Writes the time, or for CORE the core, to stamps[block_id, place]; nothing for None."""
+    if interpreting() or stamps is None:
+        return
+    register = "%smid" if place == CORE else "%globaltimer_lo"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def store(_, stamps, block_id):
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            mgpu.utils.inline_ptx(
+                f"""{{
+                .reg .b64 at;
+                .reg .b32 now;
+                mad.wide.s32 at, $1, 16, $0;
+                mov.u32 now, {register};
+                st.global.u32 [at+{4 * place}], now;
+                }}""",
+                mgpu.utils.memref_ptr(stamps),
+                block_id.registers.item(),
+                has_side_effects=True,
+            )
+
+    store(stamps, jnp.int32(block_id))
