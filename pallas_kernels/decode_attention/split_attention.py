@@ -41,7 +41,7 @@ from pallas_kernels.mosaic.warpgroup import one_per_lane, where
 
 MAX_GROUP = 64  # query heads of a kv head
 _HEADS = PRODUCT.reduce(0)
-_MIN_BLOCKS = 128
+_MIN_BLOCKS = 256
 
 
 def _nothing(*_) -> None:
@@ -61,7 +61,7 @@ class SplitAttention:
       eps: of the norms of queries and keys.
       D: the head's size; 128.
       max_splits: of a row; a part of the contract on bits.
-      num_groups: blocks of a row and kv head; None takes as many as give 128 blocks.
+      num_groups: blocks of a row and kv head; None takes as many as give 256 blocks.
       num_stages: of the ring, 16 KB each: a chunk's keys, its values, the next chunk's keys, ...
         None takes as many as leave room for three blocks on a core.
     """

@@ -215,7 +215,7 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         num_used = tiles.num_used(table)
 
         def signal_tile(tile):
-            signal(counters, tile)
+            signal(counters, tile, after_copies=True)
 
         def wait_for_tile(tile):
             wait(counters, tile, gate_up.blocks_per_tile, down.blocks_per_tile)

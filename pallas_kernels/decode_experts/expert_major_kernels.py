@@ -20,7 +20,7 @@ from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
 from pallas_kernels.mosaic.grid_sync import staggered_start
-from pallas_kernels.mosaic.l2_hints import copy_evict_first, prefetch_rows
+from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.operands import wgmma_operand
 from pallas_kernels.mosaic.pipeline import mainloop, pipeline, prologue
 from pallas_kernels.mosaic.warpgroup import store_row
@@ -59,7 +59,7 @@ def _nothing(tile) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateUp:
-    """Block (tile, 32 neurons): hidden = silu(gate_e x) * up_e x * weight of the tile's columns.
+    """Block (tile, some neurons): hidden = silu(gate_e x) * up_e x * weight of the tile's columns.
 
     Hidden is [tiles * 2N, I] in split bf16: tile by tile, N rows of the high half and N of the low.
     """
@@ -69,10 +69,11 @@ class GateUp:
     I: int
     block_k: int
     num_stages: int
+    neurons: int = NEURONS  # or fewer: then rows of the wgmma are left out, and blocks are shorter
 
     @property
     def blocks_per_tile(self) -> int:
-        return self.I // NEURONS
+        return self.I // self.neurons
 
     @property
     def num_blocks(self) -> int:
@@ -107,20 +108,20 @@ class GateUp:
         tile = self.tiles.lookup(table, index)
 
         def multiply(acc):
-            gate_row, up_row = gate_and_up_rows(tile.expert, part, NEURONS, self.I)
+            gate_row, up_row = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
 
             def load(step, stage, full):
                 at = pl.ds(step * block_k, block_k)
                 for half, row in enumerate((gate_row, up_row)):
-                    half_smem = weights_smem.at[stage, pl.ds(half * NEURONS, NEURONS)]
-                    copy_evict_first(gate_up.at[pl.ds(row, NEURONS), at], half_smem, full)
+                    half_smem = weights_smem.at[stage, pl.ds(half * NEURONS, self.neurons)]
+                    copy_evict_first(gate_up.at[pl.ds(row, self.neurons), at], half_smem, full)
                 copy_evict_first(x.at[pl.ds(tile.first_row, N), at], x_smem.at[stage], full)
 
             def compute(_, stage, carry):
                 plgpu.wgmma(acc, weights_smem.at[stage], x_smem.at[stage].transpose((1, 0)))
                 return carry
 
-            staggered_start(block_id, self.num_blocks, stage_bytes(self.H, BLOCK_M))
+            staggered_start(block_id, self.num_blocks, stage_bytes(self.H, 2 * self.neurons))
             pipeline(
                 self.H // block_k,
                 self.num_stages,
@@ -135,11 +136,11 @@ class GateUp:
             for half, values in enumerate(split):
                 hidden_smem[pl.ds(half * N, N), pl.ds(0, NEURONS)] = values
             plgpu.commit_smem()
-            neurons = pl.ds(part * NEURONS, NEURONS)
+            neurons = pl.ds(part * self.neurons, self.neurons)
 
             def store(column, _):
                 for row in (column, N + column):
-                    half_smem = hidden_smem.at[:, pl.ds(0, NEURONS)]
+                    half_smem = hidden_smem.at[:, pl.ds(0, self.neurons)]
                     store_row(half_smem, row, hidden.at[:, neurons], index * (2 * N) + row)
 
             self.tiles.for_each_valid(tile, store)
@@ -155,9 +156,6 @@ class Down:
     """Block (tile, block_m neurons): row p of outputs = down_e (high + low), of p's column.
 
     Outputs are [num_outputs, H] float32. The rows of no column stay unwritten.
-
-    With prefetches=True a block also asks for the weights that its stages have no room for to come
-    to L2, before it waits.
     """
 
     tiles: TokenTiles
@@ -166,7 +164,6 @@ class Down:
     block_m: int
     block_k: int
     num_stages: int
-    prefetches: bool = False
 
     @property
     def blocks_per_tile(self) -> int:
@@ -228,9 +225,6 @@ class Down:
 
             # Weights depend on no other block, so they are on their way before the wait.
             prologue(num_steps, self.num_stages, load_weights)
-            if self.prefetches and num_steps > self.num_stages:
-                rest = slice(self.num_stages * block_k, self.I)
-                prefetch_rows(down, weight_rows.start, self.block_m, rest)
             wait(index)
             prologue(num_steps, self.num_stages, load_hidden)
             mainloop(

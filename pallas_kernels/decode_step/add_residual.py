@@ -1,13 +1,14 @@
 """Adds to the residual stream, and begins what follows: an RMSNorm, and perhaps the router.
 
-    block s, of 64 columns      total = x + parts[0] + parts[1] + ...                    [tokens, 64]
-                                squares[s] = sum of total^2 over these columns           [tokens]
-        without a gate          scaled = weight * total                                  [tokens, 64]
-        with the router's       partials[s] = gate[:, 64 columns] (weight * total)       [tokens, E]
+    block s, of 64 columns      total = x + parts[0] + parts[1] + ...               [tokens, 64]
+                                squares[s] = sum of total^2 over these columns      [tokens]
+        without a gate          scaled = weight * total                             [tokens, 64]
+        with the router's       partials[s] = gate[:, 64 columns] (weight * total)  [tokens, E]
 
 A norm needs a token's whole row before anything can be divided by its root mean square. But the
 division is by one number a token, so a product can come first: W (weight * x) / rms. So no block
-waits for the others of its row. Whoever reads a product adds the squares, and divides (inverse_rms).
+waits for the others of its row. A task that reads a product adds the squares, and divides
+(inverse_rms).
 
 Parts are what a product split over its columns leaves, or the outputs of a token's K experts.
 """

@@ -1,4 +1,4 @@
-"""decode_layer: one new token of each row through a whole decoder layer, in as few launches as pay."""
+"""decode_layer: one new token of each row through a whole decoder layer, in few launches."""
 
 import functools
 from typing import Any, NamedTuple
@@ -12,8 +12,8 @@ from pallas_kernels.decode_step.layer import (
     LayerConfig,
     LayerShapes,
     attention_tasks,
+    default_config,
     experts_tasks,
-    prefetch_tasks,
     router_tasks,
 )
 from pallas_kernels.decode_step.split_product import round_up
@@ -129,7 +129,6 @@ def decode_layer(
     K: int,
     eps: float,
     norm_topk_prob: bool = True,
-    next_weights: LayerWeights | None = None,
     launches: str = "layer",
     config: LayerConfig | None = None,
     interpret: Any = False,
@@ -143,16 +142,15 @@ def decode_layer(
     Args:
       residual: x with what is yet to be added; at most 64 rows.
       weights: the layer's.
-      keys, values: [B, kv, C, D] bfloat16, the layer's cache, after RoPE, token p of a row in slot p
-        mod C; C a multiple of 64. They are updated in place if the caller donates them.
+      keys, values: [B, kv, C, D] bfloat16, the layer's cache, after RoPE; token p of a row is in
+        slot p mod C, and C is a multiple of 64. They change in place if the caller donates them.
       positions: where the tokens stand.
       K: experts a token.
       eps: of all RMSNorms.
       norm_topk_prob: whether the K weights are divided by their sum.
-      next_weights: the next layer's, of the same shapes, of which some may be brought to L2.
       launches: "layer", one grid up to 8 rows; or "blocks", one for attention and one for the
         experts and their router.
-      config: None takes what was fastest.
+      config: None takes default_config of B.
       interpret: as in decode_experts.
 
     Raises:
@@ -165,22 +163,16 @@ def decode_layer(
         raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
     shapes = _check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
     device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
-    config = default_config(shapes) if config is None else config
+    config = default_config(shapes.B) if config is None else config
     return _run(
-        residual, weights, keys, values, positions, next_weights,
+        residual, weights, keys, values, positions,
         shapes=shapes, launches=launches, config=config, interpret=interpret,
     )  # fmt: skip
 
 
-def default_config(shapes: LayerShapes) -> LayerConfig:
-    """What was fastest (docs/lab.md)."""
-    del shapes
-    return LayerConfig()
-
-
 @functools.partial(jax.jit, static_argnames=("shapes", "launches", "config", "interpret"))
 def _run(
-    residual, weights, keys, values, positions, next_weights,
+    residual, weights, keys, values, positions,
     *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret,
 ) -> LayerStep:  # fmt: skip
     s = shapes
@@ -190,10 +182,7 @@ def _run(
     if residual.parts is not None:
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
-    prefetches = next_weights is not None and config.prefetch_pieces > 0
-    if prefetches:
-        known |= {f"next_{name}": array for name, array in next_weights._asdict().items()}
-    for name, tasks in grids(s, config, num_parts, prefetches, launches).items():
+    for name, tasks in grids(s, config, num_parts, launches).items():
         known |= _launch(name, tasks, known, interpret)
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
     if "outputs" in known:
@@ -219,12 +208,10 @@ def _run(
 
 
 def grids(
-    s: LayerShapes, config: LayerConfig, num_parts: int, prefetches: bool, launches: str
+    s: LayerShapes, config: LayerConfig, num_parts: int, launches: str
 ) -> dict[str, list[Task]]:
     """The tasks of each grid, in their order. More than 8 rows leave the experts to others."""
     attention, router = attention_tasks(s, config, num_parts, num_parts > 0), router_tasks(s)
-    if prefetches:
-        router += prefetch_tasks(s, config)
     if not WholeBatchTiles.fit(s.B, s.K):
         return {"decode_attention": [*attention, *router]}
     experts = experts_tasks(s, config)

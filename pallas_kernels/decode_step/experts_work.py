@@ -8,6 +8,7 @@ assignment whose expert another one leads find that out from the ids, and end.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,7 +94,7 @@ class GateUpWork:
         a = arrays
         self.product.run(
             block_id, a["ids"], a["weights"], a["tokens"], a["gate_up"], a["hidden"],
-            shared, full, signal,
+            shared, full, functools.partial(signal, after_copies=True),
         )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -111,9 +112,9 @@ class GateUpWork:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DownWork:
-    """Reads ids [T * K], hidden and down [E * H, I]; writes outputs [K * 8, H] float32, row k * 8 + t.
+    """Reads ids [T * K], hidden and down [E * H, I]; writes outputs [K * 8, H] float32.
 
-    Rows of padding stay unwritten.
+    Row k * 8 + t is token t's k-th expert's. Rows of padding stay unwritten.
 
     Attributes:
       product: what its blocks do.

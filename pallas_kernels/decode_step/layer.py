@@ -23,7 +23,6 @@ from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
 from pallas_kernels.decode_step.attention_work import AttendWork, MergeWork
 from pallas_kernels.decode_step.experts_work import DownWork, GateUpWork, slot_major_tiles
-from pallas_kernels.decode_step.prefetch import Prefetch
 from pallas_kernels.decode_step.split_product import SplitProduct, round_up
 from pallas_kernels.decode_step.tasks import Task
 from pallas_kernels.decode_step.top_k import TopK
@@ -65,22 +64,28 @@ class LayerConfig:
     """How a layer's tasks are cut and paced; nothing here changes a bit of a result on a GPU.
 
     Attributes:
-      qkv_pause_ns, o_pause_ns: see SplitProduct.
-      prefetch_pieces, prefetch_pause_ns: see Prefetch; no pieces for no prefetch.
-      gate_up_block_k, gate_up_num_stages: of GateUp.
-      down_block_m, down_block_k, down_num_stages, down_prefetches: of Down.
+      qkv_spread_ns, o_spread_ns: see SplitProduct.
+      gate_up_neurons, gate_up_block_k, gate_up_num_stages: of GateUp. Fewer neurons are more
+        blocks, which share few experts' weights more evenly among cores.
+      down_block_m, down_block_k, down_num_stages: of Down.
     """
 
-    qkv_pause_ns: int = 0
-    o_pause_ns: int = 0
-    prefetch_pieces: int = 0
-    prefetch_pause_ns: int = 1000
+    qkv_spread_ns: int = 4000
+    o_spread_ns: int = 4000
+    gate_up_neurons: int = 32
     gate_up_block_k: int = 256
     gate_up_num_stages: int = 2
     down_block_m: int = 64
     down_block_k: int = 128
     down_num_stages: int = 3
-    down_prefetches: bool = False
+
+
+_FEW_ROWS = LayerConfig(gate_up_neurons=16, gate_up_block_k=128, gate_up_num_stages=4)
+
+
+def default_config(B: int) -> LayerConfig:
+    """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md)."""
+    return _FEW_ROWS if B <= 2 else LayerConfig()
 
 
 def attention_tasks(
@@ -97,7 +102,7 @@ def attention_tasks(
     rows = (s.heads * s.D, s.kv * s.D, s.kv * s.D)
     add_1 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked)
     qkv = SplitProduct(
-        N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, pause_ns=config.qkv_pause_ns
+        N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, spread_ns=config.qkv_spread_ns
     )
     phase = SplitAttention(
         B=s.B, heads=s.heads, kv=s.kv, D=s.D, C=s.C, num_partials=qkv.num_splits, eps=s.eps
@@ -105,7 +110,7 @@ def attention_tasks(
     attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv")
     merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend")
     o = SplitProduct(
-        N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", pause_ns=config.o_pause_ns
+        N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", spread_ns=config.o_spread_ns
     )
     add_2 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, after="o")
     added = {"parts": "parts"} if num_parts else {}
@@ -158,7 +163,7 @@ def attention_tasks(
                 "norm_weight": "post_attention_layernorm",
                 "parts": "o",
                 "gate": "gate",
-            },  # fmt: skip
+            },
             writes={"total": "residual", "squares": "squares_2", "partials": "logits_partials"},
             waits_for={"o": add_2.num_blocks},
         ),
@@ -188,23 +193,11 @@ def router_tasks(s: LayerShapes) -> list[Task]:
                 "total": "residual",
                 "norm_weight": "post_attention_layernorm",
                 "valid": "valid",
-            },  # fmt: skip
+            },
             writes={"normed": "moe_input"} | {name: name for name in ("logits", "ids", "weights")},
             waits_for={"add_2": s.B},
         ),
     ]
-
-
-def prefetch_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
-    """The next layer's attention weights on their way to L2."""
-    wide, narrow = s.heads * s.D, s.kv * s.D
-    work = Prefetch(
-        shapes=((wide, s.H), (narrow, s.H), (narrow, s.H), (s.H, wide)),
-        pieces=config.prefetch_pieces,
-        pause_ns=config.prefetch_pause_ns,
-    )
-    reads = {f"weights_{i}": f"next_{c}_proj" for i, c in enumerate("qkvo")}
-    return [Task(kind="prefetch", work=work, reads=reads, writes={})]
 
 
 def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
@@ -216,6 +209,7 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
         I=s.I,
         block_k=_fitting(config.gate_up_block_k, s.H),
         num_stages=config.gate_up_num_stages,
+        neurons=config.gate_up_neurons,
     )
     down = Down(
         tiles=tiles,
@@ -224,7 +218,6 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
         block_m=config.down_block_m,
         block_k=_fitting(config.down_block_k, s.I),
         num_stages=config.down_num_stages,
-        prefetches=config.down_prefetches,
     )
     return [
         Task(
@@ -235,7 +228,7 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
                 "weights": "weights",
                 "tokens": "moe_input",
                 "gate_up": "gate_up",
-            },  # fmt: skip
+            },
             writes={"hidden": "hidden"},
             waits_for={"top_k": gate_up.num_blocks},
         ),

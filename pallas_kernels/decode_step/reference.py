@@ -1,9 +1,9 @@
-"""What a layer's decode step means, in plain float32 jnp: the oracle, with decode_layer's signature.
+"""What a layer's decode step means, in plain float32 jnp: the oracle of decode_layer.
 
 1. x = residual.x + its parts.
 2. q, k, v = W normed, normed = RMSNorm(x). RMSNorm of q and k over D, then RoPE.
 3. k and v go to slot lengths mod C of a valid row's cache, in the cache's dtype.
-4. a = softmax(q k^T / sqrt(D)) v over the min(lengths + valid, C) slots in use; zeros if there is none.
+4. a = softmax(q k^T / sqrt(D)) v over the min(lengths + valid, C) slots in use; zeros if none is.
 5. x = x + W_o a; normed = RMSNorm(x).
 6. The K largest of softmax(gate normed), the lower index first on a tie, are the row's experts.
 7. The next residual is x, and what the experts add to it.

@@ -2,10 +2,10 @@
 
     block (split, 64 rows)      partials[split, t, rows] = W[rows, columns of the split] x[t, ...]
 
-Weights come from memory and tokens from L2. One block per core would leave most of a small matrix
-to few cores, so the columns are split as well: 5120 rows of 2048 columns are 80 * 4 blocks with 64
-KB of weights each. A reader adds the partial sums in order. Splits depend on the columns alone, so a
-token's sums have the same bits in every batch.
+Weights come from memory and tokens from L2. Rows alone would be too few blocks for all cores, so
+the columns are split as well: 5120 rows of 2048 columns are 80 * 4 blocks of 64 KB of weights. A
+reader adds the partial sums in order. Splits depend on the columns alone, so a token's sums have
+the same bits in every batch.
 
 A few tokens are too few rows for the tensor cores' M = 64, so the product is turned around
 ("swap-AB"): 64 rows of weights are M, the N tokens are columns. Columns do not mix.
@@ -52,8 +52,8 @@ class SplitProduct:
       columns: a multiple of 64.
       after: the kind of task that writes the tokens.
       D: the last dimension of partials; 0 for all rows in one.
-      pause_ns: how long a block waits before it loads weights, because the tasks before it find
-        memory busy otherwise.
+      spread_ns: over what time blocks begin to load weights, one after the other. If all asked at
+        once, loads of other blocks, and polls, would stand in line behind them for microseconds.
     """
 
     N: int
@@ -61,7 +61,7 @@ class SplitProduct:
     columns: int
     after: str
     D: int = 0
-    pause_ns: int = 0
+    spread_ns: int = 0
 
     num_counters = 1
 
@@ -169,7 +169,8 @@ class SplitProduct:
                 return carry
 
             # Weights depend on no other block, so they are on their way before the wait.
-            pause(self.pause_ns)
+            if self.spread_ns:
+                pause(block_id * (self.spread_ns // self.num_blocks))
             prologue(steps, num_stages, load_weights)
             wait(self.after)
             prologue(steps, num_stages, load_tokens)

@@ -4,8 +4,8 @@
          waits_for={"merge": 256})
 
 A task is what a range of thread blocks does. It names the arrays that it reads and writes, and the
-earlier tasks whose blocks it waits for. The list is in topological order, and blocks are numbered in
-the order of the list. So a block waits for lower-numbered blocks only (mosaic/grid_sync.py):
+earlier tasks whose blocks it waits for. The list is in topological order, and so are the numbers of
+the blocks. So a block waits for lower-numbered blocks only (mosaic/grid_sync.py):
 
     block    0        1 .. 320    321 .. 352     353 .. 384    385 .. 640
     task     norm     qkv         attention      merge         o
@@ -75,7 +75,7 @@ class Work(Protocol):
           shared: as shared_types.
           full: as barrier_types.
           wait: wait(kind, counter=0) returns once that task has sent all signals of the counter.
-          signal: signal(counter=0); each block does it once.
+          signal: signal(counter=0, after_copies=False), see grid_sync; each block does it once.
         """
         ...
 
@@ -218,7 +218,7 @@ def _first_blocks(tasks: Sequence[Task]) -> list[int]:
 
 
 class _Place(NamedTuple):
-    """Where a task's counters lie, the signals that each gets, and how many blocks wait for each."""
+    """A task's first counter, the signals that each gets, and how many blocks wait for each."""
 
     first: int
     arrivals: int
@@ -242,8 +242,8 @@ def _run_block(task, block_id, known, shared, barriers, counters, places, mark) 
         wait(counters, place.first + counter, place.arrivals, place.waiting)
         mark()
 
-    def send(counter: Any = 0) -> None:
-        signal(counters, places[task.kind].first + counter)
+    def send(counter: Any = 0, *, after_copies: bool = False) -> None:
+        signal(counters, places[task.kind].first + counter, after_copies=after_copies)
 
     names = task.reads | task.writes | task.updates
     arrays = {role: known[name] for role, name in names.items()}

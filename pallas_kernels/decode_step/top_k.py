@@ -12,15 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step.add_residual import inverse_rms
 from pallas_kernels.decode_step.split_product import round_up
-from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout
+from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout, scatter
 
 _INT32_MIN = -(2**31)
-_RANKS = 16  # rows of _TILE
-# One rank a row, 8 lanes along its experts: sums over experts end in three shuffles.
-_TILE = plgpu.Layout.TILED(
-    plgpu.Tiling(((_RANKS, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
-)
-_ALONG_EXPERTS = _TILE.reduce(0)
 # Few elements, in each warp the same.
 _FEW = plgpu.Layout.WGMMA.reduce(0)
 
@@ -40,8 +34,8 @@ class TopK:
     and normed [N, H] bf16. A token that is not valid has ids of -1.
 
     Each lane has some experts, and counts those that come before its own: E comparisons, and no
-    exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. A tile of 16
-    ranks by E experts then turns "expert e has rank r" around, by sums along its rows.
+    exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. Then an expert
+    whose rank is below K writes itself to that place.
 
     Shared memory is written and read by the same warpgroup alone, so Pallas's own barrier after
     each store is enough: commit_smem is for the copy engine and the tensor cores.
@@ -92,11 +86,10 @@ class TopK:
 
     def shared_types(self) -> tuple:
         """One group, by names."""
-        experts, ranks = (self.padded_E,), (round_up(self.K, _RANKS),)
+        experts, ranks = (self.padded_E,), (round_up(self.K, 8),)
         return (
             {
                 "keys": plgpu.SMEM(experts, jnp.int32),
-                "expert_ranks": plgpu.SMEM(experts, jnp.int32),
                 "expert_logits": plgpu.SMEM(experts, jnp.float32),
                 "chosen_ids": plgpu.SMEM(ranks, jnp.int32),
                 "chosen_weights": plgpu.SMEM(ranks, jnp.float32),
@@ -119,9 +112,9 @@ class TopK:
         expert_logits = self._add_partials(arrays["partials"], token) * inverse  # [padded_E]
         row = row.astype(jnp.float32) * inverse * norm_weight.astype(jnp.float32)
         arrays["normed"][token] = row.astype(jnp.bfloat16)
-        smem["expert_ranks"][...] = self._rank(expert_logits, smem["keys"])
+        ranks = self._rank(expert_logits, smem["keys"])
         smem["expert_logits"][...] = expert_logits
-        self._choose(smem, valid)
+        self._choose(expert_logits, ranks, valid, smem)
         _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
         chosen = pl.ds(token * self.K, self.K)
         _store(smem["chosen_ids"], arrays["ids"].at[chosen], self.K)
@@ -200,32 +193,17 @@ class TopK:
         _, ranks = lax.fori_loop(0, self.K, one_round, (keys, jnp.full_like(keys, self.E)))
         return ranks
 
-    def _choose(self, shared: dict[str, Any], valid) -> None:
-        """Ids and weights in the order of ranks, from the experts' logits and ranks."""
-        shape = (_RANKS, self.padded_E)
-
-        def spread(name):
-            row = plgpu.load(shared[name], layout=_ALONG_EXPERTS, optimized=False)
-            return plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), _TILE)
-
-        logits, ranks = spread("expert_logits"), spread("expert_ranks")
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_TILE)
-        expert = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
-
-        largest = jnp.max(logits, axis=1)  # [_RANKS], in each the same
-        largest = plgpu.layout_cast(lax.broadcast_in_dim(largest, shape, (0,)), _TILE)
-        exponentials = jnp.exp(logits - largest)
-        counted = exponentials
+    def _choose(self, logits: jax.Array, ranks: jax.Array, valid, smem: dict[str, Any]) -> None:
+        """Puts ids and weights in the order of ranks; each expert writes itself to its place."""
+        expert = lane_indices(self.padded_E)
+        exponentials = jnp.exp(logits - jnp.max(logits))
         if self.norm_topk_prob:
-            counted = jnp.where(ranks < self.K, exponentials, 0.0)
-        total = jnp.sum(counted, axis=1)
-        for first in range(0, self.K, _RANKS):
-            here = ranks == row + first
-            part = pl.ds(first, _RANKS)
-            ids = jnp.sum(jnp.where(here, expert, 0), axis=1)
-            shared["chosen_ids"][part] = jnp.where(jnp.full(ids.shape, valid) > 0, ids, -1)
-            weights = jnp.sum(jnp.where(here, exponentials, 0.0), axis=1) / total
-            shared["chosen_weights"][part] = weights
+            total = jnp.sum(jnp.where(ranks < self.K, exponentials, 0.0))
+        else:
+            total = jnp.sum(exponentials)
+        ids = jnp.where(jnp.full_like(expert, valid) > 0, expert, -1)
+        scatter(ids, ranks, self.K, smem["chosen_ids"])
+        scatter(exponentials / total, ranks, self.K, smem["chosen_weights"])
 
 
 def _store(smem, gmem, count: int) -> None:

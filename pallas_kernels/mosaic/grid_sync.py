@@ -50,30 +50,34 @@ def zeroed_counters(count: int) -> jax.Array:
     return jnp.asarray(np.concatenate([np.zeros(count, np.int32), _UNLIKE_OTHER_CONSTANTS]))
 
 
-def signal(counters: Any, index: Any) -> None:
+def signal(counters: Any, index: Any, *, after_copies: bool = False) -> None:
     """Adds one to counters[index], after all that this block has written and waited for.
 
     Args:
       counters: int32 in global memory, see zeroed_counters.
       index: int32.
+      after_copies: whether the copy engine has written some of it. The fences that this takes cost
+        up to a microsecond.
     """
     if interpreting():
         counters[index] = counters[index] + 1
         return
+    fence = "fence.proxy.async;" if after_copies else ""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def add_one(_, counters, index):
-        # Of a lane's own stores: one lane's fence need not order the others' before a copy.
-        mgpu.utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        if after_copies:
+            # Of a lane's own stores: one lane's fence need not order the others' before a copy.
+            mgpu.utils.inline_ptx(fence, has_side_effects=True)
         mgpu.warpgroup_barrier()
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
             mgpu.utils.inline_ptx(
-                """{
+                f"""{{
                 .reg .b64 at;
                 mad.wide.s32 at, $1, 4, $0;
-                fence.proxy.async;
+                {fence}
                 red.add.release.gpu.global.u32 [at], 1;
-                }""",
+                }}""",
                 mgpu.utils.memref_ptr(counters),
                 index.registers.item(),
                 has_side_effects=True,
@@ -198,6 +202,8 @@ def _spin_or_trap(pointer, index, expected: int, timeout_s: float) -> None:
 # What a core gets of 3.2 TB/s, an H100's. Measured, 0.4 to 0.8 of a block's time are as good as
 # half of it, so it need not be exact for other GPUs.
 _BYTES_PER_NS = 24
+# Of a core's clock, about. It is read in place of %globaltimer, which all cores share.
+_CYCLES_PER_US = 1800
 # With fewer, the late ones would end last.
 _MIN_BLOCKS_PER_CORE = 4
 
@@ -231,28 +237,35 @@ def staggered_start(block_id: Any, num_blocks: int, bytes_read: int) -> None:
     pl.when(second)(functools.partial(pause, bytes_read // _BYTES_PER_NS // 2))
 
 
-def pause(ns: int) -> None:
-    """Lets all lanes do nothing for some nanoseconds; the interpreter has no clock, and goes on."""
-    if interpreting() or ns <= 0:
+def pause(ns: Any) -> None:
+    """Lets all lanes do nothing for some nanoseconds; the interpreter has no clock, and goes on.
+
+    Args:
+      ns: int32, at most a millisecond.
+    """
+    if interpreting():
         return
 
-    @plgpu.inline_mgpu()
-    def sleep(_):
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    def sleep(_, ns):
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
             mgpu.utils.inline_ptx(
                 f"""{{
-                .reg .b64 start, now;
+                .reg .b32 start, now, cycles;
                 .reg .pred waiting;
-                mov.u64 start, %globaltimer;
+                mul.lo.s32 cycles, $0, {_CYCLES_PER_US};
+                div.s32 cycles, cycles, 1000;
+                mov.u32 start, %clock;
                 again:
-                nanosleep.u32 100;
-                mov.u64 now, %globaltimer;
-                sub.u64 now, now, start;
-                setp.lt.u64 waiting, now, {ns};
+                mov.u32 now, %clock;
+                sub.u32 now, now, start;
+                setp.lt.u32 waiting, now, cycles;
+                @waiting nanosleep.u32 50;
                 @waiting bra again;
                 }}""",
+                ns.registers.item(),
                 has_side_effects=True,
             )
         mgpu.warpgroup_barrier()
 
-    sleep()
+    sleep(jnp.int32(ns))

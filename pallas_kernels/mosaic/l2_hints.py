@@ -11,17 +11,13 @@ lowering tests count the hints.
 """
 
 import functools
-from typing import Any
 
-import jax.numpy as jnp
 from jax import named_scope
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import dialect_lowering
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, nvvm
-
-from pallas_kernels.mosaic.device import interpreting
 
 _SCOPE = "l2_evict_first"
 _COPY = mgpu.dialect.AsyncLoadOp.OPERATION_NAME
@@ -31,42 +27,6 @@ def copy_evict_first(source, destination, full) -> None:
     """plgpu.copy_gmem_to_smem of what is not read again for a long time."""
     with named_scope(_SCOPE):
         plgpu.copy_gmem_to_smem(source, destination, full)
-
-
-def prefetch_rows(source: Any, first_row: Any, count: int, columns: slice) -> None:
-    """Asks for some columns of up to 128 rows to be brought to L2; nothing waits for it.
-
-    Args:
-      source: [rows, columns] bf16 in global memory.
-      first_row: int32.
-      count: of rows, at most 128; those beyond the array's end are left out.
-      columns: with a multiple of 8 as its start, and as its length.
-    """
-    if interpreting():
-        return
-    rows, width = source.shape
-    start, size = 2 * columns.start, 2 * (columns.stop - columns.start)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def prefetch(_, source, first_row):
-        mgpu.utils.inline_ptx(
-            f"""{{
-            .reg .b64 at;
-            .reg .b32 row;
-            .reg .pred there;
-            mov.u32 row, %tid.x;
-            setp.lt.s32 there, row, {count};
-            add.s32 row, row, $1;
-            setp.lt.and.s32 there, row, {rows}, there;
-            mad.wide.s32 at, row, {2 * width}, $0;
-            @there cp.async.bulk.prefetch.L2.global [at+{start}], {size};
-            }}""",
-            mgpu.utils.memref_ptr(source),
-            first_row.registers.item(),
-            has_side_effects=True,
-        )
-
-    prefetch(source, jnp.int32(first_row))
 
 
 def _add_hint(copy) -> None:

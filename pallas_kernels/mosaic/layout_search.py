@@ -1,8 +1,8 @@
 """Mosaic's search for register layouts, part by part: seconds in place of a quarter of a minute.
 
 Mosaic finds the layout of each vector in a kernel by a search under constraints. It looks at all
-constraints again after each guess, so its time grows with the square of the kernel's size. A grid of
-many tasks has many constraints, but no task shares a vector with another.
+constraints again after each guess, so its time grows with the square of the kernel's size. A grid
+of many tasks has many constraints, but no task shares a vector with another.
 
 So the constraints are cut here into parts that share no vector, and Mosaic's own search solves each
 part. A guess in one part cannot bear on another, so the layouts are those of the search as a whole.

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import vector
 
 from pallas_kernels.mosaic.device import interpreting
 
@@ -61,6 +63,51 @@ def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
     What lanes have stored in `smem` must be committed; plgpu.wait_smem_to_gmem waits for the end.
     """
     plgpu.copy_smem_to_gmem(smem.at[pl.ds(smem_row, 1)], gmem.at[pl.ds(gmem_row, 1)])
+
+
+def scatter(values: jax.Array, places: jax.Array, length: int, smem: Any) -> None:
+    """smem[places[i]] = values[i] for each i whose place is below `length`; all lanes may read it.
+
+    Args:
+      values: int32 or float32, a multiple of 128, in the layout one_per_lane.
+      places: int32, likewise; not negative, and no two that count are equal.
+      length: of what counts.
+      smem: at least `length` elements.
+    """
+    if interpreting():
+        order = lax.broadcasted_iota(jnp.int32, (length, places.shape[0]), 0)
+        smem[:length] = jnp.sum(jnp.where(places == order, values, 0), axis=1, dtype=values.dtype)
+        return
+    layout = one_per_lane(values.shape[0])
+    kind = "f32" if values.dtype == jnp.float32 else "b32"
+
+    @plgpu.inline_mgpu(arg_types=(layout, layout, plgpu.RefType()))
+    def store(_, values, places, smem):
+        pointer = mgpu.utils.memref_ptr(smem)
+        for value, place in zip(values.registers.flat, places.registers.flat, strict=True):
+            mgpu.utils.inline_ptx(
+                f"""{{
+                .reg .pred counts;
+                .reg .b32 at;
+                setp.lt.u32 counts, $1, {length};
+                mad.lo.s32 at, $1, 4, $2;
+                @counts st.shared.{kind} [at], $0;
+                }}""",
+                _element(value),
+                _element(place),
+                pointer,
+                has_side_effects=True,
+            )
+        mgpu.warpgroup_barrier()
+
+    store(values, places, smem)
+
+
+def _element(register):
+    """The only element of a vector of one."""
+    return vector.extract(
+        register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([0])
+    )
 
 
 def add_histogram(ids: Any, length: int, E: int, counts: Any) -> None:
