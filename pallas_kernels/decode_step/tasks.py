@@ -172,26 +172,28 @@ def run_as_grid(
         types["stamps"] = stamps_type(first_block[-1])
     outputs = list(types)
 
-    def kernel(block_id, *refs, shared, barriers):
+    def kernel(block_id, *refs):
         refs, counters = list(refs), refs[len(inputs)]
         known = dict(zip(inputs, refs, strict=False))
         known |= dict(zip(outputs, refs[len(inputs) + 1 :], strict=True))
-        shared, stamps = iter(shared), known.get("stamps")
+        stamps = known.get("stamps")
         stamp(stamps, block_id, BEGIN)
         mark = functools.partial(stamp, stamps, block_id, WAITED)
-        for index, task in enumerate(tasks):
-            groups = tuple(next(shared) for _ in task.work.shared_types())
-            local = block_id - first_block[index]
-            is_here = (local >= 0) & (local < task.work.num_blocks)
-            pl.when(is_here)(
-                lambda task=task, local=local, groups=groups, index=index: _run_block(
-                    task, local, known, groups, barriers[index], counters, places, mark
+        for task, first in zip(tasks, first_block, strict=False):
+            local = block_id - first
+
+            @pl.when((local >= 0) & (local < task.work.num_blocks))
+            def _(task=task, local=local):
+                # What one task allocates takes the place of what another one does.
+                groups = task.work.shared_types()
+                pl.run_scoped(
+                    functools.partial(_run_block, task, local, known, counters, places, mark),
+                    shared=plgpu.RefUnion(*groups) if groups else (),
+                    barriers=task.work.barrier_types(),
                 )
-            )
+
         stamp(stamps, block_id, END)
         stamp(stamps, block_id, CORE)
-
-    groups = [group for task in tasks for group in task.work.shared_types()]
 
     @jax.custom_batching.sequential_vmap  # the counters are for one call at a time
     def call(*operands):
@@ -200,10 +202,6 @@ def run_as_grid(
             name=name,
             num_blocks=first_block[-1],
             out_type=tuple(types.values()),
-            scratch_types={
-                "shared": plgpu.RefUnion(*groups) if groups else (),
-                "barriers": [task.work.barrier_types() for task in tasks],
-            },
             in_place={inputs.index(name): outputs.index(name) for name in changed},
             interpret=interpret,
         )(*operands, zeroed_counters(num_counters))
@@ -234,7 +232,7 @@ def _places(tasks: Sequence[Task]) -> dict[str, _Place]:
     return places
 
 
-def _run_block(task, block_id, known, shared, barriers, counters, places, mark) -> None:
+def _run_block(task, block_id, known, counters, places, mark, *, shared, barriers) -> None:
     def wait_for(kind: str, counter: Any = 0) -> None:
         if kind not in task.waits_for:
             return
@@ -247,4 +245,4 @@ def _run_block(task, block_id, known, shared, barriers, counters, places, mark) 
 
     names = task.reads | task.writes | task.updates
     arrays = {role: known[name] for role, name in names.items()}
-    task.work.run(block_id, arrays, shared, barriers, wait_for, send)
+    task.work.run(block_id, arrays, tuple(shared), barriers, wait_for, send)
