@@ -10,6 +10,7 @@ from pallas_kernels.decode_step.api import (
     Residual,
     RowPositions,
     decode_layer,
+    stamp_layer,
 )
 from pallas_kernels.decode_step.reference import reference_decode_layer
 
@@ -20,4 +21,5 @@ __all__ = [
     "RowPositions",
     "decode_layer",
     "reference_decode_layer",
+    "stamp_layer",
 ]

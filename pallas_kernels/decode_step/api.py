@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
+from pallas_kernels.decode_step.input_checks import INSTEAD, check_inputs
 from pallas_kernels.decode_step.layer import (
     LayerConfig,
     LayerShapes,
@@ -16,15 +18,8 @@ from pallas_kernels.decode_step.layer import (
     experts_tasks,
     router_tasks,
 )
-from pallas_kernels.decode_step.split_product import round_up
 from pallas_kernels.decode_step.tasks import Task, run_as_grid
 from pallas_kernels.mosaic import device
-from pallas_kernels.mosaic.operands import expect_array
-
-MAX_ROWS = 64
-SLOTS_MULTIPLE = 64  # of a row of the cache
-HEAD_DIM = 128
-INSTEAD = "reference_decode_layer"
 
 
 class LayerWeights(NamedTuple):
@@ -158,24 +153,66 @@ def decode_layer(
       TypeError: a dtype is not one that is accepted.
       NotImplementedError: a size that the kernels lack, or the GPU is not a Hopper.
     """
-    device.check_interpret(interpret)
-    if launches not in LAUNCHES:
-        raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
-    shapes = _check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
-    device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
-    config = default_config(shapes.B) if config is None else config
+    static = _static(residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches)
+    step, _ = _run(
+        residual, weights, keys, values, positions,
+        **static, config=config or default_config(len(keys)), interpret=_checked(interpret),
+    )  # fmt: skip
+    return step
+
+
+def stamp_layer(
+    residual: Residual,
+    weights: LayerWeights,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: RowPositions,
+    *,
+    K: int,
+    eps: float,
+    launches: str = "layer",
+    config: LayerConfig | None = None,
+) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:
+    """decode_layer, and when each thread block of each task began, had waited and ended.
+
+    Arguments as decode_layer's.
+
+    Returns:
+      What decode_layer returns, and for each grid and kind of task in it, in their order, the
+      [blocks, 4] int32 of mosaic.stamps.
+    """
+    static = _static(residual, weights, keys, values, positions, K, eps, True, launches)
     return _run(
         residual, weights, keys, values, positions,
-        shapes=shapes, launches=launches, config=config, interpret=interpret,
+        **static, config=config or default_config(len(keys)), interpret=_checked(False),
+        stamped=True,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("shapes", "launches", "config", "interpret"))
+def _checked(interpret):
+    device.check_interpret(interpret)
+    device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
+    return interpret
+
+
+def _static(
+    residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches
+) -> dict[str, Any]:
+    """What the checked call is compiled for."""
+    if launches not in LAUNCHES:
+        raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
+    shapes = check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
+    return {"shapes": shapes, "launches": launches}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("shapes", "launches", "config", "interpret", "stamped")
+)
 def _run(
     residual, weights, keys, values, positions,
-    *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret,
-) -> LayerStep:  # fmt: skip
-    s = shapes
+    *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret, stamped: bool = False,
+) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:  # fmt: skip
+    s, stamps = shapes, {}
     known = {"x": residual.x, "keys": _rows(keys), "values": _rows(values)}
     known |= weights._asdict() | positions._asdict()
     known |= {"gate_up": weights.gate_up.reshape(-1, s.H), "down": weights.down.reshape(-1, s.I)}
@@ -183,7 +220,8 @@ def _run(
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
     for name, tasks in grids(s, config, num_parts, launches).items():
-        known |= _launch(name, tasks, known, interpret)
+        found, stamps[name] = _launch(name, tasks, known, interpret, stamped)
+        known |= found
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
     if "outputs" in known:
         outputs = known["outputs"].reshape(s.K, s.N, s.H)
@@ -197,7 +235,7 @@ def _run(
             out_dtype=jnp.float32,
             interpret=interpret,
         )[None]
-    return LayerStep(
+    step = LayerStep(
         residual=Residual(known["residual"], outputs),
         keys=known["keys"].reshape(keys.shape),
         values=known["values"].reshape(values.shape),
@@ -205,6 +243,7 @@ def _run(
         weights=chosen_weights,
         logits=known["logits"],
     )
+    return step, stamps
 
 
 def grids(
@@ -220,84 +259,26 @@ def grids(
     return {"decode_attention": attention, "decode_moe": [*router, *experts]}
 
 
-def _launch(name: str, tasks: list[Task], known: dict, interpret) -> dict[str, jax.Array]:
-    """The arrays that a grid's tasks write or change."""
+def _launch(
+    name: str, tasks: list[Task], known: dict, interpret, stamped: bool
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The arrays that a grid's tasks write or change; and stamps by kind, if asked for."""
     written = [name for task in tasks for name in task.writes.values()]
     changed = [name for task in tasks for name in task.updates.values()]
     read = {name for task in tasks for name in (*task.reads.values(), *changed)} - set(written)
     kinds = {task.kind for task in tasks}
     given = {name: array for name, array in known.items() if name in read}
     tasks = [task.among(kinds) for task in tasks]
-    return run_as_grid(tasks, given, (*written, *changed), name=name, interpret=interpret)
+    found = run_as_grid(
+        tasks, given, (*written, *changed), name=name, interpret=interpret, stamped=stamped
+    )
+    stamps = {}
+    if stamped:
+        ends = np.cumsum([task.work.num_blocks for task in tasks])[:-1]
+        parts = jnp.split(found.pop("stamps"), ends)
+        stamps = dict(zip((task.kind for task in tasks), parts, strict=True))
+    return found, stamps
 
 
 def _rows(cache: jax.Array) -> jax.Array:
     return cache.reshape(-1, cache.shape[-1])
-
-
-def _check_inputs(
-    residual, weights, keys, values, positions, K, eps, norm_topk_prob
-) -> LayerShapes:
-    """The sizes, or ValueError, TypeError or NotImplementedError where an input is not accepted."""
-    letters = {
-        "input_layernorm": "[H]", "q_proj": "[heads*D, H]", "k_proj": "[kv*D, H]",
-        "v_proj": "[kv*D, H]", "q_norm": "[D]", "k_norm": "[D]", "o_proj": "[H, heads*D]",
-        "post_attention_layernorm": "[H]", "gate": "[E, H]", "gate_up": "[E, 2, I, H]",
-        "down": "[E, H, I]",
-    }  # fmt: skip
-    for field, shape in letters.items():
-        value = getattr(weights, field)
-        expect_array(f"weights.{field}", value, shape, jnp.bfloat16, instead=INSTEAD)
-    expect_array("residual.x", residual.x, "[N, H]", jnp.bfloat16, instead=INSTEAD)
-    for name, value in (("keys", keys), ("values", values)):
-        expect_array(name, value, "[B, kv, C, D]", jnp.bfloat16, instead=INSTEAD)
-    (N, H), (B, kv, C, D) = residual.x.shape, keys.shape
-    E, _, I, _ = weights.gate_up.shape
-    heads = weights.q_proj.shape[0] // D
-    expected = {
-        "weights.input_layernorm": (H,), "weights.q_proj": (heads * D, H),
-        "weights.k_proj": (kv * D, H), "weights.v_proj": (kv * D, H), "weights.q_norm": (D,),
-        "weights.k_norm": (D,), "weights.o_proj": (H, heads * D),
-        "weights.post_attention_layernorm": (H,), "weights.gate": (E, H),
-        "weights.gate_up": (E, 2, I, H), "weights.down": (E, H, I), "keys": (B, kv, C, D),
-        "values": (B, kv, C, D), "positions.cos": (B, D), "positions.sin": (B, D),
-        "positions.lengths": (B,), "positions.valid": (B,),
-    }  # fmt: skip
-    given = {"keys": keys, "values": values}
-    given |= {f"weights.{name}": value for name, value in weights._asdict().items()}
-    given |= {f"positions.{name}": value for name, value in positions._asdict().items()}
-    if round_up(B, 8) != N:
-        raise ValueError(
-            f"residual.x has {N} rows; expected B = {B}, rounded up to a multiple of 8"
-        )
-    parts = residual.parts
-    if parts is not None and (parts.ndim != 3 or parts.shape[1:] != (N, H)):
-        raise ValueError(f"residual.parts has shape {parts.shape}; expected [number, {N}, {H}]")
-    for name, shape in expected.items():
-        if given[name].shape != shape:
-            raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
-    for name, dtype in (
-        ("cos", jnp.float32), ("sin", jnp.float32), ("lengths", jnp.int32), ("valid", jnp.int32),
-    ):  # fmt: skip
-        found = getattr(positions, name).dtype
-        if found != dtype:
-            raise TypeError(f"positions.{name} has dtype {found}; expected {dtype.__name__}")
-    for name, value, accepted, fits in (
-        ("B", B, f"1 to {MAX_ROWS}", B <= MAX_ROWS),
-        ("D", D, f"{HEAD_DIM}", D == HEAD_DIM),
-        ("C", C, f"a multiple of {SLOTS_MULTIPLE}", C % SLOTS_MULTIPLE == 0),
-        ("H", H, "a multiple of 64", H % 64 == 0),
-        ("I", I, "a multiple of 64", I % 64 == 0),
-        ("E", E, "a multiple of 8 up to 512", E % 8 == 0 and E <= 512),
-        ("heads", heads, f"a multiple of kv = {kv}, 64 times at most", heads % kv == 0),
-    ):
-        if not fits:
-            raise NotImplementedError(
-                f"{name} is {value}; decode_layer takes {accepted}, {INSTEAD} any number"
-            )
-    if not 1 <= K <= min(E, 32):
-        raise ValueError(f"K is {K}; expected 1 to {min(E, 32)}")
-    return LayerShapes(
-        B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
-        norm_topk_prob=bool(norm_topk_prob),
-    )  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_attention.attend import attend
+from tests.pallas_kernels.decode_attention.attend import attend
 from pallas_kernels.decode_attention.chunk_ring import splits_of
 from pallas_kernels.decode_attention.merge_splits import MergeSplits
 from pallas_kernels.decode_attention.split_attention import SplitAttention

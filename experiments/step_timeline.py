@@ -1,0 +1,165 @@
+"""Where does the time of a layer's decode step go, task by task?
+
+    python -m experiments.step_timeline --preset=qwen3_30b_a3b --batch=1 --context=512
+
+Each thread block of the layer's grids writes the time as it begins, has waited for the last time,
+and ends. The table has these times by kind of task, in microseconds after the grid's first block
+began. Stamps cost a little: a layer takes 1 to 3% longer with them. A stamp says nothing about
+other tasks' loads, which may be what a block waited for: compare two configs.
+
+Weights, cache and residual are random. Three layers run one after the other, so that the weights of
+the one that is shown come from memory. It needs a GPU, because the interpreter has no clock.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.bench import environment, script
+from experiments.bench.script import flag
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.presets import PRESETS
+from moe_jax.rope import rope_tables
+from pallas_kernels.decode_step import LayerWeights, Residual, RowPositions, stamp_layer
+from pallas_kernels.decode_step.api import LAUNCHES
+from pallas_kernels.mosaic.stamps import BEGIN, CORE, END, WAITED
+
+_LAYERS = 3
+_SHOWN = 1
+_LONGEST_US = 100_000  # a stamp beyond this was never written
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags."""
+
+    preset: str = flag("qwen3_30b_a3b", "Whose sizes.", of=PRESETS)
+    batch: int = flag(1, "Rows.", least=1, most=64)
+    context: int = flag(512, "Tokens in each row's cache.", least=1)
+    launches: str = flag("layer", "How a layer is cut into grids.", of=LAUNCHES)
+    seed: int = flag(0, "Of all arrays.", least=0)
+
+
+def main(settings: Settings) -> str | None:
+    """Prints one table a grid."""
+    if jax.default_backend() != "gpu":
+        return "step_timeline needs a GPU: interpreted, a kernel has no clock"
+    console = script.make_console(width=130)
+    for grid, kinds in measure(settings).items():
+        show(console, f"{grid}, batch {settings.batch}, context {settings.context}", kinds)
+    seen = environment.describe(seed=settings.seed, repeats=1, commit="", read_ceiling_tbps=None)
+    console.print(f"{seen.device_kind}, jax {seen.jax}, commit {seen.commit}", highlight=False)
+    return None
+
+
+def measure(settings: Settings) -> dict[str, dict[str, np.ndarray]]:
+    """For each grid and kind of task the [blocks, 4] stamps of the second of three layers."""
+    config = PRESETS[settings.preset]
+    layers = [draw_layer(config, settings.seed + index) for index in range(_LAYERS)]
+    C = -(-(settings.context + 1) // 64) * 64
+    shape = (settings.batch, config.num_key_value_heads, C, config.head_dim)
+    caches = [
+        tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(key))
+        for key in jax.random.split(jax.random.key(settings.seed + 100), _LAYERS)
+    ]
+    x = jax.random.normal(jax.random.key(settings.seed), (settings.batch, config.hidden_size))
+    positions = draw_positions(config, settings.batch, settings.context)
+
+    @jax.jit
+    def run(layers, caches, x, positions):
+        residual, stamps = Residual.of(x.astype(jnp.bfloat16)), []
+        for weights, cache in zip(layers, caches, strict=True):
+            step, times = stamp_layer(
+                residual,
+                weights,
+                *cache,
+                positions,
+                K=config.num_experts_per_tok,
+                eps=config.rms_norm_eps,
+                launches=settings.launches,
+            )
+            residual = step.residual
+            stamps.append(times)
+        return residual, stamps
+
+    for _ in range(3):  # the first runs load the program
+        _, stamps = jax.block_until_ready(run(layers, caches, x, positions))
+    return jax.tree.map(np.asarray, stamps[_SHOWN])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def draw_layer(config: Qwen3MoeConfig, seed: int) -> LayerWeights:
+    """Random bf16 weights of one layer, of the size that keeps activations near 1."""
+    H, D, E, I = (
+        config.hidden_size, config.head_dim, config.num_experts, config.moe_intermediate_size,
+    )  # fmt: skip
+    heads, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def normal(*shape):
+        scale = jnp.bfloat16(shape[-1] ** -0.5)
+        return jax.random.normal(next(keys), shape, jnp.bfloat16) * scale
+
+    return LayerWeights(
+        input_layernorm=jnp.ones(H, jnp.bfloat16),
+        q_proj=normal(heads, H),
+        k_proj=normal(kv, H),
+        v_proj=normal(kv, H),
+        q_norm=jnp.ones(D, jnp.bfloat16),
+        k_norm=jnp.ones(D, jnp.bfloat16),
+        o_proj=normal(H, heads),
+        post_attention_layernorm=jnp.ones(H, jnp.bfloat16),
+        gate=normal(E, H),
+        gate_up=normal(E, 2, I, H),
+        down=normal(E, H, I),
+    )
+
+
+def draw_positions(config: Qwen3MoeConfig, B: int, context: int) -> RowPositions:
+    """B rows with `context` tokens each, all valid."""
+    at = jnp.full((B, 1), context, jnp.int32)
+    cos, sin = rope_tables(
+        config.rope, config.head_dim, config.max_position_embeddings, at, jnp.float32
+    )
+    return RowPositions(cos[:, 0], sin[:, 0], at[:, 0], jnp.ones(B, jnp.int32))
+
+
+def show(console: Console, title: str, kinds: dict[str, np.ndarray]) -> None:
+    """Prints a grid's table: least and most of each time, and the median of two of them."""
+    table = Table(
+        "task", "blocks", "cores", "begin", "waited: first", "median", "last", "end: first",
+        "median", "last", title=f"{title}: us",
+    )  # fmt: skip
+    for cells in rows(kinds):
+        table.add_row(*cells)
+    console.print(table)
+
+
+def rows(kinds: dict[str, np.ndarray]) -> list[list[str]]:
+    """A table's cells; a task whose blocks never wait has none for that."""
+    stamps = {kind: array.astype(np.int64) for kind, array in kinds.items()}
+    start = min(int(array[:, BEGIN].min()) for array in stamps.values())
+    cells = []
+    for kind, array in stamps.items():
+        begin, waited, end = ((array[:, place] - start) / 1e3 for place in (BEGIN, WAITED, END))
+        cores = len(np.unique(array[:, CORE]))
+        has_waited = np.all(np.abs(waited) < _LONGEST_US)
+        times = [begin.min(), *(_spread(waited) if has_waited else [None] * 3), *_spread(end)]
+        shown = ["" if time is None else f"{time:.1f}" for time in times]
+        cells.append([kind, str(len(array)), str(cores), *shown])
+    return cells
+
+
+def _spread(times: np.ndarray) -> list[float]:
+    return [float(times.min()), float(np.median(times)), float(times.max())]
+
+
+run = functools.partial(script.run, Settings, main)
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,78 @@
+"""What decode_layer accepts: shapes, dtypes and sizes, each with an error that names it."""
+
+import jax.numpy as jnp
+
+from pallas_kernels.decode_step.layer import LayerShapes
+from pallas_kernels.decode_step.split_product import round_up
+from pallas_kernels.mosaic.operands import expect_array
+
+MAX_ROWS = 64
+SLOTS_MULTIPLE = 64  # of a row of the cache
+HEAD_DIM = 128
+INSTEAD = "reference_decode_layer"
+
+
+def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob) -> LayerShapes:
+    """The sizes, or ValueError, TypeError or NotImplementedError where an input is not accepted."""
+    letters = {
+        "input_layernorm": "[H]", "q_proj": "[heads*D, H]", "k_proj": "[kv*D, H]",
+        "v_proj": "[kv*D, H]", "q_norm": "[D]", "k_norm": "[D]", "o_proj": "[H, heads*D]",
+        "post_attention_layernorm": "[H]", "gate": "[E, H]", "gate_up": "[E, 2, I, H]",
+        "down": "[E, H, I]",
+    }  # fmt: skip
+    for field, shape in letters.items():
+        value = getattr(weights, field)
+        expect_array(f"weights.{field}", value, shape, jnp.bfloat16, instead=INSTEAD)
+    expect_array("residual.x", residual.x, "[N, H]", jnp.bfloat16, instead=INSTEAD)
+    for name, value in (("keys", keys), ("values", values)):
+        expect_array(name, value, "[B, kv, C, D]", jnp.bfloat16, instead=INSTEAD)
+    (N, H), (B, kv, C, D) = residual.x.shape, keys.shape
+    E, _, I, _ = weights.gate_up.shape
+    heads = weights.q_proj.shape[0] // D
+    expected = {
+        "weights.input_layernorm": (H,), "weights.q_proj": (heads * D, H),
+        "weights.k_proj": (kv * D, H), "weights.v_proj": (kv * D, H), "weights.q_norm": (D,),
+        "weights.k_norm": (D,), "weights.o_proj": (H, heads * D),
+        "weights.post_attention_layernorm": (H,), "weights.gate": (E, H),
+        "weights.gate_up": (E, 2, I, H), "weights.down": (E, H, I), "keys": (B, kv, C, D),
+        "values": (B, kv, C, D), "positions.cos": (B, D), "positions.sin": (B, D),
+        "positions.lengths": (B,), "positions.valid": (B,),
+    }  # fmt: skip
+    given = {"keys": keys, "values": values}
+    given |= {f"weights.{name}": value for name, value in weights._asdict().items()}
+    given |= {f"positions.{name}": value for name, value in positions._asdict().items()}
+    if round_up(B, 8) != N:
+        raise ValueError(
+            f"residual.x has {N} rows; expected B = {B}, rounded up to a multiple of 8"
+        )
+    parts = residual.parts
+    if parts is not None and (parts.ndim != 3 or parts.shape[1:] != (N, H)):
+        raise ValueError(f"residual.parts has shape {parts.shape}; expected [number, {N}, {H}]")
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
+    for name, dtype in (
+        ("cos", jnp.float32), ("sin", jnp.float32), ("lengths", jnp.int32), ("valid", jnp.int32),
+    ):  # fmt: skip
+        found = getattr(positions, name).dtype
+        if found != dtype:
+            raise TypeError(f"positions.{name} has dtype {found}; expected {dtype.__name__}")
+    for name, value, accepted, fits in (
+        ("B", B, f"1 to {MAX_ROWS}", B <= MAX_ROWS),
+        ("D", D, f"{HEAD_DIM}", D == HEAD_DIM),
+        ("C", C, f"a multiple of {SLOTS_MULTIPLE}", C % SLOTS_MULTIPLE == 0),
+        ("H", H, "a multiple of 64", H % 64 == 0),
+        ("I", I, "a multiple of 64", I % 64 == 0),
+        ("E", E, "a multiple of 8 up to 512", E % 8 == 0 and E <= 512),
+        ("heads", heads, f"a multiple of kv = {kv}, 64 times at most", heads % kv == 0),
+    ):
+        if not fits:
+            raise NotImplementedError(
+                f"{name} is {value}; decode_layer takes {accepted}, {INSTEAD} any number"
+            )
+    if not 1 <= K <= min(E, 32):
+        raise ValueError(f"K is {K}; expected 1 to {min(E, 32)}")
+    return LayerShapes(
+        B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
+        norm_topk_prob=bool(norm_topk_prob),
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""The timeline's numbers from stamps; the stamps themselves need a GPU."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import step_timeline
+from experiments.bench.script import make_console
+from moe_jax.presets import PRESETS
+from pallas_kernels.decode_step import Residual
+from pallas_kernels.decode_step.input_checks import check_inputs
+from tests.pallas_kernels.machine import ON_GPU
+
+NEVER = -(2**31)
+
+
+def test_times_are_after_the_first_block():
+    kinds = {
+        "first": np.array([[1000, NEVER, 3000, 7], [1500, NEVER, 4500, 8]], np.int32),
+        "second": np.array([[2000, 5000, 6000, 7]], np.int32),
+    }
+    first, second = step_timeline.rows(kinds)
+    assert first == ["first", "2", "2", "0.0", "", "", "", "2.0", "2.8", "3.5"]
+    assert second == ["second", "1", "1", "1.0", "4.0", "4.0", "4.0", "5.0", "5.0", "5.0"]
+    console = make_console(width=130)
+    with console.capture() as shown:
+        step_timeline.show(console, "decode_layer", kinds)
+    assert "decode_layer: us" in shown.get() and "second" in shown.get()
+
+
+def test_draws_what_a_layer_takes():
+    config = PRESETS["qwen3_30b_a3b"]
+    weights = jax.eval_shape(lambda: step_timeline.draw_layer(config, 0))
+    cache = jax.ShapeDtypeStruct((2, config.num_key_value_heads, 64, config.head_dim), "bfloat16")
+    x = jax.ShapeDtypeStruct((8, config.hidden_size), "bfloat16")
+    positions = step_timeline.draw_positions(config, 2, 40)
+    assert positions.lengths.tolist() == [40, 40]
+    shapes = check_inputs(Residual(x), weights, cache, cache, positions, 8, 1e-6, True)
+    assert (shapes.B, shapes.E, shapes.I) == (2, 128, 768)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there it runs")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        step_timeline.run([])
