@@ -1,32 +1,94 @@
 """All layers of one call: the blocks of decoder.py, or a decode step in the kernels' few launches.
 
-The kernels' step (pallas_kernels/decode_step) computes what the blocks compute, with fewer roundings
-on the way. It takes attention, router and experts together, so it is an op of its own, and chosen
-by the table of moe_jax.dispatch like the others.
+    blocks              decoder.run_layers: any call; its experts and attention are ops of their own
+    pallas              pallas_kernels/decode_step: one new token a row, a layer in few launches
+    pallas_interpret    the same kernels on a CPU
+
+The kernels take attention, router and experts of a layer together. So all layers are an op of their
+own, "layers", and the table of moe_jax.dispatch chooses its backend. Read `layers` first, then
+`_by_kernels`. What the kernels leave to the blocks is in _OF_MODEL and _OF_CALL.
 """
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.cache import LayerCache
-from moe_jax.decoder import (
-    Caches,
-    LayerParams,
-    MoeParams,
-    StepOptions,
-    TokenPositions,
-    run_layers,
-    scoped,
-)
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.decoder import Caches, LayerParams, StepOptions, TokenPositions, run_layers, scoped
 from moe_jax.dispatch import Backend, Request, backend_named, resolve_backend
 from moe_jax.routing import Routing
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
-from pallas_kernels.decode_step import LayerWeights, Residual, RowPositions, decode_layer
+from pallas_kernels.decode_step import (
+    LayerStep,
+    LayerWeights,
+    Residual,
+    RowPositions,
+    decode_layer,
+)
+from pallas_kernels.decode_step.api import HEAD_DIM, MAX_ROWS, SLOTS_MULTIPLE
+from pallas_kernels.mosaic.device import HOPPER, capability_of, device_kind
+
+_MULTIPLE = SLOTS_MULTIPLE  # of H and I, too
+
+# What a model or a shape may have that only the blocks take: in words, and who has it.
+_OF_MODEL: dict[str, Callable[[Qwen3MoeConfig, int, int, str], bool]] = {
+    "dense layers": lambda config, *_: len(config.moe_layers) < config.num_hidden_layers,
+    "latent projections": lambda config, *_: config.moe_latent_size is not None,
+    "shared experts": lambda config, *_: config.moe_shared_expert_intermediate_size is not None,
+    "biases in attention": lambda config, *_: config.attention_bias,
+    "router logits in the model's dtype": lambda config, *_: config.router_dtype == "model",
+    f"heads of another size than {HEAD_DIM}": lambda config, *_: config.head_dim != HEAD_DIM,
+    "more than 64 query heads for a key": lambda config, *_: (
+        config.num_attention_heads > 64 * config.num_key_value_heads
+    ),
+    "more than 512 experts, or no multiple of 8": lambda config, *_: (
+        config.num_experts > 512 or config.num_experts % 8 > 0
+    ),
+    "more than 32 experts for a token": lambda config, *_: config.num_experts_per_tok > 32,
+    f"more than {MAX_ROWS} rows": lambda config, B, *_: B > MAX_ROWS,
+    "a cache of more slots than the window": lambda config, B, C, _: (
+        config.window is not None and config.window < C
+    ),
+    "a GPU that is no Hopper": lambda config, B, C, platform: (
+        platform == "cuda" and capability_of(device_kind()) not in (HOPPER, None)
+    ),
+}
+
+
+class _Call(NamedTuple):
+    """Arguments of `layers`."""
+
+    params: tuple[LayerParams, ...]
+    x: jax.Array
+    positions: TokenPositions
+    caches: Caches | None
+    replay: RoutingTrace | None
+    options: StepOptions
+
+    @property
+    def mixes_dtypes(self) -> bool:
+        arrays = jax.tree.leaves((self.params, self.caches))
+        return any(array.dtype != self.x.dtype for array in arrays)
+
+    @property
+    def names_backends(self) -> bool:
+        return backend_named("experts", self.options.experts_backend) or backend_named(
+            "attention", self.options.attention_backend
+        )
+
+
+# Likewise of one call.
+_OF_CALL: dict[str, Callable[[_Call], bool]] = {
+    "a replay": lambda call: call.replay is not None,
+    "a backend named for its experts or attention": lambda call: call.names_backends,
+    "parameters or a cache of another dtype than its inputs": lambda call: call.mixes_dtypes,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,68 +96,87 @@ class LayersRequest(Request):
     """One run of all layers, for moe_jax.dispatch; T is B * S.
 
     Attributes:
-      B: rows.
-      D, H, I: sizes of a head, of the model and of an expert.
+      H, I: the model's size and an expert's.
       C: slots of a cache's row; 0 without a cache.
-      needs: what else the call or the config asks for.
+      needs: words in _OF_MODEL and _OF_CALL that hold.
     """
 
     op: ClassVar[str] = "layers"
-    B: int
-    D: int
     H: int
     I: int
     C: int = 0
     needs: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        config: Qwen3MoeConfig,
+        *,
+        platform: str,
+        phase: str,
+        T: int,
+        C: int,
+        dtype: str,
+        needs: tuple[str, ...] = (),
+    ) -> "LayersRequest":
+        """A model's; `needs` are the call's own."""
+        of_model = [word for word, has in _OF_MODEL.items() if has(config, T, C, platform)]
+        return cls(
+            platform=platform,
+            phase=phase,
+            T=T,
+            dtype=dtype,
+            activation=config.hidden_act,
+            H=config.hidden_size,
+            I=config.moe_intermediate_size,
+            C=C,
+            needs=(*of_model, *needs),
+        )
+
     @property
     def sizes(self) -> dict[str, int]:
-        return {"D": self.D, "C": self.C, "H": self.H, "I": self.I}
+        return {"H": self.H, "I": self.I, "C": self.C}
 
     @property
     def features(self) -> tuple[str, ...]:
         return self.needs
 
 
-_DENSE, _LATENT, _SHARED = "dense layers", "latent projections", "shared experts"
-_BIAS, _ROUTER, _REPLAY = "biases in attention", "router logits of the model's dtype", "a replay"
-_WIDE, _SEGMENTS = "a cache of more slots than the window", "segments"
-_NAMED = "a backend named for its experts or attention"
-_MANY, _HEAD, _NO_CACHE = "more than 64 rows", "a head of another size than 128", "no cache"
-_EXPERTS = "a number of experts that is no multiple of 8, or above 512"
-_GROUP = "more than 64 query heads for a key"
+def layers(
+    params: tuple[LayerParams, ...],
+    x: jax.Array,
+    positions: TokenPositions,
+    caches: Caches | None,
+    replay: RoutingTrace | None,
+    options: StepOptions,
+) -> tuple[list[jax.Array], Caches | None, list[Routing]]:
+    """Runs all layers in the backend that the table chooses; arguments and results as run_layers'.
+
+    A call of the phase "decode" has S = 1, caches, and no segments.
+
+    Raises:
+      ValueError: no such backend.
+      NotImplementedError: the backend cannot do this; the message says what and who can.
+    """
+    call = _Call(params, x, positions, caches, replay, options)
+    request = LayersRequest.of(
+        options.config,
+        platform=options.platform,
+        phase=options.phase,
+        T=x.shape[0] * x.shape[1],
+        C=0 if caches is None else caches[0].keys.shape[2],
+        dtype=jnp.dtype(x.dtype).name,
+        needs=tuple(word for word, has in _OF_CALL.items() if has(call)),
+    )
+    choice = resolve_backend(request, LAYERS_BACKENDS, options.layers_backend)
+    return LAYERS_BACKENDS[choice.backend].run(*call)
 
 
-def _needs(params, positions, caches, replay, options: StepOptions) -> tuple[str, ...]:
-    """What the kernels' step does not have, of what this call needs."""
-    config, C = options.config, 0 if caches is None else caches[0].keys.shape[2]
-    moe = [layer.mlp for layer in params if isinstance(layer.mlp, MoeParams)]
-    named = backend_named("experts", options.experts_backend)
-    named |= backend_named("attention", options.attention_backend)
-    asked = {
-        _NO_CACHE: caches is None,
-        _DENSE: len(moe) < len(params),
-        _LATENT: any(mlp.fc1_latent_proj is not None for mlp in moe),
-        _SHARED: any(mlp.shared_experts is not None for mlp in moe),
-        _BIAS: any(layer.self_attn.q_proj.bias is not None for layer in params),
-        _ROUTER: config.router_dtype == "model",
-        _REPLAY: replay is not None,
-        _SEGMENTS: positions.segments is not None,
-        _WIDE: config.window is not None and config.window < C,
-        _NAMED: named,
-        _MANY: positions.slots.shape[0] > 64,
-        _HEAD: config.head_dim != 128,
-        _EXPERTS: config.num_experts % 8 > 0 or config.num_experts > 512,
-        _GROUP: config.num_attention_heads > 64 * config.num_key_value_heads,
-    }
-    return tuple(word for word, is_asked in asked.items() if is_asked)
-
-
-def _blocks(params, x, positions, caches, replay, options: StepOptions):
+def _by_blocks(params, x, positions, caches, replay, options: StepOptions):
     return scoped(run_layers, options)(params, x, positions, caches, replay)
 
 
-def _fused(
+def _by_kernels(
     params: tuple[LayerParams, ...],
     x: jax.Array,
     positions: TokenPositions,
@@ -104,52 +185,54 @@ def _fused(
     options: StepOptions,
     interpret: bool = False,
 ) -> tuple[list[jax.Array], Caches, list[Routing]]:
-    """run_layers for one new token a row; where a superkernel scope asks, a layer is cut there."""
+    """run_layers for one new token of each row, x [B, 1, H]."""
     del replay
-    config, (B, _, _) = options.config, x.shape
-    cut = config.enable_superkernel and config.superkernel_scope in ("attention", "moe")
-    run = functools.partial(
+    config = options.config
+    decode = functools.partial(
         decode_layer,
         K=config.num_experts_per_tok,
         eps=config.rms_norm_eps,
         norm_topk_prob=config.norm_topk_prob,
-        launches="blocks" if cut else "layer",
+        launches=_launches(config),
         interpret=interpret,
     )
-    cos, sin = (
-        jnp.broadcast_to(table[:, 0], (B, config.head_dim)).astype(jnp.float32)
-        for table in positions.rope
-    )
-    valid = positions.valid[:, 0]
-    rows = RowPositions(cos, sin, positions.lengths, valid.astype(jnp.int32))
 
-    def layers(params, x, rows, caches):
-        residual, outputs, updated, steps = Residual.of(x[:, 0]), [], [], []
-        for index, (layer, cache) in enumerate(zip(params, caches, strict=True)):
+    def run(weights, residual, rows, caches) -> list[LayerStep]:
+        steps = []
+        following = (*weights[1:], None)
+        for index, (own, next_weights) in enumerate(zip(weights, following, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                step = run(residual, layer_weights(layer), *cache, rows)
+                step = decode(residual, own, *caches[index], rows, next_weights=next_weights)
             residual = step.residual
-            outputs.append(residual)
-            updated.append(LayerCache(step.keys, step.values))
-            steps.append((step.ids, step.weights, step.logits))
-        return outputs, tuple(updated), steps
+            steps.append(step)
+        return steps
 
     scope = configured_scope(config, "model", phase=options.phase, platform=options.platform)
-    outputs, updated, steps = scope(layers)(params, x, rows, caches)
-    routings = [
-        Routing(
-            ids=ids,
-            weights=jnp.where(ids >= 0, weights, 0),
-            logits=logits,
-            probabilities=jax.nn.softmax(logits, axis=-1),
-        )
-        for ids, weights, logits in steps
-    ]
-    return [residual.total(valid)[:, None] for residual in outputs], updated, routings
+    weights, rows = tuple(map(_layer_weights, params)), _row_positions(positions, x.shape[0])
+    steps = scope(run)(weights, Residual.of(x[:, 0]), rows, caches)
+
+    outputs = [step.residual.total(rows.valid)[:, None] for step in steps]
+    caches = tuple(LayerCache(step.keys, step.values) for step in steps)
+    return outputs, caches, list(map(_routing, steps))
 
 
-def layer_weights(layer: LayerParams) -> LayerWeights:
-    """A layer's parameters as decode_layer takes them."""
+def _launches(config: Qwen3MoeConfig) -> str:
+    """A layer is one launch, or is cut where a superkernel scope asks for a part of it."""
+    parts = config.enable_superkernel and config.superkernel_scope in ("attention", "moe")
+    return "blocks" if parts else "layer"
+
+
+def _row_positions(positions: TokenPositions, B: int) -> RowPositions:
+    """Of the one new token of each row; a table of one row serves all."""
+    cos, sin = (
+        jnp.broadcast_to(table[:, 0].astype(jnp.float32), (B, table.shape[-1]))
+        for table in positions.rope
+    )
+    valid = positions.valid[:, 0].astype(jnp.int32)
+    return RowPositions(cos=cos, sin=sin, lengths=positions.lengths, valid=valid)
+
+
+def _layer_weights(layer: LayerParams) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         input_layernorm=layer.input_layernorm,
@@ -166,66 +249,41 @@ def layer_weights(layer: LayerParams) -> LayerWeights:
     )
 
 
+def _routing(step: LayerStep) -> Routing:
+    """With the weights of padding, which the kernels leave as they are, as zeros."""
+    return Routing(
+        ids=step.ids,
+        weights=jnp.where(step.ids >= 0, step.weights, 0),
+        logits=step.logits,
+        probabilities=jax.nn.softmax(step.logits, axis=-1),
+    )
+
+
 _KERNELS = {
-    "rel_error": {"bfloat16": 6e-3},
+    "run": _by_kernels,
+    "rel_error": {"bfloat16": 1e-2},
     "phases": ("decode",),
     "activations": ("silu", "swish"),
-    "size_multiple": 64,
+    "size_multiple": _MULTIPLE,
     "gradients": False,
 }
 
+# Errors are those of two layers; more layers give more.
 LAYERS_BACKENDS: dict[str, Backend] = {
     "blocks": Backend(
-        run=_blocks,
+        run=_by_blocks,
         what="the blocks of decoder.py, one after the other; experts and attention as chosen",
-        rel_error={"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3},
-        features=(
-            _DENSE, _LATENT, _SHARED, _BIAS, _ROUTER, _REPLAY, _SEGMENTS, _WIDE, _NAMED, _MANY,
-            _HEAD, _NO_CACHE, _EXPERTS, _GROUP,
-        ),
+        rel_error={"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3},
+        features=(*_OF_MODEL, *_OF_CALL),
     ),
     "pallas": Backend(
-        run=_fused,
         what="the decode step of pallas_kernels: a layer in one launch up to 8 rows",
         platforms=("cuda",),
         **_KERNELS,
     ),
     "pallas_interpret": Backend(
-        run=functools.partial(_fused, interpret=True),
         what="the same kernels in Pallas's interpret mode: slow, for checking on a CPU",
         platforms=("cpu",),
-        **_KERNELS,
+        **(_KERNELS | {"run": functools.partial(_by_kernels, interpret=True)}),
     ),
-}  # fmt: skip
-
-
-def layers(
-    params: tuple[LayerParams, ...],
-    x: jax.Array,
-    positions: TokenPositions,
-    caches: Caches | None,
-    replay: RoutingTrace | None,
-    options: StepOptions,
-) -> tuple[list[jax.Array], Caches | None, list[Routing]]:
-    """Runs all layers in the backend that the table chooses; arguments as run_layers'.
-
-    Raises:
-      ValueError: no such backend.
-      NotImplementedError: the backend cannot do this; the message says what and who can.
-    """
-    config, (B, S, H) = options.config, x.shape
-    request = LayersRequest(
-        platform=options.platform,
-        phase=options.phase,
-        T=B * S,
-        dtype=jnp.dtype(x.dtype).name,
-        activation=config.hidden_act,
-        B=B,
-        D=config.head_dim,
-        H=H,
-        I=config.moe_intermediate_size,
-        C=0 if caches is None else caches[0].keys.shape[2],
-        needs=_needs(params, positions, caches, replay, options),
-    )
-    choice = resolve_backend(request, LAYERS_BACKENDS, options.layers_backend)
-    return LAYERS_BACKENDS[choice.backend].run(params, x, positions, caches, replay, options)
+}

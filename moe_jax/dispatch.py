@@ -1,8 +1,8 @@
 """Which backend computes an op, and why: one table for every op, read from the top.
 
 An op is one function with several implementations of the same signature. Today these are "experts"
-(moe_jax/experts), "attention" (moe_jax/attention), and "layers" (moe_jax/decode_step.py): all
-layers of a call, whose plain implementation asks for the other two. An op's folder lists its
+(moe_jax/experts), "attention" (moe_jax/attention) and "layers" (moe_jax/decode_step.py), which is
+all layers of a call and whose plain implementation asks for the other two. An op's folder lists its
 backends, each with what it can do. This file chooses one of them in Python, before anything is
 traced.
 `python -m experiments.backends` prints all of it.
