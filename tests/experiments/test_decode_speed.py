@@ -94,7 +94,8 @@ def test_a_run_leaves_a_record_and_a_picture(ran, capsys):
     assert (row.kind, row.batch, row.context, row.steps, row.feed) == ("decode", 2, 17, 2, "given")
     assert row.error is None and row.ms > 0 and row.first_token_s == 1
     assert row.generate_ms == pytest.approx(10)
-    assert row.compile_s > 0 and row.backends == {"attention": "xla", "experts": "portable"}
+    assert row.compile_s > 0
+    assert row.backends == {"layers": "blocks", "attention": "xla", "experts": "portable"}
     assert 2 <= row.unique_experts <= 4
     # The second token's query sees one key more: 17.5 keys on average, of two rows, in bf16.
     assert row.cache_bytes == 17.5 * 2 * (2 * 2 * 32 * 2)

@@ -1,4 +1,6 @@
-"""A decode step with the Pallas backend lowers for CUDA, on a machine without a GPU."""
+"""A decode step in the kernels lowers for CUDA, on a machine without a GPU."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,18 @@ from moe_jax.presets import PRESETS
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda
 
 
+TINY = PRESETS["tiny"]
+
+
+def lowered(config, B: int, capacity: int) -> str:
+    def step(arrays, ids, cache):
+        return from_arrays(config, arrays)(ids, cache=cache, platform="cuda").logits
+
+    cache = jax.eval_shape(lambda: init_cache(config, B, capacity))
+    ids = jax.ShapeDtypeStruct((B, 1), jnp.int32)
+    return lower_for_cuda(step, parameter_shapes(config), ids, cache)
+
+
 @pytest.mark.parametrize(
     ("B", "kernels"),
     [
@@ -17,14 +31,14 @@ from tests.pallas_kernels.machine import kernels_of, lower_for_cuda
         (16, ["gather_rows", "expert_major_gate_up", "expert_major_down"]),
     ],
 )
-def test_a_decode_step_takes_the_kernels_on_cuda(B, kernels):
-    config = PRESETS["tiny"]
+def test_the_blocks_take_the_experts_kernels(B, kernels):
+    text = lowered(TINY, B, 32)  # whose heads are too small for the kernels of all layers
+    assert kernels_of(text) == kernels  # equal layers share a function
+    assert "ragged_dot" not in text
 
-    def step(arrays, ids, cache):
-        return from_arrays(config, arrays)(ids, cache=cache, platform="cuda").logits
 
-    cache = jax.eval_shape(lambda: init_cache(config, B, 32))
-    ids = jax.ShapeDtypeStruct((B, 1), jnp.int32)
-    lowered = lower_for_cuda(step, parameter_shapes(config), ids, cache)
-    assert kernels_of(lowered) == kernels  # equal layers share a function
-    assert "ragged_dot" not in lowered
+def test_a_layer_is_one_kernel():
+    config = dataclasses.replace(TINY, head_dim=128, num_hidden_layers=1)
+    text = lowered(config, 1, 64)
+    assert kernels_of(text) == ["decode_layer"]
+    assert "stablehlo.dot_general" in text  # the head
