@@ -1,12 +1,15 @@
-"""Which backend computes the experts, where and why? Prints the dispatch; --run and --time try it.
+"""Which backend computes what, where and why? Prints the dispatch; --run and --time try experts'.
 
     python -m experiments.backends
     python -m experiments.backends --platforms=ascend,cuda --tokens=1,64,65 --latent_size=1024
     python -m experiments.backends --run=portable,pallas --layers=4
+    python -m experiments.backends --run=portable,auto --layers=4
     python -m experiments.backends --time=portable,grouped,pallas --tokens=64,512,4096
 
 With --run a random model of the preset generates greedily with both backends from the same weights;
-printed are what ran and whether the tokens agree, with float32 as the judge of those that do not.
+printed are what ran and whether the tokens agree, with float32 as the judge of those that do not. A
+backend that is named is the experts' in the blocks; "auto" is what the tables choose, which for a
+decode step on a GPU is the kernels of all layers.
 It exits 1 if they differ by more than bfloat16's rounding. With --time each backend computes one
 layer's experts for that many tokens.
 """
@@ -31,6 +34,8 @@ from experiments.bench.script import flag
 from experiments.generate import DTYPES
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.attention import ATTENTION_BACKENDS
+from moe_jax.config import Qwen3MoeConfig
+from moe_jax.decode_step import LAYERS_BACKENDS, LayersRequest
 from moe_jax.dispatch import PHASES, RULES, BackendChoice, Request, choose_backend
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.experts.portable import form_of
@@ -40,7 +45,14 @@ from moe_jax.presets import PRESETS
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout
 
 _ALL = "all"
-_BACKENDS = {"experts": EXPERTS_BACKENDS, "attention": ATTENTION_BACKENDS}  # op -> its backends
+# Op -> its backends.
+_BACKENDS = {
+    "layers": LAYERS_BACKENDS,
+    "experts": EXPERTS_BACKENDS,
+    "attention": ATTENTION_BACKENDS,
+}
+_RUNS = collections.ChainMap({"auto": "what the tables choose"}, EXPERTS_BACKENDS)
+_CAPACITY = 64  # slots of a cache's row; generation takes multiples of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +66,7 @@ class Settings:
     activation: str | None = flag(None, "By default the preset's.", of=ACTIVATIONS)
     latent_size: int | None = flag(None, "L, for latent projections.", least=1)
     shared_size: int | None = flag(None, "Width of shared experts.", least=1)
-    run: tuple[str, ...] = flag((), "Two backends to compare.", of=EXPERTS_BACKENDS)
+    run: tuple[str, ...] = flag((), "Two backends to compare.", of=_RUNS)
     time: tuple[str, ...] = flag(
         (), "Backends whose prefill is timed, in place of the tables.", of=EXPERTS_BACKENDS
     )
@@ -66,11 +78,9 @@ class Settings:
 
     def __post_init__(self):
         if len(self.run) not in (0, 2):
-            raise ValueError(
-                f"--run is {','.join(self.run)}; expected two of {', '.join(EXPERTS_BACKENDS)}"
-            )
+            raise ValueError(f"--run is {','.join(self.run)}; expected two of {', '.join(_RUNS)}")
 
-    def config(self):
+    def config(self) -> Qwen3MoeConfig:
         """The preset's, with what the flags put in its place."""
         config = PRESETS[self.preset]
         return dataclasses.replace(
@@ -117,6 +127,7 @@ def _print_dispatch(settings: Settings, console: Console) -> None:
     )
     device = jax.devices()[0].device_kind
     console.print(declared(), rules())
+    console.print(chosen_for_layers(config, platforms, settings.tokens, settings.dtype))
     console.print(chosen(request, config.hidden_size, platforms, settings.tokens, device))
 
 
@@ -210,10 +221,36 @@ def rules() -> rich.table.Table:
     return table
 
 
+def chosen_for_layers(
+    config: Qwen3MoeConfig, platforms: Sequence[str], tokens: Sequence[int], dtype: str
+) -> rich.table.Table:
+    """What would run all layers of a decode step; other phases have the blocks.
+
+    Args:
+      config: the model's.
+      platforms: as resolve_platform returns them.
+      tokens: values of T, which are rows here.
+      dtype: of the model.
+    """
+    table = _table(
+        "What would run the layers of a decode step, T rows with one new token each",
+        ["platform", "phase", "T", "backend"],
+        ["why"],
+    )
+    for platform in platforms:
+        for T in tokens:
+            request = LayersRequest.of(
+                config, platform=platform, phase="decode", T=T, C=_CAPACITY, dtype=dtype
+            )
+            choice = choose_backend(request, LAYERS_BACKENDS)
+            table.add_row(platform, "decode", str(T), choice.backend, choice.why)
+    return table
+
+
 def chosen(
     request: ExpertsRequest, H: int, platforms: Sequence[str], tokens: Sequence[int], device: str
 ) -> rich.table.Table:
-    """What would run for each platform, phase and number of tokens.
+    """What would run the experts, for each platform, phase and number of tokens.
 
     Args:
       request: everything else of the call.
@@ -227,7 +264,7 @@ def chosen(
     if r.latent:
         title += f", L = {r.width}"
     table = _table(
-        f"What would run: {', '.join([title, *r.features])}",
+        f"What would run the experts, in blocks: {', '.join([title, *r.features])}",
         ["platform", "phase", "T", "backend", "layout"],
         ["why"],
     )

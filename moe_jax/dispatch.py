@@ -134,6 +134,18 @@ class Rule:
 
 RULES: tuple[Rule, ...] = (
     Rule(
+        op="layers",
+        platforms=("cuda",),
+        phases=("decode",),
+        backend="pallas",
+        why="the kernels' decode step has one or a few launches a layer, and loads weights ahead",
+    ),
+    Rule(
+        op="layers",
+        backend="blocks",
+        why="the blocks of decoder.py one by one, with a backend each for experts and attention",
+    ),
+    Rule(
         op="experts",
         platforms=("cuda",),
         phases=("prefill", "decode"),
@@ -151,18 +163,6 @@ RULES: tuple[Rule, ...] = (
         op="attention",
         backend="xla",
         why="two products and a softmax in plain XLA; the only implementation yet",
-    ),
-    Rule(
-        op="layers",
-        platforms=("cuda",),
-        phases=("decode",),
-        backend="pallas",
-        why="the kernels' decode step has one or a few launches a layer, and loads weights ahead",
-    ),
-    Rule(
-        op="layers",
-        backend="blocks",
-        why="the blocks of decoder.py one by one, with a backend each for experts and attention",
     ),
 )
 

@@ -86,7 +86,7 @@ def compare_backends(
     Args:
       model: in bfloat16; a float32 copy must fit beside it.
       prompts: rows of token ids.
-      backends: two names in EXPERTS_BACKENDS, for decode steps and, where they can, prefill.
+      backends: two names in EXPERTS_BACKENDS, or "auto", for prefill and decode steps.
       new_tokens: for each row.
     """
     with record_choices() as record:

@@ -4,6 +4,7 @@ import pytest
 
 from experiments import backends
 from experiments.bench.backend_trials import Difference
+from moe_jax.decode_step import LAYERS_BACKENDS
 from moe_jax.experts import EXPERTS_BACKENDS
 
 
@@ -16,6 +17,12 @@ def test_it_prints_what_each_backend_declares_and_what_would_run(capsys):
     printed = rows(capsys.readouterr().out)
     declared = {tuple(row[:2]) for row in printed if row}
     assert {(name, "experts") for name in EXPERTS_BACKENDS} | {("xla", "attention")} <= declared
+    assert {(name, "layers") for name in LAYERS_BACKENDS} <= declared
+    of_layers = {
+        (row[0], row[2]): row[3] for row in printed if len(row) == 5 and row[0] != "layers"
+    }
+    assert of_layers["cuda", "1"] == "pallas"
+    assert of_layers["cuda", "2049"] == of_layers["ascend", "1"] == "blocks"
     chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
     assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
     assert chosen["cuda", "prefill", "2049"] == ["portable", "dense"]
@@ -29,12 +36,24 @@ def test_it_says_what_the_kernels_lack(capsys):
     assert "pallas does not support L, I = (1000, 768) (it takes multiples of 64)" in why
 
 
+def test_it_says_what_the_kernels_of_all_layers_lack(capsys):
+    backends.run(["--platforms=cuda", "--tokens=1", "--dtype=float32"])
+    found = [row for row in rows(capsys.readouterr().out) if row[:3] == ["cuda", "decode", "1"]]
+    assert found[0][3] == "blocks"
+    assert found[0][4].startswith("pallas does not support dtype float32 (it takes bfloat16); the")
+
+
 def test_run_shows_what_ran_and_that_the_tokens_agree(capsys):
-    flags = "--run=portable,reference --preset=tiny --layers=1 --dtype=float32"
+    flags = "--run=auto,reference --preset=tiny --layers=1 --dtype=float32"
     backends.run([*flags.split(), "--rows=2", "--new_tokens=3"])
     out = capsys.readouterr().out
     ran = {(row[0], row[2], row[6]) for row in rows(out) if len(row) == 9 and row[0]}
-    chosen = (("experts", "portable"), ("experts", "reference"), ("attention", "xla"))
+    chosen = (
+        ("layers", "blocks"),
+        ("experts", "portable"),
+        ("experts", "reference"),
+        ("attention", "xla"),
+    )
     assert ran - {("op", "phase", "backend")} == {
         (op, phase, backend) for op, backend in chosen for phase in ("prefill", "decode")
     }

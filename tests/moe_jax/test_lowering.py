@@ -11,7 +11,6 @@ from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda
 
-
 TINY = PRESETS["tiny"]
 
 
