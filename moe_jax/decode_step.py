@@ -199,10 +199,9 @@ def _by_kernels(
 
     def run(weights, residual, rows, caches) -> list[LayerStep]:
         steps = []
-        following = (*weights[1:], None)
-        for index, (own, next_weights) in enumerate(zip(weights, following, strict=True)):
+        for index, (own, cache) in enumerate(zip(weights, caches, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                step = decode(residual, own, *caches[index], rows, next_weights=next_weights)
+                step = decode(residual, own, *cache, rows)
             residual = step.residual
             steps.append(step)
         return steps

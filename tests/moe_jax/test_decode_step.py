@@ -34,20 +34,19 @@ YARN = RopeConfig(kind="yarn", factor=4.0, original_max_position_embeddings=64)
 RING = dataclasses.replace(ONE_LAYER, use_sliding_window=True, sliding_window=64, rope=YARN)
 
 C = 64
-# The last row has ended. The ring's first row has come around, its second is full.
-CASES = {"full": (CONFIG, (7, 63, 5)), "ring": (RING, (130, 64, 100))}
-MASK = np.array([[1], [1], [0]], np.int32)
-VALID, ENDED = slice(2), 2
+# Config, tokens in each row, and which rows are valid: the second one of "full" has ended. The
+# first row of "ring" has come around twice, and the second is full.
+CASES = {"full": (CONFIG, (63, 5), (1, 0)), "ring": (RING, (130, 64), (1, 1))}
 BOUND = LAYERS_BACKENDS[KERNELS].rel_error["bfloat16"]
 
 
 @functools.cache
 def inputs(case):
     """bfloat16 weights, and a cache with as many random tokens a row as the case says."""
-    config, lengths = CASES[case]
+    config, lengths, _ = CASES[case]
     draw = np.random.default_rng(1).normal
     cache = jax.tree.map(
-        lambda held: jnp.asarray(draw(size=held.shape), held.dtype), init_cache(config, 3, C)
+        lambda held: jnp.asarray(draw(size=held.shape), held.dtype), init_cache(config, 2, C)
     )
     cache = dataclasses.replace(cache, lengths=jnp.array(lengths, jnp.int32))
     return random_arrays(config, "bfloat16"), cache
@@ -56,7 +55,7 @@ def inputs(case):
 @functools.cache
 def step(case, backend, dtype="bfloat16"):
     """What a model returns for one new token of each row; float32 is of the same weights."""
-    config, _ = CASES[case]
+    config, _, valid = CASES[case]
 
     def wide(array):
         return array.astype(dtype) if array.dtype == jnp.bfloat16 else array
@@ -64,8 +63,8 @@ def step(case, backend, dtype="bfloat16"):
     @jax.jit
     def call(arrays, cache):
         return from_arrays(config, arrays)(
-            jnp.array([[1], [2], [3]]),
-            attention_mask=MASK,
+            jnp.array([[1], [2]]),
+            attention_mask=jnp.array(valid)[:, None],
             cache=cache,
             layers_backend=backend,
             output_routings=True,
@@ -94,7 +93,7 @@ def test_logits_are_as_near_to_float32_as_the_blocks(case):
     assert kernels.dtype == blocks.dtype == jnp.bfloat16
     assert relative_error(kernels, truth) < BOUND
     assert relative_error(blocks, truth) < BOUND
-    for row in range(2):
+    for row in np.flatnonzero(CASES[case][2]):
         chosen, best = np.argmax(kernels[row, 0]), np.argmax(truth[row, 0])
         rounding = np.abs(np.asarray(blocks[row, 0], np.float32) - truth[row, 0]).max()
         assert truth[row, 0, best] - truth[row, 0, chosen] <= 2 * rounding  # else it is no tie
@@ -113,14 +112,15 @@ def test_hidden_states(case):
 @pytest.mark.parametrize("case", CASES)
 def test_routings_are_those_of_the_blocks(case):
     kernels, blocks, _ = (out.routings for out in three(case))
+    valid = np.array(CASES[case][2], bool)
     for found, plain in zip(kernels, blocks, strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(found, plain)
         chex.assert_trees_all_equal(found.ids, plain.ids)
-        assert np.all(found.ids[ENDED] == -1) and np.all(found.ids[VALID] >= 0)
+        assert np.all((found.ids >= 0) == valid[:, None])
         for name in ("weights", "logits", "probabilities"):
             found_array, expected = getattr(found, name), getattr(plain, name)
             np.testing.assert_allclose(found_array, expected, rtol=0.03, atol=0.03, err_msg=name)
-        assert not np.any(found.weights[ENDED])
+        assert np.all((found.weights > 0) == valid[:, None])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,10 +128,11 @@ def test_caches_hold_the_new_tokens_and_nothing_else_changes(case):
     _, before = inputs(case)
     kernels, blocks, _ = (out.cache for out in three(case))
     chex.assert_trees_all_equal(kernels.lengths, blocks.lengths)
-    chex.assert_trees_all_equal(kernels.lengths, before.lengths + MASK[:, 0])
+    valid = np.array(CASES[case][2], bool)
+    chex.assert_trees_all_equal(kernels.lengths, before.lengths + valid)
     for old, found, plain in zip(*map(leaves, (before, kernels, blocks)), strict=True):
-        new = np.zeros((3, C), bool)
-        new[[0, 1], before.lengths[VALID] % C] = True
+        new = np.arange(C) == before.lengths[:, None] % C
+        new &= valid[:, None]
         changed = np.any(found != old, axis=(1, 3))
         np.testing.assert_array_equal(changed, new)
         np.testing.assert_array_equal(np.any(plain != old, axis=(1, 3)), new)
@@ -335,10 +336,8 @@ def test_a_scope_of_a_part_cuts_the_layer(calls, scope, launches):
     assert ("superkernel.decode_layers" in text) == (scope == "model")
 
 
-def test_a_layer_knows_the_next_ones_weights(calls):
+def test_all_layers_share_their_positions(calls):
     traced(CONFIG)
     first, last = calls
-    assert first["next_weights"] == last["weights"]
-    assert last["next_weights"] is None
     assert first["positions"] == last["positions"]
     assert first["positions"].cos.shape == (3, 128)
