@@ -2,7 +2,8 @@
 
 Read run_layers, then decoder_layer, attention_block and moe_block. Parameters are NamedTuples of
 arrays, named as in Hugging Face's files; the NNX modules of modules.py hold them. The last function
-is the only place that opens superkernel scopes.
+is the only place that opens the blocks' superkernel scopes. decode_step.py chooses between these
+blocks and the kernels that compute all layers of a decode step.
 """
 
 import dataclasses

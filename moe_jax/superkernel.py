@@ -2,7 +2,7 @@
 
     y = superkernel_scope(enabled, "moe_experts")(function)(x, weights, ids)
 
-The model opens its scopes in one place, decoder.scoped.
+decoder.scoped opens the scopes of the blocks, and decode_step.py that of the kernels' decode step.
 
 In CANN's recipes a `with` block marks the region. JAX cannot outline one, so here a scope wraps a
 function, and the region is that function: everything it computes with has to be an argument. What a
@@ -11,6 +11,9 @@ scope does depends on the platform:
     ascend       the region is a StableHLO composite named "superkernel.<label>", with a version and
                  the options as attributes; its decomposition is the plain computation
     elsewhere    the region is a named scope, as profiles and HLO metadata show it
+
+The kernels' decode step has a named scope around all layers, and cuts a layer into two launches
+where a scope asks for a part of it.
 
 It changes how kernels are launched and never what they compute: outputs are the same, bit for bit,
 from a compiler that rounds where the program says so. (XLA may leave out a rounding to bfloat16

@@ -85,7 +85,8 @@ def stream(
       prefill_chunk: columns of the prompts that run at once; changes memory, not results.
       capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
         value serves calls of several lengths with one compiled step.
-      prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts.
+      prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts. A name takes the
+        blocks of decoder.py; "auto" may take the kernels that compute all layers of a decode step.
       steps_per_dispatch: the most decode steps that are started at once, because a slow host needs
         longer for a dispatch than a fast device for a step. Changes time, not results. None takes 8
         on CUDA and 1 elsewhere; a platform that may have no loops always takes 1.
