@@ -31,7 +31,7 @@ from pallas_kernels.decode_step import (
     RowPositions,
     decode_layer,
 )
-from pallas_kernels.decode_step.api import HEAD_DIM, MAX_ROWS, SLOTS_MULTIPLE
+from pallas_kernels.decode_step.input_checks import HEAD_DIM, MAX_ROWS, SLOTS_MULTIPLE
 from pallas_kernels.mosaic.device import HOPPER, capability_of, device_kind
 
 _MULTIPLE = SLOTS_MULTIPLE  # of H and I, too
