@@ -241,7 +241,10 @@ def _run_block(task, block_id, known, counters, places, mark, *, shared, barrier
         mark()
 
     def send(counter: Any = 0, *, after_copies: bool = False) -> None:
-        signal(counters, places[task.kind].first + counter, after_copies=after_copies)
+        # Those who wait set a counter back to zero. Without any it would stay, and other grids with
+        # as many counters have the same ones.
+        if places[task.kind].waiting:
+            signal(counters, places[task.kind].first + counter, after_copies=after_copies)
 
     names = task.reads | task.writes | task.updates
     arrays = {role: known[name] for role, name in names.items()}
