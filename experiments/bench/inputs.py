@@ -74,25 +74,6 @@ def case_specs(shapes: ExpertShapes, T: int) -> Case:
     return jax.eval_shape(lambda: draw_case(shapes, T, 0))
 
 
-class RouterCase(NamedTuple):
-    """What route_tokens takes."""
-
-    x: jax.Array  # [T, H]
-    gate: jax.Array  # [E, H]
-    norm_weight: jax.Array  # [H]
-
-
-def draw_router_case(T: int, E: int, H: int, seed: int) -> RouterCase:
-    """Normal x, logits of size 1, a norm weight near 1."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    normal, bfloat16 = jax.random.normal, jnp.bfloat16
-    return RouterCase(
-        x=normal(keys[0], (T, H), bfloat16),
-        gate=normal(keys[1], (E, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
-        norm_weight=1 + normal(keys[2], (H,), bfloat16) / 8,
-    )
-
-
 @functools.partial(jax.jit, static_argnames="shapes")
 def draw_weights(key: jax.Array, shapes: ExpertShapes) -> ExpertWeights:
     """Random bf16 weights that keep activations near 1, drawn on the device.

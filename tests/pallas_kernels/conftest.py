@@ -7,7 +7,7 @@ pytest.register_assert_rewrite(
     "tests.pallas_kernels.decode_experts.cases",
     "tests.pallas_kernels.decode_experts.layout_suite",
     "tests.pallas_kernels.decode_experts.lowering_suite",
-    "tests.pallas_kernels.router.cases",
+    "tests.pallas_kernels.decode_step.cases",
 )
 
 from pallas_kernels.decode_experts import LAYOUTS  # noqa: E402

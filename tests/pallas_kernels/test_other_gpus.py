@@ -6,11 +6,11 @@ import jax
 import pytest
 
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout, decode_experts
+from pallas_kernels.decode_step import decode_layer
 from pallas_kernels.mosaic.device import capability_of
-from pallas_kernels.router import route_tokens
 from tests.pallas_kernels.decode_experts import cases
+from tests.pallas_kernels.decode_step.cases import layer_shapes, struct_case
 from tests.pallas_kernels.machine import ON_GPU, lower_for_cuda
-from tests.pallas_kernels.router.cases import Size, make_case
 
 B200 = "NVIDIA B200"
 LAYER = cases.make_case(cases.Size(T=2, E=4, K=2, H=64, I=64), 0)
@@ -72,8 +72,7 @@ def test_auto_on_blackwell_at_any_T():
         assert choose_layout(B200, shapes, T).layout == "output_major"
 
 
-def test_the_router_says_what_to_take():
-    case = make_case(Size(T=1, E=8, K=2, H=64), 0)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (case.x, case.gate))
-    with pytest.raises(NotImplementedError, match=r"B200 has 10\.x, where reference_route_tok"):
-        lower_for_cuda(lambda x, gate: route_tokens(x, gate, K=2), *shapes, kind=B200)
+def test_a_decode_step_says_what_to_take():
+    case = struct_case(layer_shapes(1))
+    with pytest.raises(NotImplementedError, match=r"B200 has 10\.x, where reference_decode_lay"):
+        lower_for_cuda(lambda *case: decode_layer(*case, K=2, eps=1e-6), *case, kind=B200)
