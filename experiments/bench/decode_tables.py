@@ -3,6 +3,8 @@
 A line is one batch and context; the baseline's figures stand beside the model's.
 """
 
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +16,8 @@ from experiments.bench.records import Record
 from experiments.bench.tables import markdown_line, runs_of
 
 _NOTHING = "-"
+_WIDTH = 150
+_COMMIT = re.compile(r" --(commit|out)=\S+")
 
 
 class _Column(NamedTuple):
@@ -137,6 +141,9 @@ def to_markdown(record: Record) -> str:
     made += map(markdown_line, lines)
     notes = [*kernel_lines(record.rows), *failures(record.rows)]
     made += ["", *(f"- {note}" for note in notes)] if notes else []
-    commands = dict.fromkeys(row.run.command for row in record.rows)
-    made += ["", *runs_of(record.rows), "", *(f"Made by `{command}`." for command in commands)]
+    # The commit is in the line before, and a page's lines are not endless.
+    commands = dict.fromkeys(_COMMIT.sub("", row.run.command) for row in record.rows)
+    made += ["", *runs_of(record.rows)]
+    for command in commands:
+        made += textwrap.wrap(f"Made by `{command}`.", _WIDTH, break_on_hyphens=False)
     return "\n".join(made)
