@@ -1,7 +1,10 @@
 """What decode_layer accepts: shapes, dtypes and sizes, each with an error that names it."""
 
+import numbers
+
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention.split_attention import MAX_GROUP
 from pallas_kernels.decode_step.layer import LayerShapes
 from pallas_kernels.decode_step.split_product import round_up
 from pallas_kernels.mosaic.operands import expect_array
@@ -26,9 +29,18 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
     expect_array("residual.x", residual.x, "[N, H]", jnp.bfloat16, instead=INSTEAD)
     for name, value in (("keys", keys), ("values", values)):
         expect_array(name, value, "[B, kv, C, D]", jnp.bfloat16, instead=INSTEAD)
+    for field, shape, dtype in (
+        ("cos", "[B, D]", jnp.float32), ("sin", "[B, D]", jnp.float32),
+        ("lengths", "[B]", jnp.int32), ("valid", "[B]", jnp.int32),
+    ):  # fmt: skip
+        value = getattr(positions, field)
+        expect_array(f"positions.{field}", value, shape, dtype, instead=INSTEAD)
+    parts = residual.parts
+    if parts is not None:
+        expect_array("residual.parts", parts, "[number, N, H]", jnp.float32, instead=INSTEAD)
     (N, H), (B, kv, C, D) = residual.x.shape, keys.shape
     E, _, I, _ = weights.gate_up.shape
-    heads = weights.q_proj.shape[0] // D
+    heads = max(1, weights.q_proj.shape[0] // D)
     expected = {
         "weights.input_layernorm": (H,), "weights.q_proj": (heads * D, H),
         "weights.k_proj": (kv * D, H), "weights.v_proj": (kv * D, H), "weights.q_norm": (D,),
@@ -45,18 +57,11 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
         raise ValueError(
             f"residual.x has {N} rows; expected B = {B}, rounded up to a multiple of 8"
         )
-    parts = residual.parts
-    if parts is not None and (parts.ndim != 3 or parts.shape[1:] != (N, H)):
+    if parts is not None and parts.shape[1:] != (N, H):
         raise ValueError(f"residual.parts has shape {parts.shape}; expected [number, {N}, {H}]")
     for name, shape in expected.items():
         if given[name].shape != shape:
             raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
-    for name, dtype in (
-        ("cos", jnp.float32), ("sin", jnp.float32), ("lengths", jnp.int32), ("valid", jnp.int32),
-    ):  # fmt: skip
-        found = getattr(positions, name).dtype
-        if found != dtype:
-            raise TypeError(f"positions.{name} has dtype {found}; expected {dtype.__name__}")
     for name, value, accepted, fits in (
         ("B", B, f"1 to {MAX_ROWS}", B <= MAX_ROWS),
         ("D", D, f"{HEAD_DIM}", D == HEAD_DIM),
@@ -64,14 +69,18 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
         ("H", H, "a multiple of 64", H % 64 == 0),
         ("I", I, "a multiple of 64", I % 64 == 0),
         ("E", E, "a multiple of 8 up to 512", E % 8 == 0 and E <= 512),
-        ("heads", heads, f"a multiple of kv = {kv}, 64 times at most", heads % kv == 0),
-    ):
+        ("heads", heads, f"a multiple of kv = {kv}, {MAX_GROUP} times at most",
+         heads % kv == 0 and heads <= MAX_GROUP * kv),
+    ):  # fmt: skip
         if not fits:
             raise NotImplementedError(
                 f"{name} is {value}; decode_layer takes {accepted}, {INSTEAD} any number"
             )
-    if not 1 <= K <= min(E, 32):
+    is_count = isinstance(K, numbers.Integral) and not isinstance(K, bool)
+    if not is_count or not 1 <= K <= min(E, 32):
         raise ValueError(f"K is {K}; expected 1 to {min(E, 32)}")
+    if not isinstance(eps, numbers.Real) or not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; expected a number that is not negative")
     return LayerShapes(
         B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
         norm_topk_prob=bool(norm_topk_prob),
