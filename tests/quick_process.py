@@ -12,8 +12,8 @@ from jax._src import callback, tree_util
 from jax._src.pallas import fuser  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-# Interpreting a first kernel imports `fuser`, which adds to the keys of JAX's caches. It is imported
-# above, because all that had been traced before would be traced and compiled again.
+# Interpreting a first kernel imports `fuser`, which adds to the keys of JAX's caches. All that had
+# been traced before would be traced and compiled again, so it is imported above.
 
 # Kernels in interpret mode call back into Python, and those callbacks run JAX operations: with
 # asynchronous dispatch they and the main thread's next operation wait for each other now and then.

@@ -1,4 +1,4 @@
-"""The router as a grid of its two tasks: logits against float64, and the choice that they ask for."""
+"""The router as a grid of its two tasks: logits against float64, and the choice by these."""
 
 import functools
 import re
@@ -238,8 +238,8 @@ def test_lowers_for_cuda(size):
     case = jax.eval_shape(lambda: make_case(size, 0))
     text = lower_for_cuda(lambda case: _route(case, size, False), case)
     [module] = mosaic_modules(text)
-    # One signal, which has a wait to set it back to zero; and no float32 sum that is added to memory
-    # in whatever order they come.
+    # One signal, which has a wait to set it back to zero. No float32 sum is added to memory in
+    # whatever order they come.
     added = re.findall(r"\b(?:red|atom)\.[\w.:]+", module)
     assert sorted(added) == ["atom.add.relaxed.gpu.global.u32", "red.add.release.gpu.global.u32"]
     assert "atomicrmw" not in module
