@@ -138,7 +138,26 @@ def test_asked_to_a_wait_ends_with_a_trap(monkeypatch):
     assert "last, before, 8, counts;" in count
 
 
-# --- a staggered start
+# --- a pause, and a staggered start
+
+
+def test_a_pause_is_a_loop_that_sleeps():
+    asked = assembly_of(lambda counters, block_id: grid_sync.pause(700))
+    [sleep] = [assembly for assembly in asked if "nanosleep" in assembly]
+    assert "@waiting bra again;" in sleep
+    # All lanes go on together.
+    assert asked[asked.index(sleep) + 1].startswith("bar.sync")
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's own")
+def test_interpreted_a_pause_is_over_at_once():
+    def kernel(block_id, out):
+        grid_sync.pause(10**9)
+        out[0] = block_id + 7
+
+    out_type = jax.ShapeDtypeStruct((1,), jnp.int32)
+    paused = launch(kernel, name="paused", num_blocks=1, out_type=out_type, interpret=True)()
+    assert paused.tolist() == [7]
 
 
 def _numbers(num_blocks: int, bytes_read: int, interpret=False) -> jax.Array:
