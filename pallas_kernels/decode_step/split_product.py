@@ -71,10 +71,7 @@ class SplitProduct:
 
     @property
     def row_blocks(self) -> int:
-        return sum(map(self._row_blocks_of, self.rows))
-
-    def _row_blocks_of(self, rows: int) -> int:
-        return rows // BLOCK_M
+        return sum(self.rows) // BLOCK_M
 
     @property
     def num_blocks(self) -> int:
@@ -139,7 +136,7 @@ class SplitProduct:
         def load_weights(step, stage):
             first = 0
             for index, rows in enumerate(self.rows):
-                blocks = self._row_blocks_of(rows)
+                blocks = rows // BLOCK_M
                 local = row_block - first
 
                 def load(index=index, local=local):
@@ -168,9 +165,9 @@ class SplitProduct:
                 plgpu.wgmma(acc, weights_smem.at[stage], tokens_smem.at[stage].transpose((1, 0)))
                 return carry
 
-            # Weights depend on no other block, so they are on their way before the wait.
             if self.spread_ns:
                 pause(block_id * (self.spread_ns // self.num_blocks))
+            # Weights depend on no other block, so they are on their way before the wait.
             prologue(steps, num_stages, load_weights)
             wait(self.after)
             prologue(steps, num_stages, load_tokens)
