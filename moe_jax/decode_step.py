@@ -173,6 +173,8 @@ def layers(
 
 
 def _by_blocks(params, x, positions, caches, replay, options: StepOptions):
+    rope = tuple(table.astype(x.dtype) for table in positions.rope)  # once for all layers
+    positions = positions._replace(rope=rope)
     return scoped(run_layers, options)(params, x, positions, caches, replay)
 
 

@@ -50,7 +50,7 @@ class TokenPositions(NamedTuple):
     """Where the new tokens stand.
 
     Attributes:
-      rope: (cos, sin), each [1 or B, S, D] float32.
+      rope: (cos, sin), each [1 or B, S, D]; float32, in the blocks in the model's dtype.
       slots: [B, S] int32, each token's place in its row.
       valid: [B, S] bool, False for padding.
       lengths: [B] int32, tokens in each row before these.
@@ -197,8 +197,7 @@ def attention_block(
     q = rms_norm(q, params.q_norm, eps).swapaxes(1, 2)  # [B, heads, S, D]
     k = rms_norm(k, params.k_norm, eps).swapaxes(1, 2)  # [B, kv, S, D]
     v = v.swapaxes(1, 2)
-    cos, sin = (table.astype(x.dtype) for table in positions.rope)
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    q, k = apply_rope(q, *positions.rope), apply_rope(k, *positions.rope)
 
     slots, valid = positions.slots, positions.valid
     if cache is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -85,6 +86,15 @@ def test_on_ascend_a_decode_step_has_composites(scope):
     assert text.count("stablehlo.composite") == composites
     assert "composite_attributes = {stream_fusion = false}" in text
     assert f"version = {VERSION}" in text
+
+
+@pytest.mark.parametrize("scope", ["attention", "model"])
+def test_a_region_takes_its_arrays_in_the_models_dtype(scope):
+    """RoPE's tables too, which the kernels' decode step takes in float32."""
+    text = call(ONE_LAYER, scope, "ascend").lower(*inputs(ONE_LAYER, jnp.bfloat16)).as_text()
+    (region,) = re.findall(r"stablehlo\.composite .*: \((.*)\) ->", text)
+    assert "xbf16>" in region
+    assert "xf32>" not in region
 
 
 @pytest.mark.parametrize("scope", SCOPES)
