@@ -36,7 +36,7 @@ from pallas_kernels.mosaic.device import HOPPER, capability_of, device_kind
 
 _MULTIPLE = SLOTS_MULTIPLE  # of H and I, too
 
-# What a model or a shape may have that only the blocks take: in words, and who has it.
+# What only the blocks take, in words, and whether it holds for (config, B, C, platform).
 _OF_MODEL: dict[str, Callable[[Qwen3MoeConfig, int, int, str], bool]] = {
     "dense layers": lambda config, *_: len(config.moe_layers) < config.num_hidden_layers,
     "latent projections": lambda config, *_: config.moe_latent_size is not None,
@@ -83,7 +83,7 @@ class _Call(NamedTuple):
         )
 
 
-# Likewise of one call.
+# Likewise, of one call.
 _OF_CALL: dict[str, Callable[[_Call], bool]] = {
     "a replay": lambda call: call.replay is not None,
     "a backend named for its experts or attention": lambda call: call.names_backends,
