@@ -143,8 +143,8 @@ def decode_layer(
       K: experts a token.
       eps: of all RMSNorms.
       norm_topk_prob: whether the K weights are divided by their sum.
-      launches: "layer", one grid up to 8 rows; or "blocks", one for attention and one for the
-        experts and their router.
+      launches: "layer", one grid up to 8 rows; or "blocks", one for attention and the router's
+        product, one for top-k and the experts.
       config: None takes default_config of B.
       interpret: as in decode_experts.
 
