@@ -45,12 +45,7 @@ from moe_jax.presets import PRESETS
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout
 
 _ALL = "all"
-# Op -> its backends.
-_BACKENDS = {
-    "layers": LAYERS_BACKENDS,
-    "experts": EXPERTS_BACKENDS,
-    "attention": ATTENTION_BACKENDS,
-}
+_BACKENDS = dict(layers=LAYERS_BACKENDS, experts=EXPERTS_BACKENDS, attention=ATTENTION_BACKENDS)
 _RUNS = collections.ChainMap({"auto": "what the tables choose"}, EXPERTS_BACKENDS)
 _CAPACITY = 64  # slots of a cache's row; generation takes multiples of it
 
