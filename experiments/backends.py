@@ -45,7 +45,12 @@ from moe_jax.presets import PRESETS
 from pallas_kernels.decode_experts import ExpertShapes, choose_layout
 
 _ALL = "all"
-_BACKENDS = dict(layers=LAYERS_BACKENDS, experts=EXPERTS_BACKENDS, attention=ATTENTION_BACKENDS)
+# Op -> its backends.
+_BACKENDS = {
+    "layers": LAYERS_BACKENDS,
+    "experts": EXPERTS_BACKENDS,
+    "attention": ATTENTION_BACKENDS,
+}
 _RUNS = collections.ChainMap({"auto": "what the tables choose"}, EXPERTS_BACKENDS)
 _CAPACITY = 64  # slots of a cache's row; generation takes multiples of it
 
@@ -334,10 +339,8 @@ def _layout(choice: BackendChoice, request: Request, device: str) -> str:
 
 def _table(title: str, columns: list[str], more: list[str]) -> rich.table.Table:
     table = rich.table.Table(title=title, title_justify="left")
-    for column in columns:
+    for column in (*columns, *more):
         table.add_column(column, no_wrap=column in ("backend", "T", "platform", "phase", "layout"))
-    for column in more:
-        table.add_column(column)
     return table
 
 
