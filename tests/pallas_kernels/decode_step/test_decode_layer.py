@@ -190,17 +190,24 @@ def _some_rows(case: Case, rows: np.ndarray) -> Case:
 
 
 @on_gpu
-@pytest.mark.parametrize("block_k", [64, 128, 256])
-def test_real_sizes_have_the_same_bits_in_every_config(block_k, seed):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"gate_up_block_k": block_k, "gate_up_num_stages": 2} for block_k in (64, 128, 256)),
+        *({"down_block_k": block_k} for block_k in (64, 256)),
+        {"gate_up_neurons": 16},
+        {"gate_up_neurons": 16, "gate_up_block_k": 128, "gate_up_num_stages": 4},
+        {"down_num_stages": 2, "down_block_m": 128},
+        {"qkv_spread_ns": 0, "o_spread_ns": 9000},
+    ],
+    ids=str,
+)
+def test_real_sizes_have_the_same_bits_in_every_config(changes, seed):
     s = qwen3_shapes(4)
     case = make_case(s, [500, 0, 1000, 77], seed, num_parts=8)
-    for changes in (
-        {"gate_up_block_k": block_k},
-        {"down_block_k": block_k},
-        {"gate_up_num_stages": 3, "down_num_stages": 2, "down_block_m": 128},
-    ):
-        config = dataclasses.replace(LayerConfig(), **changes)
-        assert_same_rows(run(case, s, config=config), range(4), run(case, s))
+    expected = run(case, s, config=LayerConfig())
+    found = run(case, s, config=dataclasses.replace(LayerConfig(), **changes))
+    assert_same_rows(found, range(4), expected)
 
 
 @on_gpu
