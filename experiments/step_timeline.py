@@ -141,11 +141,12 @@ def show(console: Console, title: str, kinds: dict[str, np.ndarray]) -> None:
 
 
 def rows(kinds: dict[str, np.ndarray]) -> list[list[str]]:
-    """A table's cells; a task whose blocks never wait has none for that."""
+    """A table's cells, by the end of the last block; a task that never waits has none for that."""
     stamps = {kind: array.astype(np.int64) for kind, array in kinds.items()}
     start = min(int(array[:, BEGIN].min()) for array in stamps.values())
     cells = []
-    for kind, array in stamps.items():
+    # JAX gives dicts back in the order of their keys, which says nothing.
+    for kind, array in sorted(stamps.items(), key=lambda item: item[1][:, END].max()):
         begin, waited, end = ((array[:, place] - start) / 1e3 for place in (BEGIN, WAITED, END))
         cores = len(np.unique(array[:, CORE]))
         has_waited = np.all(np.abs(waited) < _LONGEST_US)

@@ -178,8 +178,8 @@ def stamp_layer(
     Arguments as decode_layer's.
 
     Returns:
-      What decode_layer returns, and for each grid and kind of task in it, in their order, the
-      [blocks, 4] int32 of mosaic.stamps.
+      What decode_layer returns, and for each grid and kind of task in it the [blocks, 4] int32 of
+      mosaic.stamps.
     """
     static = _static(residual, weights, keys, values, positions, K, eps, True, launches)
     return _run(

@@ -16,8 +16,8 @@ NEVER = -(2**31)
 
 def test_times_are_after_the_first_block():
     kinds = {
-        "first": np.array([[1000, NEVER, 3000, 7], [1500, NEVER, 4500, 8]], np.int32),
         "second": np.array([[2000, 5000, 6000, 7]], np.int32),
+        "first": np.array([[1000, NEVER, 3000, 7], [1500, NEVER, 4500, 8]], np.int32),
     }
     first, second = step_timeline.rows(kinds)
     assert first == ["first", "2", "2", "0.0", "", "", "", "2.0", "2.8", "3.5"]

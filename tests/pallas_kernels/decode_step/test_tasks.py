@@ -238,6 +238,7 @@ def run_one_by_one(case: Case, *, interpret) -> dict[str, jax.Array]:
     return {name: known[name] for name in ("residual", "moe_input", "logits", "ids", "weights")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU, reason="the race detector is interpret mode's")
 def test_no_task_races(seed):
     case = make_case(SMALL, [40], seed, num_parts=2)
