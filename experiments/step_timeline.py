@@ -26,7 +26,8 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.presets import PRESETS
 from moe_jax.rope import rope_tables
 from pallas_kernels.decode_step import LayerWeights, Residual, RowPositions, stamp_layer
-from pallas_kernels.decode_step.api import LAUNCHES
+from pallas_kernels.decode_step.api import LAUNCHES, grids
+from pallas_kernels.decode_step.layer import LayerShapes, default_config
 from pallas_kernels.mosaic.stamps import BEGIN, CORE, END, WAITED
 
 _LAYERS = 3
@@ -50,8 +51,10 @@ def main(settings: Settings) -> str | None:
     if jax.default_backend() != "gpu":
         return "step_timeline needs a GPU: interpreted, a kernel has no clock"
     console = script.make_console(width=130)
+    read = bytes_read(settings)
     for grid, kinds in measure(settings).items():
-        show(console, f"{grid}, batch {settings.batch}, context {settings.context}", kinds)
+        title = f"{grid}, batch {settings.batch}, context {settings.context}"
+        show(console, title, kinds, read)
     seen = environment.describe(seed=settings.seed, repeats=1, commit="", read_ceiling_tbps=None)
     console.print(f"{seen.device_kind}, jax {seen.jax}, commit {seen.commit}", highlight=False)
     return None
@@ -61,8 +64,9 @@ def measure(settings: Settings) -> dict[str, dict[str, np.ndarray]]:
     """For each grid and kind of task the [blocks, 4] stamps of the second of three layers."""
     config = PRESETS[settings.preset]
     layers = [draw_layer(config, settings.seed + index) for index in range(_LAYERS)]
-    C = -(-(settings.context + 1) // 64) * 64
-    shape = (settings.batch, config.num_key_value_heads, C, config.head_dim)
+    shape = (
+        settings.batch, config.num_key_value_heads, slots(settings.context), config.head_dim,
+    )  # fmt: skip
     caches = [
         tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(key))
         for key in jax.random.split(jax.random.key(settings.seed + 100), _LAYERS)
@@ -90,6 +94,31 @@ def measure(settings: Settings) -> dict[str, dict[str, np.ndarray]]:
     for _ in range(3):  # the first runs load the program
         _, stamps = jax.block_until_ready(run(layers, caches, x, positions))
     return jax.tree.map(np.asarray, stamps[_SHOWN])
+
+
+def bytes_read(settings: Settings) -> dict[str, int]:
+    """What each kind of task reads of weights and cache, at most: every expert but once."""
+    config = PRESETS[settings.preset]
+    shapes = LayerShapes(
+        B=settings.batch,
+        H=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv=config.num_key_value_heads,
+        D=config.head_dim,
+        C=slots(settings.context),
+        E=config.num_experts,
+        K=config.num_experts_per_tok,
+        I=config.moe_intermediate_size,
+        eps=config.rms_norm_eps,
+        norm_topk_prob=config.norm_topk_prob,
+    )
+    lists = grids(shapes, default_config(shapes.B), 1, settings.launches).values()
+    return {task.kind: task.work.bytes_read for tasks in lists for task in tasks}
+
+
+def slots(context: int) -> int:
+    """Of a cache's row that holds these tokens and a new one."""
+    return -(-(context + 1) // 64) * 64
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,14 +158,15 @@ def draw_positions(config: Qwen3MoeConfig, B: int, context: int) -> RowPositions
     return RowPositions(cos[:, 0], sin[:, 0], at[:, 0], jnp.ones(B, jnp.int32))
 
 
-def show(console: Console, title: str, kinds: dict[str, np.ndarray]) -> None:
+def show(console: Console, title: str, kinds: dict[str, np.ndarray], read: dict[str, int]) -> None:
     """Prints a grid's table: least and most of each time, and the median of two of them."""
     table = Table(
-        "task", "blocks", "cores", "begin", "waited: first", "median", "last", "end: first",
-        "median", "last", title=f"{title}: us",
+        "task", "blocks", "cores", "MB at most", "begin", "waited: first", "median", "last",
+        "end: first", "median", "last", title=f"{title}: us",
     )  # fmt: skip
-    for cells in rows(kinds):
-        table.add_row(*cells)
+    for kind, *cells in rows(kinds):
+        blocks, cores, *times = cells
+        table.add_row(kind, blocks, cores, f"{read[kind] / 1e6:.1f}", *times)
     console.print(table)
 
 

@@ -1,14 +1,14 @@
 """A step's work as data: a list of tasks, run by Python, interpreted, or as one grid on a GPU.
 
-    Task("o", SplitProduct(...), reads={"tokens": "attended", ...}, writes={"partials": "o"},
-         waits_for={"merge": 256})
+    Task(kind="o", work=SplitProduct(...), reads={"tokens": "attended", "weights_0": "o_proj"},
+         writes={"partials": "o"}, waits_for={"merge": 256})
 
 A task is what a range of thread blocks does. It names the arrays that it reads and writes, and the
 earlier tasks whose blocks it waits for. The list is in topological order, and so are the numbers of
 the blocks. So a block waits for lower-numbered blocks only (mosaic/grid_sync.py):
 
-    block    0        1 .. 320    321 .. 352     353 .. 384    385 .. 640
-    task     norm     qkv         attention      merge         o
+    block    0 .. 31    32 .. 351    352 .. 479    480 .. 511    512 .. 767    ...
+    task     add_1      qkv          attend        merge         o             ...
 
 A core takes the next block as soon as one has ended. Blocks of `o` are thus at work while attention
 runs: they start to load their weights, and only then wait for what attention writes. That is how

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import step_timeline
+from experiments.bench import script
 from experiments.bench.script import make_console
 from moe_jax.presets import PRESETS
 from pallas_kernels.decode_step import Residual
@@ -24,8 +25,19 @@ def test_times_are_after_the_first_block():
     assert second == ["second", "1", "1", "1.0", "4.0", "4.0", "4.0", "5.0", "5.0", "5.0"]
     console = make_console(width=130)
     with console.capture() as shown:
-        step_timeline.show(console, "decode_layer", kinds)
-    assert "decode_layer: us" in shown.get() and "second" in shown.get()
+        step_timeline.show(console, "decode_layer", kinds, {"first": 2_500_000, "second": 0})
+    assert "decode_layer: us" in shown.get() and "second" in shown.get() and " 2.5 " in shown.get()
+
+
+def test_bytes_of_each_task():
+    settings = script.parse_settings(step_timeline.Settings, ["--batch=1", "--context=512"])
+    read = step_timeline.bytes_read(settings)
+    H, I, MB = 2048, 768, 1e6
+    assert read["qkv"] == 2 * 5120 * H and read["o"] == 2 * 4096 * H
+    # All K experts of the row: the layer's 113.8 MB, and the cache's 576 slots.
+    assert read["gate_up"] + read["down"] == 8 * 3 * 2 * I * H
+    assert read["attend"] == 4 * 576 * 128 * 2 * 2
+    assert round((sum(read.values()) - read["attend"]) / MB, 1) == 113.8
 
 
 def test_draws_what_a_layer_takes():
