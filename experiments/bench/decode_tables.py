@@ -17,7 +17,7 @@ from experiments.bench.tables import markdown_line, runs_of
 
 _NOTHING = "-"
 _WIDTH = 150
-_COMMIT = re.compile(r" --(commit|out)=\S+")
+_NOT_SHOWN = re.compile(r" --(commit|out)=\S+")
 
 
 class _Column(NamedTuple):
@@ -142,7 +142,7 @@ def to_markdown(record: Record) -> str:
     notes = [*kernel_lines(record.rows), *failures(record.rows)]
     made += ["", *(f"- {note}" for note in notes)] if notes else []
     # The commit is in the line before, and a page's lines are not endless.
-    commands = dict.fromkeys(_COMMIT.sub("", row.run.command) for row in record.rows)
+    commands = dict.fromkeys(_NOT_SHOWN.sub("", row.run.command) for row in record.rows)
     made += ["", *runs_of(record.rows)]
     for command in commands:
         made += textwrap.wrap(f"Made by `{command}`.", _WIDTH, break_on_hyphens=False)

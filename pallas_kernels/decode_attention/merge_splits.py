@@ -63,9 +63,9 @@ class MergeSplits:
     def run(
         self, block_id, sums, log_weights, lengths, valid, attended,
         wait: Callable[[Any], None] = _nothing,
-        signal: Callable[[Any], None] = _nothing,
+        signal: Callable[[], None] = _nothing,
     ) -> None:  # fmt: skip
-        """All of one block; at the end it calls signal(its kv head).
+        """All of one block; at the end it calls signal().
 
         Args:
           block_id: among the blocks of this kind.
@@ -94,7 +94,7 @@ class MergeSplits:
             attended[row, pl.ds(columns, phase.D)] = merged.astype(jnp.bfloat16)
 
         lax.fori_loop(0, self.heads_per_block, one_head, None)
-        signal(kv_head)
+        signal()
 
 
 def _merge(sums, log_weights, head, splits) -> jax.Array:

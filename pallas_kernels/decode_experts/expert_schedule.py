@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.operands import MAX_BOX
+from pallas_kernels.mosaic.operands import MAX_BOX, round_up
 from pallas_kernels.mosaic.pipeline import unrolled
 from pallas_kernels.mosaic.warpgroup import LANES, add_histogram, lane_indices, one_per_lane
 
@@ -54,10 +54,6 @@ def pad_ids(expert_ids: jax.Array) -> jax.Array:
     return jnp.pad(
         expert_ids.reshape(-1), (0, -expert_ids.size % _IDS_MULTIPLE), constant_values=-1
     )
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _sum_of_each(count: int, like: jax.Array, term: Callable[[Any], jax.Array]) -> jax.Array:
@@ -100,9 +96,9 @@ class ExpertSchedule:
         return self.max_tiles * self.block_n
 
     def scratch_types(self) -> dict[str, Any]:
-        experts = plgpu.SMEM((_round_up(self.E, LANES),), jnp.int32)
+        experts = plgpu.SMEM((round_up(self.E, LANES),), jnp.int32)
         return {
-            "ids": plgpu.SMEM((_round_up(self.assignments, LANES),), jnp.int32),
+            "ids": plgpu.SMEM((round_up(self.assignments, LANES),), jnp.int32),
             "ids_full": plgpu.Barrier(num_arrivals=-(-self.assignments // MAX_BOX)),
             "count_of": experts,  # tokens of each expert
             "tiles_of": experts,
@@ -129,7 +125,7 @@ class ExpertSchedule:
         # An expert a lane: its first tile comes after all those of lower experts.
         experts = lane_indices(tiles_of.shape[0])
         scratch["first_of"][...] = _sum_of_each(
-            _round_up(self.E, 4), experts, lambda e: jnp.where(e < experts, tiles_of[e], 0)
+            round_up(self.E, 4), experts, lambda e: jnp.where(e < experts, tiles_of[e], 0)
         )
         return scratch["first_of"][self.E - 1] + tiles_of[self.E - 1]
 

@@ -23,11 +23,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.operands import wgmma_operand
-from pallas_kernels.mosaic.warpgroup import ROWS_BY_64, TILE_ROWS
+from pallas_kernels.mosaic.operands import round_up, wgmma_operand
+from pallas_kernels.mosaic.warpgroup import LANES, ROWS_BY_64, TILE_ROWS
 
 COLUMNS = 64  # of a block
 _EXPERTS = 64  # rows of the gate that one wgmma takes
+
+
+def padded_experts(E: int) -> int:
+    """E, rounded up to whole warpgroups."""
+    return round_up(E, LANES)
 
 
 def inverse_rms(squares: Any, token: Any, H: int, eps: float) -> jax.Array:
@@ -97,7 +102,7 @@ class AddResidual:
         if self.num_parts:
             types["total"] = struct(row, jnp.bfloat16)
         if self.E:
-            shape = (self.num_blocks, self.N, -(-self.E // 128) * 128)
+            shape = (self.num_blocks, self.N, padded_experts(self.E))
             return types | {"partials": struct(shape, jnp.float32)}
         return types | {"scaled": struct(row, jnp.bfloat16)}
 
@@ -188,7 +193,7 @@ class AddResidual:
         gate = arrays["gate"].astype(jnp.float32).reshape(self.E, -1, COLUMNS)
         tokens = scaled.astype(jnp.bfloat16).astype(jnp.float32).reshape(self.N, -1, COLUMNS)
         partials = jnp.einsum("nsk,esk->sne", tokens, gate, precision=lax.Precision.HIGHEST)
-        return found | {"partials": jnp.pad(partials, ((0, 0), (0, 0), (0, -self.E % 128)))}
+        return found | {"partials": jnp.pad(partials, ((0, 0), (0, 0), (0, -self.E % LANES)))}
 
 
 def _multiply(gate_smem, tokens_smem, out) -> None:

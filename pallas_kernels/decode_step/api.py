@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
-from pallas_kernels.decode_step.input_checks import INSTEAD, check_inputs
+from pallas_kernels.decode_step.input_checks import INSTEAD, check_config, check_inputs
 from pallas_kernels.decode_step.layer import (
     LayerConfig,
     LayerShapes,
@@ -153,10 +153,9 @@ def decode_layer(
       TypeError: a dtype is not one that is accepted.
       NotImplementedError: a size that the kernels lack, or the GPU is not a Hopper.
     """
-    static = _static(residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches)
-    step, _ = _run(
-        residual, weights, keys, values, positions,
-        **static, config=config or default_config(len(keys)), interpret=_checked(interpret),
+    step, _ = _checked_run(
+        residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
+        interpret,
     )  # fmt: skip
     return step
 
@@ -170,6 +169,7 @@ def stamp_layer(
     *,
     K: int,
     eps: float,
+    norm_topk_prob: bool = True,
     launches: str = "layer",
     config: LayerConfig | None = None,
 ) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:
@@ -181,28 +181,27 @@ def stamp_layer(
       What decode_layer returns, and for each grid and kind of task in it the [blocks, 4] int32 of
       mosaic.stamps.
     """
-    static = _static(residual, weights, keys, values, positions, K, eps, True, launches)
-    return _run(
-        residual, weights, keys, values, positions,
-        **static, config=config or default_config(len(keys)), interpret=_checked(False),
+    return _checked_run(
+        residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
         stamped=True,
     )  # fmt: skip
 
 
-def _checked(interpret):
+def _checked_run(
+    residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
+    interpret=False, stamped=False,
+) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:  # fmt: skip
     device.check_interpret(interpret)
-    device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
-    return interpret
-
-
-def _static(
-    residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches
-) -> dict[str, Any]:
-    """What the checked call is compiled for."""
     if launches not in LAUNCHES:
         raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
     shapes = check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
-    return {"shapes": shapes, "launches": launches}
+    config = default_config(shapes.B) if config is None else config
+    check_config(config)
+    device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
+    return _run(
+        residual, weights, keys, values, positions, shapes=shapes, launches=launches,
+        config=config, interpret=interpret, stamped=stamped,
+    )  # fmt: skip
 
 
 @functools.partial(
@@ -210,7 +209,7 @@ def _static(
 )
 def _run(
     residual, weights, keys, values, positions,
-    *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret, stamped: bool = False,
+    *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret, stamped: bool,
 ) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:  # fmt: skip
     s, stamps = shapes, {}
     known = {"x": residual.x, "keys": _rows(keys), "values": _rows(values)}

@@ -132,7 +132,7 @@ class MergeWork:
         names = ("sums", "log_weights", "lengths", "valid", "attended")
         self.phase.run(
             block_id, *(arrays[name] for name in names),
-            lambda pair: wait(self.after, pair), lambda _: signal(),
+            lambda pair: wait(self.after, pair), signal,
         )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

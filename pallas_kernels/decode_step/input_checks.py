@@ -5,13 +5,17 @@ import numbers
 import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.split_attention import MAX_GROUP
-from pallas_kernels.decode_step.layer import LayerShapes
-from pallas_kernels.decode_step.split_product import round_up
-from pallas_kernels.mosaic.operands import expect_array
+from pallas_kernels.decode_experts.configs import check_num_stages
+from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, stage_bytes
+from pallas_kernels.decode_experts.swiglu_epilogue import BLOCK_M
+from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
+from pallas_kernels.decode_step.layer import LayerConfig, LayerShapes
+from pallas_kernels.mosaic.operands import expect_array, round_up
 
 MAX_ROWS = 64
 SLOTS_MULTIPLE = 64  # of a row of the cache
 HEAD_DIM = 128
+MAX_SPREAD_NS = 1_000_000  # see mosaic.grid_sync.pause
 INSTEAD = "reference_decode_layer"
 
 
@@ -85,3 +89,28 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
         B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
         norm_topk_prob=bool(norm_topk_prob),
     )  # fmt: skip
+
+
+def check_config(config: LayerConfig) -> None:
+    """Raises a TypeError or a ValueError that names the field, if a config cannot be."""
+    if not isinstance(config, LayerConfig):
+        raise TypeError(f"config is {config!r}; decode_layer takes a LayerConfig")
+    for field in ("qkv_spread_ns", "o_spread_ns"):
+        value = getattr(config, field)
+        is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= MAX_SPREAD_NS:
+            raise ValueError(f"config.{field} is {value!r}; expected 0 to {MAX_SPREAD_NS}")
+    for field, accepted in (
+        ("gate_up_neurons", (16, 32)),
+        ("gate_up_block_k", BLOCK_KS),
+        ("down_block_m", (64, 128)),
+        ("down_block_k", BLOCK_KS),
+    ):
+        value = getattr(config, field)
+        if value not in accepted:
+            raise ValueError(f"config.{field} is {value!r}; expected one of {list(accepted)}")
+    N = WholeBatchTiles.N
+    gate_up_bytes = stage_bytes(config.gate_up_block_k, BLOCK_M + N)
+    down_bytes = stage_bytes(config.down_block_k, config.down_block_m + 2 * N)
+    check_num_stages("gate_up_num_stages", config.gate_up_num_stages, gate_up_bytes, least=2)
+    check_num_stages("down_num_stages", config.down_num_stages, down_bytes, least=2)

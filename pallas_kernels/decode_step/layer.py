@@ -19,13 +19,15 @@ import dataclasses
 
 from pallas_kernels.decode_attention.merge_splits import MergeSplits
 from pallas_kernels.decode_attention.split_attention import SplitAttention
-from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
+from pallas_kernels.decode_experts.configs import largest_divisor
+from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, Down, GateUp
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
 from pallas_kernels.decode_step.attention_work import AttendWork, MergeWork
 from pallas_kernels.decode_step.experts_work import DownWork, GateUpWork, slot_major_tiles
-from pallas_kernels.decode_step.split_product import SplitProduct, round_up
+from pallas_kernels.decode_step.split_product import SplitProduct
 from pallas_kernels.decode_step.tasks import Task
 from pallas_kernels.decode_step.top_k import TopK
+from pallas_kernels.mosaic.operands import round_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ class LayerConfig:
       qkv_spread_ns, o_spread_ns: see SplitProduct.
       gate_up_neurons, gate_up_block_k, gate_up_num_stages: of GateUp. Fewer neurons are more
         blocks, which share few experts' weights more evenly among cores.
+        A block_k that does not divide its size is halved until it does.
       down_block_m, down_block_k, down_num_stages: of Down.
     """
 
@@ -207,7 +210,7 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
         tiles=tiles,
         H=s.H,
         I=s.I,
-        block_k=_fitting(config.gate_up_block_k, s.H),
+        block_k=largest_divisor(s.H, _up_to(config.gate_up_block_k)),
         num_stages=config.gate_up_num_stages,
         neurons=config.gate_up_neurons,
     )
@@ -216,7 +219,7 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
         H=s.H,
         I=s.I,
         block_m=config.down_block_m,
-        block_k=_fitting(config.down_block_k, s.I),
+        block_k=largest_divisor(s.I, _up_to(config.down_block_k)),
         num_stages=config.down_num_stages,
     )
     return [
@@ -242,8 +245,5 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
     ]
 
 
-def _fitting(block_k: int, size: int) -> int:
-    """The block, or half or a quarter of it, so that it divides the size."""
-    while size % block_k:
-        block_k //= 2
-    return block_k
+def _up_to(block_k: int) -> tuple[int, ...]:
+    return tuple(accepted for accepted in BLOCK_KS if accepted <= block_k)

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.grid_sync import pause
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
-from pallas_kernels.mosaic.operands import wgmma_operand
+from pallas_kernels.mosaic.operands import round_up, wgmma_operand
 from pallas_kernels.mosaic.pipeline import mainloop, prologue
 
 BLOCK_M = 64  # rows of a block: what one wgmma takes
@@ -33,11 +33,6 @@ SPLIT_COLUMNS = 512  # of the last split, those beyond the end are zeros
 _BLOCK_KS = (64, 128, 256)
 # Three blocks share a core, so that its memory holds nearly all of a layer's q, k and v, or o.
 STAGES_BYTES = 73728
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-value // multiple) * multiple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_step.add_residual import inverse_rms
-from pallas_kernels.decode_step.split_product import round_up
+from pallas_kernels.decode_step.add_residual import inverse_rms, padded_experts
+from pallas_kernels.mosaic.operands import round_up
 from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout, scatter
 
 _INT32_MIN = -(2**31)
 # Few elements, in each warp the same.
 _FEW = plgpu.Layout.WGMMA.reduce(0)
-
-
-def padded_experts(E: int) -> int:
-    """E, rounded up to whole warpgroups."""
-    return round_up(E, LANES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

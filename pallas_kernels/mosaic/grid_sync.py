@@ -57,7 +57,8 @@ def signal(counters: Any, index: Any, *, after_copies: bool = False) -> None:
       counters: int32 in global memory, see zeroed_counters.
       index: int32.
       after_copies: whether the copy engine has written some of it. The fences that this takes cost
-        up to a microsecond.
+        up to a microsecond. What lanes have written needs none here, though a copy may read it:
+        `wait` has a fence for the copies that follow.
     """
     if interpreting():
         counters[index] = counters[index] + 1

@@ -17,6 +17,11 @@ WGMMA_TILING = plgpu.TilingTransform((8, 64))
 SWIZZLE = plgpu.SwizzleTransform(128)
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-value // multiple) * multiple
+
+
 def wgmma_operand(*shape: int) -> Any:
     """Shared memory of bf16 from which the tensor cores read; its last two dimensions are tiled."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=(WGMMA_TILING, SWIZZLE))

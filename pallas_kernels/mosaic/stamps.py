@@ -13,8 +13,10 @@ BEGIN, WAITED, END, CORE = range(4)
 
 
 def stamps_type(num_blocks: int) -> jax.ShapeDtypeStruct:
-    """[num_blocks, 4] int32: nanoseconds, their lower 32 bits, at begin, end of the last wait and
-    end of each block; and the core that it ran on. They are not written where interpreted.
+    """[num_blocks, 4] int32: BEGIN, WAITED, END and CORE of each block.
+
+    Times are the lower 32 bits of nanoseconds: as it began, after its last wait, and as it ended.
+    They are not written where interpreted, nor WAITED by a block that does not wait.
     """
     return jax.ShapeDtypeStruct((num_blocks, 4), jnp.int32)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.decode_step import decode_layer
+from pallas_kernels.decode_step.layer import LayerConfig
 from tests.pallas_kernels.decode_step.cases import EPS, layer_shapes, struct_case
 
 SHAPES = layer_shapes(2, kv=2)
@@ -25,6 +26,10 @@ def with_positions(**changes):
 
 def with_residual(**changes):
     return {"residual": struct_case(SHAPES).residual._replace(**changes)}
+
+
+def with_config(**changes):
+    return {"config": LayerConfig(**changes)}
 
 
 def with_shapes(B=2, **changes):
@@ -116,6 +121,13 @@ CASES = {
         with_positions(valid=struct(2, dtype=jnp.bool_)),
         TypeError, "positions.valid", "bool", "int32",
     ),
+    "config": ({"config": {}}, TypeError, "config is {}", "LayerConfig"),
+    "spread": (with_config(o_spread_ns=-1), ValueError, "o_spread_ns is -1", "0 to 1000000"),
+    "neurons": (with_config(gate_up_neurons=8), ValueError, "gate_up_neurons is 8", "[16, 32]"),
+    "block_k": (with_config(gate_up_block_k=96), ValueError, "gate_up_block_k is 96", "[64, 128"),
+    "block_m": (with_config(down_block_m=32), ValueError, "down_block_m is 32", "[64, 128]"),
+    "one stage": (with_config(down_num_stages=1), ValueError, "down_num_stages is 1", "from 2 to"),
+    "stages": (with_config(gate_up_num_stages=7), ValueError, "gate_up_num_stages is 7", "to 6"),
     "B": (with_shapes(65), NotImplementedError, "B is 65", "1 to 64", INSTEAD),
     "D": (with_shapes(D=64), NotImplementedError, "D is 64", "128", INSTEAD),
     "C": (with_shapes(C=100), NotImplementedError, "C is 100", "a multiple of 64", INSTEAD),

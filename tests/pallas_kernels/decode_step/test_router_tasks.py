@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
-from pallas_kernels.decode_step.split_product import round_up
 from pallas_kernels.decode_step.tasks import Task, run_as_grid, run_in_python
 from pallas_kernels.decode_step.top_k import TopK
+from pallas_kernels.mosaic.operands import round_up
 from tests.pallas_kernels.decode_step.cases import EPS, POISONED, best_experts, weights_of
 from tests.pallas_kernels.machine import ON_GPU, lower_for_cuda, mosaic_modules
 
