@@ -32,7 +32,7 @@ class ExpertsRequest(Request):
       I: the experts' intermediate size.
       latent: whether there are latent projections.
       shared: whether there are shared experts.
-      quantised: whether the experts' weights have scales.
+      quantised: whether the experts' weights are BlockScaledFp8.
     """
 
     op: ClassVar[str] = "experts"
@@ -177,7 +177,7 @@ def experts(
         activation=activation,
         latent=fc1_latent_proj is not None,
         shared=shared_experts is not None,
-        quantised=weights.gate_up_scale is not None or weights.down_scale is not None,
+        quantised=weights.quantised,
     )
     choice = resolve_backend(request, EXPERTS_BACKENDS, backend)
 

@@ -115,10 +115,10 @@ def _check_inputs(
     """Returns the layer's sizes and T, or raises ValueError, TypeError or NotImplementedError."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights is a {type(weights).__name__}; expected an ExpertWeights")
-    if weights.gate_up_scale is not None or weights.down_scale is not None:
+    if weights.quantised:
         raise NotImplementedError(
-            "weights.gate_up_scale and weights.down_scale must be None: no layout reads quantised "
-            "weights; dequantise to bfloat16 first"
+            "weights.gate_up and weights.down are BlockScaledFp8, which no layout reads; "
+            "dequantise to bfloat16 first"
         )
     expect_array("x", x, "[T, H]", jnp.bfloat16)
     expect_array("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_scaled_fp8 import dequantise
 from pallas_kernels.decode_experts.weights import ExpertWeights
 
 
@@ -27,23 +28,16 @@ def reference_experts(
 
     Args:
       x: [T, H], any float dtype.
-      weights: gate_up [E, 2, I, H] and down [E, H, I], any float dtype, no scales.
+      weights: gate_up [E, 2, I, H] and down [E, H, I], of any float dtype or BlockScaledFp8.
       expert_ids: [T, K] int32; an id outside [0, E) is padding and contributes nothing.
       expert_weights: [T, K] float32.
       activation: takes the place of silu.
 
     Returns:
       [T, H] float32; zeros for a row whose ids are all padding.
-
-    Raises:
-      NotImplementedError: the weights have scales.
     """
-    if weights.gate_up_scale is not None or weights.down_scale is not None:
-        raise NotImplementedError(
-            "weights.gate_up_scale and weights.down_scale must be None: dequantise first"
-        )
-    all_gate_up, all_down = jnp.asarray(weights.gate_up), jnp.asarray(weights.down)
-    E = all_gate_up.shape[0]
+    weights = jax.tree.map(jnp.asarray, weights)
+    E = weights.gate_up.shape[0]
     highest = jax.lax.Precision.HIGHEST
 
     def one_token(token):
@@ -52,8 +46,9 @@ def reference_experts(
         safe = jnp.where(valid, ids, 0)
         # Selected before the products too, so that NaN in padding reaches no gradient.
         x_t, w = jnp.where(jnp.any(valid), x_t, 0), jnp.where(valid, w, 0)
-        gate_up = all_gate_up[safe].astype(jnp.float32)  # [K, 2, I, H]
-        down = all_down[safe].astype(jnp.float32)  # [K, H, I]
+        routed = jax.tree.map(lambda array: array[safe], weights)
+        gate_up = dequantise(routed.gate_up)  # [K, 2, I, H]
+        down = dequantise(routed.down)  # [K, H, I]
         projected = jnp.einsum("h,kjih->kji", x_t.astype(jnp.float32), gate_up, precision=highest)
         hidden = activation(projected[:, 0]) * projected[:, 1]  # [K, I]
         outputs = jnp.einsum("ki,khi->kh", hidden, down, precision=highest)

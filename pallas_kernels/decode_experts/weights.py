@@ -4,6 +4,8 @@ import dataclasses
 
 import jax
 
+from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, Weight
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,15 +14,15 @@ class ExpertWeights:
 
     Attributes:
       gate_up: [E, 2, I, H]; gate_up[:, 0] projects to the gate, gate_up[:, 1] to the up half.
-      down: [E, H, I].
-      gate_up_scale: scales of quantised gate_up weights, None for plain ones.
-      down_scale: scales of quantised down weights, None for plain ones.
+      down: [E, H, I]. Both are plain arrays, or both are BlockScaledFp8.
     """
 
-    gate_up: jax.Array
-    down: jax.Array
-    gate_up_scale: jax.Array | None = None
-    down_scale: jax.Array | None = None
+    gate_up: Weight
+    down: Weight
+
+    @property
+    def quantised(self) -> bool:
+        return any(isinstance(weight, BlockScaledFp8) for weight in (self.gate_up, self.down))
 
 
 def gate_and_up_rows(expert, block, neurons: int, I: int):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE, BlockScaledFp8, scales_shape
 from pallas_kernels.decode_experts import (
     LAYOUTS,
     ExpertMajorConfig,
     ExpertWeights,
     OutputMajorConfig,
     decode_experts,
-    reference_experts,
 )
 from tests.pallas_kernels.decode_experts.cases import Case, Size, make_case
 
@@ -28,6 +28,11 @@ def case() -> Case:
 
 def zeros(*shape, dtype=jnp.bfloat16):
     return jnp.zeros(shape, dtype)
+
+
+def in_fp8(weight):
+    scales = jnp.ones(scales_shape(weight.shape))
+    return BlockScaledFp8(values=weight.astype(VALUES_DTYPE), scales=scales)
 
 
 def weights(case, **changes):
@@ -203,17 +208,19 @@ INPUTS = {
         "bfloat16",
         "reference_experts",
     ),
-    "gate_up_scale": (
-        lambda c: weights(c, gate_up_scale=jnp.ones(3)),
+    "gate_up in FP8": (
+        lambda c: weights(c, gate_up=in_fp8(c.weights.gate_up)),
         NotImplementedError,
-        "weights.gate_up_scale",
-        "None",
+        "weights.gate_up",
+        "BlockScaledFp8",
+        "bfloat16",
     ),
-    "down_scale": (
-        lambda c: weights(c, down_scale=jnp.ones(3)),
+    "down in FP8": (
+        lambda c: weights(c, down=in_fp8(c.weights.down)),
         NotImplementedError,
-        "weights.down_scale",
-        "None",
+        "weights.down",
+        "BlockScaledFp8",
+        "bfloat16",
     ),
 }
 
@@ -342,9 +349,3 @@ def test_numpy_ids_of_64_bits_are_not_wrapped(case):
 def test_keyword_of_wrong_type(case, keyword, value):
     fragments = (keyword, "expected")
     assert_raises(TypeError, fragments, case, layout="expert_major", **{keyword: value})
-
-
-def test_reference_refuses_scales(case):
-    weights = dataclasses.replace(case.weights, down_scale=jnp.ones(1))
-    with pytest.raises(NotImplementedError, match="down_scale must be None"):
-        reference_experts(*case._replace(weights=weights))

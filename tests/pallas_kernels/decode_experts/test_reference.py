@@ -6,6 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.block_scaled_fp8 import (
+    VALUES_DTYPE,
+    BlockScaledFp8,
+    dequantise,
+    scales_shape,
+)
 from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 from tests.pallas_kernels.decode_experts.cases import Case, Size, make_case
 
@@ -89,3 +95,18 @@ def test_has_gradients(seed):
 
     arguments = (x, weights, case.expert_weights)
     chex.assert_numerical_grads(loss, arguments, order=1, atol=1e-2, rtol=1e-2)
+
+
+def test_fp8_weights_are_their_dequantised_ones(seed):
+    case = make_case(SIZE, seed)
+
+    def in_fp8(weight):
+        scales = np.random.default_rng(seed).uniform(0.5, 2, scales_shape(weight.shape))
+        return BlockScaledFp8(
+            values=weight.astype(VALUES_DTYPE), scales=jnp.asarray(scales, jnp.float32)
+        )
+
+    weights = ExpertWeights(gate_up=in_fp8(case.weights.gate_up), down=in_fp8(case.weights.down))
+    plain = ExpertWeights(gate_up=dequantise(weights.gate_up), down=dequantise(weights.down))
+    out = reference_experts(*case._replace(weights=weights))
+    chex.assert_trees_all_close(out, reference_experts(*case._replace(weights=plain)), rtol=1e-6)
