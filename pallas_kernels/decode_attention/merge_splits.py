@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.chunk_ring import splits_of
 from pallas_kernels.decode_attention.split_attention import SplitAttention
+from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, post
 from pallas_kernels.mosaic.warpgroup import one_per_lane, where
 
 _MAX_BLOCKS = 512
@@ -73,7 +74,8 @@ class MergeSplits:
           log_weights: likewise.
           lengths: [B] int32, as SplitAttention takes them.
           valid: likewise.
-          attended: [B, heads * D] bf16, written; zeros in a row without any key.
+          attended: [B, heads * D], written; zeros in a row without any key. A bf16 ref, or a
+            Mailbox.
           wait: once wait(row * kv + kv head) returns, sums and log_weights may be read.
           signal: called once.
         """
@@ -91,7 +93,11 @@ class MergeSplits:
             head = part * self.heads_per_block + index
             merged = _merge(sums.at[pair], log_weights.at[pair], head, splits)
             columns = (kv_head * phase.G + head) * phase.D
-            attended[row, pl.ds(columns, phase.D)] = merged.astype(jnp.bfloat16)
+            place = attended.at[row, pl.ds(columns, phase.D)]
+            if isinstance(place, Mailbox):
+                post(place, merged, one_per_lane(phase.D))
+            else:
+                place[...] = merged.astype(jnp.bfloat16)
 
         lax.fori_loop(0, self.heads_per_block, one_head, None)
         signal()
@@ -106,12 +112,16 @@ def _merge(sums, log_weights, head, splits) -> jax.Array:
 
     def add(index, carry):
         largest, total, out = carry
-        loaded = []
-        for ahead in range(several):
-            split = index * several + ahead
-            place = jnp.minimum(split, splits - 1)
-            part = plgpu.load(sums.at[place, head], layout=one_per_lane(sums.shape[-1]))
-            loaded.append((split < splits, log_weights[place, head], part))
+        numbers = [index * several + ahead for ahead in range(several)]
+        places = [jnp.minimum(split, splits - 1) for split in numbers]
+        parts = [Piece(sums.at[place, head], one_per_lane(sums.shape[-1])) for place in places]
+        found = collect([*parts, *(Piece(log_weights.at[place, head], None) for place in places)])
+        loaded = [
+            (split < splits, log_weight, part)
+            for split, part, log_weight in zip(
+                numbers, found[:several], found[several:], strict=True
+            )
+        ]
         previous = largest
         for _, log_weight, _ in loaded:
             largest = jnp.maximum(largest, log_weight)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.mailbox import Piece, collect
 from pallas_kernels.mosaic.warpgroup import ROWS_BY_64, TILE_ROWS, one_per_lane
 
 HEAD_SIZE = 128
@@ -56,7 +57,8 @@ class Constants:
 
 
 def prepare(
-    parts: Sequence[Any], factor, kv_head, constants: Constants, q_smem, scores_smem, new_smem,
+    parts: Sequence[Any], squares: Piece | None, factor, kv_head, constants: Constants, q_smem,
+    scores_smem, new_smem,
     *, heads: int, kv: int, eps: float, scale: float,
 ) -> None:  # fmt: skip
     """Puts the queries, the new key and value, and the scores of this key, in shared memory.
@@ -65,8 +67,9 @@ def prepare(
 
     Args:
       parts: [heads + 2 kv, D] float32 each, in global memory: partial sums of the row's query
-        heads, keys and values.
-      factor: float32, what the sums are multiplied with.
+        heads, keys and values; refs or Mailboxes.
+      squares: what is loaded with them, or None.
+      factor: factor(squares) is float32, what the sums are multiplied with; 1 without squares.
       kv_head: int32.
       constants: of the row.
       q_smem: [N, D], see wgmma_operand; the G query heads of kv_head.
@@ -79,15 +82,23 @@ def prepare(
     """
     G, D = heads // kv, HEAD_SIZE
     starts = range(0, G, ROWS)
-    queries = [
-        _add_halves([_load_heads(p, kv_head * G + start, G - start, 2 * kv) for p in parts], factor)
+    key_row, value_row = heads + kv_head, heads + kv + kv_head
+    asked = _Asked()
+    asked_queries = [
+        [asked.heads(part, kv_head * G + start, G - start, 2 * kv) for part in parts]
         for start in starts
     ]
-    key_row, value_row = heads + kv_head, heads + kv + kv_head
-    key = _add_halves([_load_halves(part.at[key_row], _ELEMENTS) for part in parts], factor)
-    value = factor * functools.reduce(
-        jnp.add, [plgpu.load(p.at[value_row], layout=one_per_lane(D)) for p in parts]
-    )
+    asked_keys = [asked.halves(part.at[key_row], _ELEMENTS) for part in parts]
+    asked_values = [asked.array(part.at[value_row], one_per_lane(D)) for part in parts]
+    if squares is not None:
+        asked.pieces.append(squares)
+    loaded = collect(asked.pieces)
+    multiplier = jnp.float32(1) if squares is None else factor(loaded[-1])
+    queries = [
+        _add_halves([get(loaded) for get in partials], multiplier) for partials in asked_queries
+    ]
+    key = _add_halves([get(loaded) for get in asked_keys], multiplier)
+    value = multiplier * functools.reduce(jnp.add, [get(loaded) for get in asked_values])
     square = jnp.sum(key[0] * key[0]) + jnp.sum(key[1] * key[1])
     key = constants.turn([x * lax.rsqrt(square / D + eps) for x in key], constants.k_norm)
     for start, query in zip(starts, queries, strict=True):
@@ -121,34 +132,55 @@ def _to_rows(vector: jax.Array) -> jax.Array:
 
 def _load_halves(ref, layout) -> list[jax.Array]:
     """The two halves of [..., D], float32."""
-
-    def load(half):
-        index = (*[slice(None)] * (len(ref.shape) - 1), pl.ds(half * _HALF, _HALF))
-        return plgpu.load(ref.at[index], layout=layout, optimized=False).astype(jnp.float32)
-
-    return [load(half) for half in range(2)]
+    loaded = [plgpu.load(half, layout=layout, optimized=False) for half in _halves(ref)]
+    return [half.astype(jnp.float32) for half in loaded]
 
 
-def _load_heads(part, first, count: int, rows_behind: int) -> list[jax.Array]:
-    """Both halves [8, 64] of some heads; behind `count` of them, if these are fewer, anything.
+def _halves(ref) -> list[Any]:
+    others = [slice(None)] * (len(ref.shape) - 1)
+    return [ref.at[(*others, pl.ds(half * _HALF, _HALF))] for half in range(2)]
 
-    Args:
-      part: [heads + 2 kv, D] float32 in global memory.
-      first: of the heads, traced.
-      count: how many there are; 8 of them are loaded at most.
-      rows_behind: of part, that follow the heads, however late the first one is.
-    """
-    if count + rows_behind >= ROWS:
-        return _load_halves(part.at[pl.ds(first, ROWS)], _TILE)
-    place = plgpu.broadcasted_iota(jnp.int32, (ROWS, _HALF), 0, layout=_TILE)
-    tiles = [plgpu.layout_cast(jnp.zeros((ROWS, _HALF), jnp.float32), _TILE)] * 2
-    for head in range(count):
-        halves = _load_halves(part.at[first + head], _ELEMENTS)
-        tiles = [
-            jnp.where(place == head, _to_rows(half), tile)
-            for half, tile in zip(halves, tiles, strict=True)
-        ]
-    return tiles
+
+class _Asked:
+    """Pieces that one `collect` is asked for; each method returns what gets its own from them."""
+
+    def __init__(self):
+        self.pieces: list[Piece] = []
+
+    def array(self, ref, layout, limit=None) -> Callable[[list], jax.Array]:
+        index = len(self.pieces)
+        self.pieces.append(Piece(ref, layout, limit=limit))
+        return lambda loaded: loaded[index]
+
+    def halves(self, ref, layout, limit=None) -> Callable[[list], list[jax.Array]]:
+        """Of [..., D]."""
+        getters = [self.array(part, layout, limit) for part in _halves(ref)]
+        return lambda loaded: [get(loaded) for get in getters]
+
+    def heads(self, part, first, count: int, rows_behind: int) -> Callable[[list], list[jax.Array]]:
+        """Both halves [8, 64] of some heads; behind `count` of them, if these are fewer, zeros.
+
+        Args:
+          part: [heads + 2 kv, D].
+          first: of the heads, traced.
+          count: how many there are; 8 of them are loaded at most.
+          rows_behind: of part, that follow the heads, however late the first one is.
+        """
+        if count + rows_behind >= ROWS:
+            return self.halves(part.at[pl.ds(first, ROWS)], _TILE, limit=min(count, ROWS))
+        getters = [self.halves(part.at[first + head], _ELEMENTS) for head in range(count)]
+
+        def stack(loaded) -> list[jax.Array]:
+            place = plgpu.broadcasted_iota(jnp.int32, (ROWS, _HALF), 0, layout=_TILE)
+            tiles = [plgpu.layout_cast(jnp.zeros((ROWS, _HALF), jnp.float32), _TILE)] * 2
+            for head, get in enumerate(getters):
+                tiles = [
+                    jnp.where(place == head, _to_rows(half), tile)
+                    for half, tile in zip(get(loaded), tiles, strict=True)
+                ]
+            return tiles
+
+        return stack
 
 
 def _add_halves(partials: list[list[jax.Array]], factor) -> list[jax.Array]:

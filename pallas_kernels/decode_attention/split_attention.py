@@ -34,14 +34,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_attention.chunk_ring import CHUNK, PRODUCT, ChunkRing, Work
+from pallas_kernels.decode_attention.chunk_ring import CHUNK, HALF, PRODUCT, ChunkRing, Work
 from pallas_kernels.decode_attention.new_token import HEAD_SIZE, ROWS, Constants, prepare
+from pallas_kernels.mosaic.mailbox import Mailbox, Piece, empty, post
 from pallas_kernels.mosaic.operands import wgmma_operand
 from pallas_kernels.mosaic.warpgroup import one_per_lane, where
 
 MAX_GROUP = 64  # query heads of a kv head
 _HEADS = PRODUCT.reduce(0)
-_MIN_BLOCKS = 256
+_MOST_BLOCKS = 396  # of a row, kv head and group: what a Hopper's cores take at once
 
 
 def _nothing(*_) -> None:
@@ -61,8 +62,9 @@ class SplitAttention:
       eps: of the norms of queries and keys.
       D: the head's size; 128.
       max_splits: of a row; a part of the contract on bits.
-      num_groups: blocks of a row and kv head; None takes as many as give 256 blocks.
-      num_stages: of the ring, 16 KB each: a chunk's keys, its values, the next chunk's keys, ...
+      num_groups: blocks of a row and kv head; None takes one for each split, or as many as run at
+        once.
+      num_stages: of the ring, 16 KB each: a chunk's keys in halves, its values, the next keys, ...
         None takes as many as leave room for three blocks on a core.
     """
 
@@ -73,15 +75,15 @@ class SplitAttention:
     num_partials: int
     eps: float
     D: int = HEAD_SIZE
-    max_splits: int = 32
+    max_splits: int = 64
     num_groups: int | None = None
     num_stages: int | None = None
 
     def __post_init__(self):
         if self.D != HEAD_SIZE:
             raise NotImplementedError(f"D is {self.D}; decode attention takes {HEAD_SIZE}")
-        if self.C % CHUNK or self.C < CHUNK:
-            raise ValueError(f"C is {self.C}; expected a multiple of {CHUNK}")
+        if self.C % HALF or self.C < HALF:
+            raise ValueError(f"C is {self.C}; expected a multiple of {HALF}")
         if self.heads % self.kv:
             raise ValueError(f"heads is {self.heads}; expected a multiple of kv = {self.kv}")
         if self.G > MAX_GROUP:
@@ -90,8 +92,7 @@ class SplitAttention:
                 f"{MAX_GROUP} heads a kv head"
             )
         if self.num_groups is None:
-            groups = _default_groups(self.B * self.kv, self.max_splits)
-            object.__setattr__(self, "num_groups", groups)
+            object.__setattr__(self, "num_groups", _default_groups(self.B * self.kv, self.splits))
         if self.num_stages is None:
             object.__setattr__(self, "num_stages", 4 if self.N == ROWS else 3)
 
@@ -106,6 +107,11 @@ class SplitAttention:
         return -(-self.G // ROWS) * ROWS
 
     @property
+    def splits(self) -> int:
+        """The most that a row can have in C slots."""
+        return min(self.max_splits, -(-self.C // CHUNK))
+
+    @property
     def num_blocks(self) -> int:
         return self.num_groups * self.B * self.kv
 
@@ -113,10 +119,10 @@ class SplitAttention:
     def out_types(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         """Each split's normalised sums of values, and the base-2 logarithms of its sums of weights.
 
-        [B * kv, max_splits, N, D] and [B * kv, max_splits, N] float32; splits that a row does not
-        have, and heads from G on, hold anything.
+        [B * kv, splits, N, D] and [B * kv, splits, N] float32; splits that a row does not have, and
+        heads from G on, hold anything.
         """
-        splits = (self.B * self.kv, self.max_splits)
+        splits = (self.B * self.kv, self.splits)
         return (
             jax.ShapeDtypeStruct((*splits, self.N, self.D), jnp.float32),
             jax.ShapeDtypeStruct((*splits, self.N), jnp.float32),
@@ -125,9 +131,9 @@ class SplitAttention:
     def shared_types(self) -> list:
         """The ring, queries, a chunk's weights, the new key's scores, and it and its value."""
         return [
-            wgmma_operand(self.num_stages, CHUNK, self.D),
+            wgmma_operand(self.num_stages, HALF, self.D),
             wgmma_operand(self.N, self.D),
-            [wgmma_operand(self.N, CHUNK) for _ in range(2)],
+            [[wgmma_operand(self.N, HALF) for _ in range(2)] for _ in range(2)],
             plgpu.SMEM((self.N,), jnp.float32),
             plgpu.SMEM((2, self.D), jnp.float32),
         ]
@@ -138,8 +144,10 @@ class SplitAttention:
     def run(
         self, block_id, qkv, cos, sin, q_norm, k_norm, lengths, valid, keys, values,
         sums, log_weights, shared, full,
-        wait: Callable[[], Any] = _nothing,
+        wait: Callable[[], None] = _nothing,
         signal: Callable[[Any], None] = _nothing,
+        squares: Piece | None = None,
+        factor: Callable[[jax.Array], Any] = _nothing,
     ) -> None:  # fmt: skip
         """All of one block; at the end it calls signal(row * kv + kv head).
 
@@ -159,9 +167,10 @@ class SplitAttention:
           log_weights: likewise.
           shared: see shared_types.
           full: see full_type.
-          wait: once wait() returns, qkv may be read; it returns what the row's sums are multiplied
-            with, or None for nothing.
+          wait: once wait() returns, qkv may be read.
           signal: called once.
+          squares: what is collected with qkv, for the factor; or None.
+          factor: factor(squares) is what the row's sums are multiplied with.
         """
         # Groups come last, because the first ones have splits in each row.
         pair, group = lax.rem(block_id, self.B * self.kv), lax.div(block_id, self.B * self.kv)
@@ -174,18 +183,17 @@ class SplitAttention:
         scale = self.D**-0.5 * math.log2(math.e)
         ring = ChunkRing(
             keys=keys, values=values, stages=stages, full=full, work=work,
-            first_row=pair * self.C, scale=scale,
+            first_row=pair * self.C, C=self.C, scale=scale,
         )  # fmt: skip
         ring.prologue()
         constants = Constants.load(cos.at[row], sin.at[row], q_norm, k_norm)
-        factor = wait()
-        factor = jnp.float32(1) if factor is None else factor
+        wait()
 
         @pl.when(work.num_splits > 0)
         def _():
             parts = [qkv.at[partial, row] for partial in range(self.num_partials)]
             prepare(
-                parts, factor, kv_head, constants, q_smem, scores_smem, new_smem,
+                parts, squares, factor, kv_head, constants, q_smem, scores_smem, new_smem,
                 heads=self.heads, kv=self.kv, eps=self.eps, scale=scale,
             )  # fmt: skip
             scores = plgpu.load(scores_smem, layout=_HEADS, optimized=False)  # [N]
@@ -196,7 +204,7 @@ class SplitAttention:
                 value = plgpu.load(new_smem.at[1], layout=PRODUCT.reduce(1), optimized=False)
                 value = lax.broadcast_in_dim(value, (self.D, self.N), (0,))
                 # Weights are added over keys at the end; the new key's 1 is spread over all.
-                spread = jnp.full((CHUNK, self.N), 1 / CHUNK, jnp.float32)
+                spread = jnp.full((HALF, self.N), 1 / HALF, jnp.float32)
                 spread = plgpu.layout_cast(spread, PRODUCT)
                 carry = (
                     where(has_new, scores, -jnp.inf),
@@ -211,10 +219,10 @@ class SplitAttention:
                     carry,
                 )
                 total = jnp.sum(weights, axis=0)  # [N]
-                log_weights[pair, split] = largest + jnp.log(total) * math.log2(math.e)
+                log_weight = largest + jnp.log(total) * math.log2(math.e)
+                post(log_weights.at[pair, split], log_weight, _HEADS)
                 out /= lax.broadcast_in_dim(total, out.shape, (1,))
-                out_gmem = sums.at[pair, split].transpose((1, 0))
-                out_gmem[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+                post(sums.at[pair, split], out, PRODUCT, transposed=True)
 
                 @pl.when(has_new)
                 def _():
@@ -224,11 +232,19 @@ class SplitAttention:
 
             lax.fori_loop(0, work.num_splits, one_split, None)
 
+        if isinstance(sums, Mailbox):
+            # The launch before may have had more splits.
+            def no_split(index, _):
+                split = group + index * self.num_groups
+                empty(log_weights.at[pair, split], (self.N,), _HEADS)
+                empty(sums.at[pair, split], (self.D, self.N), PRODUCT, transposed=True)
+
+            places = lax.div(self.splits - 1 - group, jnp.int32(self.num_groups)) + 1
+            lax.fori_loop(work.num_splits, places, no_split, None)
         signal(pair)
 
 
-def _default_groups(pairs: int, most: int) -> int:
-    groups = 1
-    while 2 * groups <= most and groups * pairs < _MIN_BLOCKS:
-        groups *= 2
-    return groups
+def _default_groups(pairs: int, splits: int) -> int:
+    """Of 5 splits of 128 pairs, 640 in all, each block takes 2: 3 groups."""
+    splits_of_a_block = -(-splits * pairs // _MOST_BLOCKS)
+    return -(-splits // splits_of_a_block)

@@ -22,7 +22,7 @@ from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
 from pallas_kernels.mosaic.grid_sync import staggered_start
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.operands import wgmma_operand
-from pallas_kernels.mosaic.pipeline import mainloop, pipeline, prologue
+from pallas_kernels.mosaic.pipeline import mainloop, prologue
 from pallas_kernels.mosaic.warpgroup import store_row
 
 BLOCK_KS = (64, 128, 256)  # multiples of the swizzle's width, up to the widest TMA box
@@ -53,8 +53,8 @@ def stage_bytes(block_k: int, rows: int) -> int:
     return 2 * block_k * rows
 
 
-def _nothing(tile) -> None:
-    del tile
+def _nothing(*_) -> None:
+    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,8 +100,12 @@ class GateUp:
     def run(
         self, block_id, table, weight_of, x, gate_up, hidden, shared, full,
         signal: Callable[[Any], None] = _nothing,
+        wait: Callable[[], None] = _nothing,
     ) -> None:  # fmt: skip
-        """All of one block: `hidden` is what it writes; then it calls signal(its tile's index)."""
+        """All of one block: `hidden` is what it writes; then it calls signal(its tile's index).
+
+        Once wait() returns, x and weight_of may be read. A block without a tile calls it, too.
+        """
         N, block_k = self.tiles.N, self.block_k
         (weights_smem, x_smem), (exchange_smem, hidden_smem) = shared
         index, part = tile_and_part(block_id, self.blocks_per_tile)
@@ -110,27 +114,33 @@ class GateUp:
         def multiply(acc):
             gate_row, up_row = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
 
-            def load(step, stage, full):
+            def load_weights(step, stage):
                 at = pl.ds(step * block_k, block_k)
                 for half, row in enumerate((gate_row, up_row)):
                     half_smem = weights_smem.at[stage, pl.ds(half * NEURONS, self.neurons)]
-                    copy_evict_first(gate_up.at[pl.ds(row, self.neurons), at], half_smem, full)
-                copy_evict_first(x.at[pl.ds(tile.first_row, N), at], x_smem.at[stage], full)
+                    piece = gate_up.at[pl.ds(row, self.neurons), at]
+                    copy_evict_first(piece, half_smem, full.at[stage])
+
+            def load_x(step, stage):
+                piece = x.at[pl.ds(tile.first_row, N), pl.ds(step * block_k, block_k)]
+                copy_evict_first(piece, x_smem.at[stage], full.at[stage])
+
+            def load(step, stage):
+                load_weights(step, stage)
+                load_x(step, stage)
 
             def compute(_, stage, carry):
+                plgpu.barrier_wait(full.at[stage])
                 plgpu.wgmma(acc, weights_smem.at[stage], x_smem.at[stage].transpose((1, 0)))
                 return carry
 
             staggered_start(block_id, self.num_blocks, stage_bytes(self.H, 2 * self.neurons))
-            pipeline(
-                self.H // block_k,
-                self.num_stages,
-                full=full,
-                load=load,
-                compute=compute,
-                init=(),
-                wgmmas_in_flight=1,
-            )
+            steps, num_stages = self.H // block_k, self.num_stages
+            # Weights depend on the tile alone, so they are on their way before the wait.
+            prologue(steps, num_stages, load_weights)
+            wait()
+            prologue(steps, num_stages, load_x)
+            mainloop(steps, num_stages, load=load, compute=compute, init=(), wgmmas_in_flight=1)
             weights = self.tiles.load_weights(weight_of, tile)
             split = swiglu_epilogue(acc[...], weights, exchange_smem)
             for half, values in enumerate(split):
@@ -149,6 +159,7 @@ class GateUp:
 
         accumulator = plgpu.ACC((BLOCK_M, N), jnp.float32)
         pl.when(tile.expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
+        pl.when(tile.expert < 0)(wait)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Adds to the residual stream, and begins what follows: an RMSNorm, and perhaps the router.
 
-    block s, of 64 columns      total = x + parts[0] + parts[1] + ...               [tokens, 64]
+    block s, of 64 columns of 8 tokens
+                                total = x + parts[0] + parts[1] + ...               [tokens, 64]
                                 squares[s] = sum of total^2 over these columns      [tokens]
         without a gate          scaled = weight * total                             [tokens, 64]
         with the router's       partials[s] = gate[:, 64 columns] (weight * total)  [tokens, E]
@@ -23,8 +24,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, post
 from pallas_kernels.mosaic.operands import round_up, wgmma_operand
-from pallas_kernels.mosaic.warpgroup import LANES, ROWS_BY_64, TILE_ROWS
+from pallas_kernels.mosaic.warpgroup import LANES, ROWS_BY_64, TILE_ROWS, one_per_lane
 
 COLUMNS = 64  # of a block
 _EXPERTS = 64  # rows of the gate that one wgmma takes
@@ -35,19 +37,16 @@ def padded_experts(E: int) -> int:
     return round_up(E, LANES)
 
 
-def inverse_rms(squares: Any, token: Any, H: int, eps: float) -> jax.Array:
-    """1 / sqrt(mean of a token's squares + eps), in a kernel.
+def squares_piece(squares: Any, token: Any) -> Piece:
+    """What `collect` loads of a token's squares (see AddResidual), for inverse_rms."""
+    count = squares.shape[0]
+    padded = round_up(count, LANES)
+    return Piece(squares.at[:, token], one_per_lane(padded), shape=(padded,), limit=count)
 
-    Args:
-      squares: see AddResidual, in global memory.
-      token: int32.
-      H: how many squares were added.
-      eps: of the norm.
-    """
-    total = jnp.float32(0)
-    for block in range(squares.shape[0]):
-        total += squares[block, token]
-    return lax.rsqrt(total / H + eps)
+
+def inverse_rms(squares: jax.Array, H: int, eps: float) -> jax.Array:
+    """1 / sqrt(mean of a token's H squares + eps), in a kernel; of what squares_piece loaded."""
+    return lax.rsqrt(jnp.sum(squares) / H + eps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,9 @@ class AddResidual:
     Masked, it reads valid [T] int32, too, and adds nothing to a token where that is 0. With E it
     reads gate [E, H] bf16.
 
-    Writes squares [H / 64, N] float32; with parts total [N, H] bf16; then scaled [N, H] bf16, or
-    with E partials [H / 64, N, E rounded up to 128] float32.
+    Makes squares [H / 64, N] float32; with parts total [N, H] bf16; then scaled [N, H] bf16, or
+    with E partials [H / 64, N, E rounded up to 128] float32. Mailed, total and scaled are float32
+    with bf16's values; those who read total get `words`, and with `keeps` total is written, too.
 
     Attributes:
       T, H: tokens, their size, a multiple of 64.
@@ -66,6 +66,8 @@ class AddResidual:
       num_parts: what is added to x.
       masked: whether to look at valid.
       E: experts of the router; 0 for none.
+      mailed: whether x, parts and all that others read are in mailboxes, or are there before.
+      keeps: whether total is written for the next grid.
       after: the kind of task that writes the parts; "" if they are there from the start.
     """
 
@@ -75,12 +77,18 @@ class AddResidual:
     num_parts: int = 0
     masked: bool = False
     E: int = 0
+    mailed: bool = False
+    keeps: bool = True
     after: str = ""
 
     num_counters = 1
 
     @property
     def num_blocks(self) -> int:
+        return self._column_blocks * (self.N // TILE_ROWS)
+
+    @property
+    def _column_blocks(self) -> int:
         return self.H // COLUMNS
 
     @property
@@ -98,32 +106,40 @@ class AddResidual:
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         struct, row = jax.ShapeDtypeStruct, (self.N, self.H)
-        types = {"squares": struct((self.num_blocks, self.N), jnp.float32)}
-        if self.num_parts:
+        types = {"squares": struct((self._column_blocks, self.N), jnp.float32)}
+        if self.num_parts and self.keeps:
             types["total"] = struct(row, jnp.bfloat16)
+        if self.num_parts and self.mailed:
+            types["words"] = struct(row, jnp.float32)
         if self.E:
-            shape = (self.num_blocks, self.N, padded_experts(self.E))
+            shape = (self._column_blocks, self.N, padded_experts(self.E))
             return types | {"partials": struct(shape, jnp.float32)}
-        return types | {"scaled": struct(row, jnp.bfloat16)}
+        return types | {"scaled": struct(row, jnp.float32 if self.mailed else jnp.bfloat16)}
 
     def shared_types(self) -> tuple:
         """With a gate: its columns, and the tokens as the tensor cores read them."""
         if not self.E:
             return ()
         gate = wgmma_operand(self._expert_blocks, _EXPERTS, COLUMNS)
-        return ([gate, wgmma_operand(self.N, COLUMNS)],)
+        return ([gate, wgmma_operand(TILE_ROWS, COLUMNS)],)
 
     def barrier_types(self) -> Any:
         return plgpu.Barrier(num_arrivals=self._expert_blocks) if self.E else ()
 
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
-        """All tokens' columns from 64 block_id on."""
-        columns = pl.ds(block_id * COLUMNS, COLUMNS)
+        """Block g * H / 64 + s does columns from 64 s on of tokens from 8 g on."""
+        group, column_block = (
+            lax.div(block_id, jnp.int32(self._column_blocks)),
+            lax.rem(block_id, jnp.int32(self._column_blocks)),
+        )
+        columns = pl.ds(column_block * COLUMNS, COLUMNS)
+        rows, there = pl.ds(group * TILE_ROWS, TILE_ROWS), self.T - group * TILE_ROWS
         if self.E:
             gate_smem, tokens_smem = shared[0]
             for part in range(self._expert_blocks):
-                rows = pl.ds(block_id * 0 + part * _EXPERTS, _EXPERTS)  # perhaps beyond the end
-                plgpu.copy_gmem_to_smem(arrays["gate"].at[rows, columns], gate_smem.at[part], full)
+                experts = pl.ds(block_id * 0 + part * _EXPERTS, _EXPERTS)  # perhaps beyond the end
+                piece = arrays["gate"].at[experts, columns]
+                plgpu.copy_gmem_to_smem(piece, gate_smem.at[part], full)
         weight = plgpu.load(
             arrays["norm_weight"].at[columns], layout=ROWS_BY_64.reduce(0), optimized=False
         )
@@ -132,36 +148,46 @@ class AddResidual:
         if self.after:
             wait(self.after)
 
-        def add(group, _):
-            rows = pl.ds(group * TILE_ROWS, TILE_ROWS)
-            total = self._total(arrays, group, rows, columns)
-            squares = arrays["squares"].at[block_id]
-            squares[rows] = jnp.sum(total * total, axis=1)
-            if self.num_parts:
-                arrays["total"][rows, columns] = total.astype(jnp.bfloat16)
-            scaled = (total * weight).astype(jnp.bfloat16)
-            if self.E:
-                tokens_smem[rows] = scaled
-            else:
-                arrays["scaled"][rows, columns] = scaled
-
-        lax.fori_loop(0, self.N // TILE_ROWS, add, None)
+        total = self._total(arrays, group, rows, columns)
+        scaled = (total * weight).astype(jnp.bfloat16)
+        if self.E:
+            tokens_smem[...] = scaled
+        elif self.mailed:
+            words = scaled.astype(jnp.float32)
+            post(arrays["scaled"].at[rows, columns], words, ROWS_BY_64, limit=there)
+        else:
+            arrays["scaled"][rows, columns] = scaled
+        squares = jnp.sum(total * total, axis=1)
+        by_row = ROWS_BY_64.reduce(1)
+        post(arrays["squares"].at[column_block, rows], squares, by_row, limit=there)
+        rounded = total.astype(jnp.bfloat16)
+        if "words" in arrays:
+            words = rounded.astype(jnp.float32)
+            post(arrays["words"].at[rows, columns], words, ROWS_BY_64, limit=there)
+        if "total" in arrays:
+            arrays["total"][rows, columns] = rounded
         if self.E:
             plgpu.commit_smem()
             plgpu.barrier_wait(full)
             for part in range(self._expert_blocks):
-                out = arrays["partials"].at[block_id, :, pl.ds(part * _EXPERTS, _EXPERTS)]
-                _multiply(gate_smem.at[part], tokens_smem, out)
+                experts = pl.ds(part * _EXPERTS, _EXPERTS)
+                out = arrays["partials"].at[column_block, rows, experts]
+                _multiply(gate_smem.at[part], tokens_smem, out, there)
         signal()
 
     def _total(self, arrays, group, rows, columns) -> jax.Array:
         """[8, 64] float32; all loads are under way before the first addition."""
 
-        def load(ref):
-            return plgpu.load(ref, layout=ROWS_BY_64, optimized=False).astype(jnp.float32)
+        def piece(ref):
+            return Piece(ref, ROWS_BY_64, limit=self.T - group * TILE_ROWS)
 
-        total = load(arrays["x"].at[rows, columns])
-        parts = [load(arrays["parts"].at[part, rows, columns]) for part in range(self.num_parts)]
+        x = arrays["x"].at[rows, columns]
+        parts = [piece(arrays["parts"].at[part, rows, columns]) for part in range(self.num_parts)]
+        if isinstance(arrays["x"], Mailbox):
+            total, *parts = collect([piece(x), *parts])
+        else:
+            total = plgpu.load(x, layout=ROWS_BY_64, optimized=False).astype(jnp.float32)
+            parts = collect(parts) if parts else []
         added = total
         for part in parts:
             added += part
@@ -185,24 +211,24 @@ class AddResidual:
                 parts = jnp.where(valid[:, None] > 0, parts, 0)
             total = total + jnp.sum(parts, axis=0)
             found["total"] = total.astype(jnp.bfloat16)
+            found["words"] = found["total"].astype(jnp.float32)
         by_block = total.reshape(self.N, -1, COLUMNS)
         found["squares"] = jnp.sum(by_block * by_block, axis=2).T
         scaled = total * arrays["norm_weight"].astype(jnp.float32)
         if not self.E:
-            return found | {"scaled": scaled.astype(jnp.bfloat16)}
+            return found | {"scaled": scaled.astype(jnp.bfloat16)}  # any reader casts it
         gate = arrays["gate"].astype(jnp.float32).reshape(self.E, -1, COLUMNS)
         tokens = scaled.astype(jnp.bfloat16).astype(jnp.float32).reshape(self.N, -1, COLUMNS)
         partials = jnp.einsum("nsk,esk->sne", tokens, gate, precision=lax.Precision.HIGHEST)
         return found | {"partials": jnp.pad(partials, ((0, 0), (0, 0), (0, -self.E % LANES)))}
 
 
-def _multiply(gate_smem, tokens_smem, out) -> None:
-    """Out [N, 64] = tokens [N, 64] times the gate's 64 experts."""
+def _multiply(gate_smem, tokens_smem, out, there) -> None:
+    """Out [8, 64] = tokens [8, 64] times the gate's 64 experts; as many tokens as are there."""
 
     def multiply(acc):
         plgpu.wgmma(acc, gate_smem, tokens_smem.transpose((1, 0)))
         return acc[...]
 
     sums = pl.run_scoped(multiply, plgpu.ACC((_EXPERTS, tokens_smem.shape[0]), jnp.float32))
-    out = out.transpose((1, 0))
-    out[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+    post(out, sums, plgpu.Layout.WGMMA, limit=there, transposed=True)

@@ -18,8 +18,9 @@ from pallas_kernels.decode_step.layer import (
     experts_tasks,
     router_tasks,
 )
-from pallas_kernels.decode_step.tasks import Task, run_as_grid
+from pallas_kernels.decode_step.tasks import Task, mailbox_shapes, run_as_grid
 from pallas_kernels.mosaic import device
+from pallas_kernels.mosaic.mailbox import empty_mailbox
 
 
 class LayerWeights(NamedTuple):
@@ -54,10 +55,13 @@ class Residual(NamedTuple):
     Attributes:
       x: [N, H] bfloat16, N = B rounded up to a multiple of 8; rows from B on may hold anything.
       parts: None, or [number, N, H] float32. Those of rows that are not valid do not count.
+      mailboxes: what a layer hands to the next one for its tasks' use, see mosaic/mailbox.py. None
+        makes fresh ones, which costs some microseconds.
     """
 
     x: jax.Array
     parts: jax.Array | None = None
+    mailboxes: dict[str, tuple[jax.Array, jax.Array]] | None = None
 
     @classmethod
     def of(cls, x: jax.Array) -> "Residual":
@@ -218,9 +222,11 @@ def _run(
     if residual.parts is not None:
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
+    mailboxes = residual.mailboxes
     for name, tasks in grids(s, config, num_parts, launches).items():
-        found, stamps[name] = _launch(name, tasks, known, interpret, stamped)
-        known |= found
+        given = _mailboxes(tasks, mailboxes)
+        found, stamps[name], turned = _launch(name, tasks, known, given, interpret, stamped)
+        known, mailboxes = known | found, turned or mailboxes
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
     if "outputs" in known:
         outputs = known["outputs"].reshape(s.K, s.N, s.H)
@@ -235,7 +241,7 @@ def _run(
             interpret=interpret,
         )[None]
     step = LayerStep(
-        residual=Residual(known["residual"], outputs),
+        residual=Residual(known["residual"], outputs, mailboxes),
         keys=known["keys"].reshape(keys.shape),
         values=known["values"].reshape(values.shape),
         ids=ids,
@@ -249,34 +255,47 @@ def grids(
     s: LayerShapes, config: LayerConfig, num_parts: int, launches: str
 ) -> dict[str, list[Task]]:
     """The tasks of each grid, in their order. More than 8 rows leave the experts to others."""
-    attention, router = attention_tasks(s, config, num_parts, num_parts > 0), router_tasks(s)
-    if not WholeBatchTiles.fit(s.B, s.K):
+    all_fit = WholeBatchTiles.fit(s.B, s.K)
+    mailed = config.mailboxes and all_fit and launches == "layer"
+    attention = attention_tasks(s, config, num_parts, num_parts > 0, mailed)
+    router = router_tasks(s, mailed)
+    if not all_fit:
         return {"decode_attention": [*attention, *router]}
-    experts = experts_tasks(s, config)
+    experts = experts_tasks(s, config, mailed)
     if launches == "layer":
         return {"decode_layer": [*attention, *router, *experts]}
     return {"decode_attention": attention, "decode_moe": [*router, *experts]}
 
 
 def _launch(
-    name: str, tasks: list[Task], known: dict, interpret, stamped: bool
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The arrays that a grid's tasks write or change; and stamps by kind, if asked for."""
+    name: str, tasks: list[Task], known: dict, mailboxes: dict, interpret, stamped: bool
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict]:
+    """The arrays that a grid's tasks write or change; stamps by kind, if asked for; mailboxes."""
     written = [name for task in tasks for name in task.writes.values()]
     changed = [name for task in tasks for name in task.updates.values()]
-    read = {name for task in tasks for name in (*task.reads.values(), *changed)} - set(written)
+    made = {name for task in tasks for name in task.made.values()}
+    read = {name for task in tasks for name in (*task.reads.values(), *changed)} - made
     kinds = {task.kind for task in tasks}
     given = {name: array for name, array in known.items() if name in read}
     tasks = [task.among(kinds) for task in tasks]
     found = run_as_grid(
-        tasks, given, (*written, *changed), name=name, interpret=interpret, stamped=stamped
-    )
+        tasks, given, (*written, *changed), name=name, interpret=interpret, stamped=stamped,
+        mailboxes=mailboxes,
+    )  # fmt: skip
     stamps = {}
     if stamped:
         ends = np.cumsum([task.work.num_blocks for task in tasks])[:-1]
         parts = jnp.split(found.pop("stamps"), ends)
         stamps = dict(zip((task.kind for task in tasks), parts, strict=True))
-    return found, stamps
+    return found, stamps, found.pop("mailboxes", None)
+
+
+def _mailboxes(tasks: list[Task], given: dict | None) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Those given, if they are of these tasks; else fresh ones."""
+    shapes = mailbox_shapes(tasks)
+    if given is not None and {name: pair[0].shape for name, pair in given.items()} == shapes:
+        return given
+    return {name: (empty_mailbox(shape), empty_mailbox(shape)) for name, shape in shapes.items()}
 
 
 def _rows(cache: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.decode_attention.merge_splits import MergeSplits
 from pallas_kernels.decode_attention.reference import reference_attend
 from pallas_kernels.decode_attention.split_attention import SplitAttention
-from pallas_kernels.decode_step.add_residual import inverse_rms
+from pallas_kernels.decode_step.add_residual import inverse_rms, squares_piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,13 @@ class AttendWork:
         (smem,) = shared
         row = lax.div(lax.rem(block_id, self.num_counters), self.phase.kv)
 
-        def wait_for_sums():
-            wait(self.after)
-            return inverse_rms(arrays["squares"], row, self.H, self.eps)
-
         self.phase.run(
-            block_id, *(arrays[name] for name in names), smem, full, wait_for_sums, signal
-        )
+            block_id, *(arrays[name] for name in names), smem, full,
+            wait=lambda: wait(self.after),
+            signal=signal,
+            squares=squares_piece(arrays["squares"], row),
+            factor=lambda squares: inverse_rms(squares, self.H, self.eps),
+        )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The whole attention: sums are [B, heads * D] already, and log_weights nothing."""
@@ -92,17 +92,21 @@ class AttendWork:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeWork:
-    """Reads sums, log_weights, lengths and valid; writes attended [N, heads * D] bf16.
+    """Reads sums, log_weights, lengths and valid; makes attended [N, heads * D] bf16.
+
+    Mailed, attended is float32, and its reader rounds it.
 
     Attributes:
       phase: what its blocks do.
       N: rows of attended; those from B on stay unwritten.
+      mailed: whether all of this is in mailboxes.
       after: the kind of task that writes the sums.
     """
 
     phase: MergeSplits
     N: int
     after: str
+    mailed: bool = False
 
     num_counters = 1
     bytes_read = 0
@@ -118,7 +122,8 @@ class MergeWork:
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.N, self.phase.out_type.shape[1])
-        return {"attended": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+        dtype = jnp.float32 if self.mailed else jnp.bfloat16
+        return {"attended": jax.ShapeDtypeStruct(shape, dtype)}
 
     def shared_types(self) -> tuple:
         return ()

@@ -15,9 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
 from pallas_kernels.decode_experts.token_tiles import Tile, WholeBatchTiles
+from pallas_kernels.mosaic.mailbox import Piece, collect
+from pallas_kernels.mosaic.operands import round_up
+from pallas_kernels.mosaic.warpgroup import LANES, one_per_lane
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,25 @@ def slot_major_tiles(T: int, K: int, E: int, H: int) -> SlotMajorTiles:
     )
 
 
+def _with_ids(groups: tuple, tiles: SlotMajorTiles, mailed: bool) -> tuple:
+    """A product's shared memory; mailed, the ids stand behind the stages."""
+    if not mailed:
+        return groups
+    stages, *others = groups
+    return ([*stages, plgpu.SMEM((round_up(tiles.num_tiles, LANES),), jnp.int32)], *others)
+
+
+def _ids(ids: Any, shared: tuple, mailed: bool) -> tuple[Any, tuple]:
+    """The ids that a product's blocks read, and its own shared memory."""
+    if not mailed:
+        return ids, shared
+    (*stages, ids_smem), *others = shared
+    size = ids_smem.shape[0]
+    (words,) = collect([Piece(ids, one_per_lane(size), shape=(size,), limit=ids.shape[0])])
+    ids_smem[...] = words.astype(jnp.int32)
+    return ids_smem, (stages, *others)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateUpWork:
     """Reads ids, weights [T * K], tokens [8, H] and gate_up [E * 2 * I, H]; writes hidden.
@@ -57,10 +80,12 @@ class GateUpWork:
     Attributes:
       product: what its blocks do.
       after: the kind of task that writes the ids.
+      mailed: whether the ids are in a mailbox, as words, before the rest is written.
     """
 
     product: GateUp
     after: str
+    mailed: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -83,18 +108,21 @@ class GateUpWork:
         return {"hidden": self.product.out_type}
 
     def shared_types(self) -> tuple:
-        return self.product.shared_types()
+        return _with_ids(self.product.shared_types(), self.product.tiles, self.mailed)
 
     def barrier_types(self) -> Any:
         return self.product.full_type()
 
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
         """Signals its tile's counter; a block without a tile signals nothing."""
-        wait(self.after)
-        a = arrays
+        a, wait_for_tokens = arrays, functools.partial(wait, self.after)
+        if not self.mailed:
+            wait_for_tokens()
+        ids, shared = _ids(a["ids"], shared, self.mailed)
         self.product.run(
-            block_id, a["ids"], a["weights"], a["tokens"], a["gate_up"], a["hidden"],
-            shared, full, functools.partial(signal, after_copies=True),
+            block_id, ids, a["weights"], a["tokens"], a["gate_up"], a["hidden"], shared, full,
+            functools.partial(signal, after_copies=True),
+            wait_for_tokens if self.mailed else lambda: None,
         )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -119,11 +147,13 @@ class DownWork:
     Attributes:
       product: what its blocks do.
       after_ids, after: the kinds of tasks that write ids and hidden.
+      mailed: as GateUpWork's.
     """
 
     product: Down
     after_ids: str
     after: str
+    mailed: bool = False
 
     num_counters = 0
     arrivals = 0
@@ -141,7 +171,7 @@ class DownWork:
         return {"outputs": self.product.out_type}
 
     def shared_types(self) -> tuple:
-        return self.product.shared_types()
+        return _with_ids(self.product.shared_types(), self.product.tiles, self.mailed)
 
     def barrier_types(self) -> Any:
         return self.product.full_type()
@@ -149,10 +179,12 @@ class DownWork:
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
         """The last task: it signals nothing, because the grid ends."""
         del signal
-        wait(self.after_ids)
         a = arrays
+        if not self.mailed:
+            wait(self.after_ids)
+        ids, shared = _ids(a["ids"], shared, self.mailed)
         self.product.run(
-            block_id, a["ids"], a["hidden"], a["down"], a["outputs"], shared, full,
+            block_id, ids, a["hidden"], a["down"], a["outputs"], shared, full,
             lambda tile: wait(self.after, tile),
         )  # fmt: skip
 

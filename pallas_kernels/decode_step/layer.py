@@ -71,6 +71,7 @@ class LayerConfig:
         blocks, which share few experts' weights more evenly among cores.
         A block_k that does not divide its size is halved until it does.
       down_block_m, down_block_k, down_num_stages: of Down.
+      mailboxes: whether the tasks of a grid of all of them hand on their results in mailboxes.
     """
 
     qkv_spread_ns: int = 4000
@@ -81,6 +82,7 @@ class LayerConfig:
     down_block_m: int = 64
     down_block_k: int = 128
     down_num_stages: int = 3
+    mailboxes: bool = True
 
 
 _FEW_ROWS = LayerConfig(gate_up_neurons=16, gate_up_block_k=128, gate_up_num_stages=4)
@@ -92,7 +94,7 @@ def default_config(B: int) -> LayerConfig:
 
 
 def attention_tasks(
-    s: LayerShapes, config: LayerConfig, num_parts: int, masked: bool
+    s: LayerShapes, config: LayerConfig, num_parts: int, masked: bool, mailed: bool = False
 ) -> list[Task]:
     """From x and what is added to it to the next residual, and the router's partial sums.
 
@@ -101,32 +103,39 @@ def attention_tasks(
       config: how.
       num_parts: parts of what is added to x; 0 for nothing.
       masked: as in AddResidual.
+      mailed: whether results are handed on in mailboxes; for at most 8 rows.
     """
     rows = (s.heads * s.D, s.kv * s.D, s.kv * s.D)
-    add_1 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked)
-    qkv = SplitProduct(
-        N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, spread_ns=config.qkv_spread_ns
+    add_1 = AddResidual(
+        T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked, mailed=mailed, keeps=not mailed
     )
+    qkv = SplitProduct(
+        T=s.B, N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, mailed=mailed,
+        spread_ns=config.qkv_spread_ns,
+    )  # fmt: skip
     phase = SplitAttention(
         B=s.B, heads=s.heads, kv=s.kv, D=s.D, C=s.C, num_partials=qkv.num_splits, eps=s.eps
     )
     attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv")
-    merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend")
+    merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend", mailed=mailed)
     o = SplitProduct(
-        N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", spread_ns=config.o_spread_ns
+        T=s.B, N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", mailed=mailed,
+        spread_ns=config.o_spread_ns,
+    )  # fmt: skip
+    add_2 = AddResidual(
+        T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, mailed=mailed, after="o"
     )
-    add_2 = AddResidual(T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, after="o")
     added = {"parts": "parts"} if num_parts else {}
     mask = {"valid": "valid"} if masked else {}
     total = "attention_input" if num_parts else "x"
     names = ("qkv", "cos", "sin", "q_norm", "k_norm", "lengths", "valid")
-    return [
+    tasks = [
         Task(
             kind="add_1",
             work=add_1,
             reads={"x": "x", "norm_weight": "input_layernorm"} | added | mask,
             writes={"scaled": "scaled", "squares": "squares_1"}
-            | ({"total": total} if num_parts else {}),
+            | ({"words" if mailed else "total": total} if num_parts else {}),
         ),
         Task(
             kind="qkv",
@@ -167,14 +176,26 @@ def attention_tasks(
                 "parts": "o",
                 "gate": "gate",
             },
-            writes={"total": "residual", "squares": "squares_2", "partials": "logits_partials"},
+            writes={"total": "residual", "squares": "squares_2", "partials": "logits_partials"}
+            | ({"words": "residual_words"} if mailed else {}),
             waits_for={"o": add_2.num_blocks},
         ),
     ]
+    return [_in_mailboxes(task) for task in tasks] if mailed else tasks
 
 
-def router_tasks(s: LayerShapes) -> list[Task]:
-    """From the router's partial sums to logits, ids, weights, and the experts' normed input."""
+def _in_mailboxes(task: Task) -> Task:
+    """The same, which waits for nothing, and posts all but what the next grid reads."""
+    posts = {role: name for role, name in task.writes.items() if name != "residual"}
+    writes = {role: name for role, name in task.writes.items() if name == "residual"}
+    return dataclasses.replace(task, posts=posts, writes=writes, waits_for={})
+
+
+def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
+    """From the router's partial sums to logits, ids, weights, and the experts' normed input.
+
+    Arguments as those of attention_tasks.
+    """
     top_k = TopK(
         T=s.B,
         H=s.H,
@@ -184,6 +205,7 @@ def router_tasks(s: LayerShapes) -> list[Task]:
         eps=s.eps,
         num_splits=s.H // COLUMNS,
         norm_topk_prob=s.norm_topk_prob,
+        mailed=mailed,
         after="add_2",
     )
     return [
@@ -193,18 +215,23 @@ def router_tasks(s: LayerShapes) -> list[Task]:
             reads={
                 "partials": "logits_partials",
                 "squares": "squares_2",
-                "total": "residual",
+                "total": "residual_words" if mailed else "residual",
                 "norm_weight": "post_attention_layernorm",
                 "valid": "valid",
             },
             writes={"normed": "moe_input"} | {name: name for name in ("logits", "ids", "weights")},
-            waits_for={"add_2": s.B},
+            posts={"words": "ids_words"} if mailed else {},
+            waits_for={} if mailed else {"add_2": s.B},
         ),
     ]
 
 
-def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
-    """From moe_input, ids and weights to outputs; at most 8 tokens."""
+def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> list[Task]:
+    """From moe_input, ids and weights to outputs; at most 8 tokens.
+
+    Arguments as those of attention_tasks.
+    """
+    ids = "ids_words" if mailed else "ids"
     tiles = slot_major_tiles(s.B, s.K, s.E, s.H)
     gate_up = GateUp(
         tiles=tiles,
@@ -225,9 +252,9 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
     return [
         Task(
             kind="gate_up",
-            work=GateUpWork(product=gate_up, after="top_k"),
+            work=GateUpWork(product=gate_up, after="top_k", mailed=mailed),
             reads={
-                "ids": "ids",
+                "ids": ids,
                 "weights": "weights",
                 "tokens": "moe_input",
                 "gate_up": "gate_up",
@@ -237,10 +264,11 @@ def experts_tasks(s: LayerShapes, config: LayerConfig) -> list[Task]:
         ),
         Task(
             kind="down",
-            work=DownWork(product=down, after_ids="top_k", after="gate_up"),
-            reads={"ids": "ids", "hidden": "hidden", "down": "down"},
+            work=DownWork(product=down, after_ids="top_k", after="gate_up", mailed=mailed),
+            reads={"ids": ids, "hidden": "hidden", "down": "down"},
             writes={"outputs": "outputs"},
-            waits_for={"top_k": down.num_blocks, "gate_up": down.blocks_per_tile},
+            waits_for=({} if mailed else {"top_k": down.num_blocks})
+            | {"gate_up": down.blocks_per_tile},
         ),
     ]
 

@@ -25,8 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.grid_sync import pause
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
+from pallas_kernels.mosaic.mailbox import Piece, collect, post
 from pallas_kernels.mosaic.operands import round_up, wgmma_operand
 from pallas_kernels.mosaic.pipeline import mainloop, prologue
+from pallas_kernels.mosaic.warpgroup import ROWS_BY_64
 
 BLOCK_M = 64  # rows of a block: what one wgmma takes
 SPLIT_COLUMNS = 512  # of the last split, those beyond the end are zeros
@@ -39,24 +41,29 @@ STAGES_BYTES = 73728
 class SplitProduct:
     """Reads tokens [N, columns] bf16 and weights_0, weights_1, ... [rows, columns] bf16.
 
-    Writes partials [num_splits, N, all rows] float32, or [num_splits, N, all rows / D, D].
+    Makes partials [num_splits, N, all rows] float32, or [num_splits, N, all rows / D, D]. Tokens
+    in a mailbox are float32, and at most 8.
 
     Attributes:
-      N: tokens, a multiple of 8 up to 64; columns of padding tokens may hold anything.
+      T: tokens.
+      N: T, rounded up to a multiple of 8, at most 64; rows from T on may hold anything.
       rows: of each array of weights; multiples of 64.
       columns: a multiple of 64.
       after: the kind of task that writes the tokens.
       D: the last dimension of partials; 0 for all rows in one.
+      mailed: whether tokens and partials are in mailboxes.
       spread_ns: over what time blocks begin to load weights, one after the other. If all asked at
         once, loads of other blocks, and polls, would stand in line behind them for microseconds.
     """
 
+    T: int
     N: int
     rows: tuple[int, ...]
     columns: int
     after: str
     D: int = 0
     spread_ns: int = 0
+    mailed: bool = False
 
     num_counters = 1
 
@@ -117,7 +124,8 @@ class SplitProduct:
         )
 
     def barrier_types(self) -> Any:
-        return plgpu.Barrier(num_arrivals=2, num_barriers=self.num_stages)
+        """A stage's copies: weights, and tokens unless lanes bring them."""
+        return plgpu.Barrier(num_arrivals=1 if self.mailed else 2, num_barriers=self.num_stages)
 
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
         """Block s * row_blocks + r does rows 64 r of split s."""
@@ -147,6 +155,8 @@ class SplitProduct:
                 first += blocks
 
         def load_tokens(step, stage):
+            if self.mailed:
+                return
             piece = arrays["tokens"].at[:, columns(step)]
             plgpu.copy_gmem_to_smem(piece, tokens_smem.at[stage], full.at[stage])
 
@@ -165,14 +175,31 @@ class SplitProduct:
             # Weights depend on no other block, so they are on their way before the wait.
             prologue(steps, num_stages, load_weights)
             wait(self.after)
+            if self.mailed:
+                self._collect_tokens(arrays["tokens"], split, tokens_smem)
             prologue(steps, num_stages, load_tokens)
             mainloop(steps, num_stages, load=load, compute=compute, init=(), wgmmas_in_flight=1)
             return acc[...]  # [BLOCK_M, N]
 
         sums = pl.run_scoped(multiply, plgpu.ACC((BLOCK_M, self.N), jnp.float32))
-        out = self._place(arrays["partials"], split, row_block).transpose((1, 0))
-        out[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+        out = self._place(arrays["partials"], split, row_block)
+        post(out, sums, plgpu.Layout.WGMMA, limit=self.T, transposed=True)
         signal()
+
+    def _collect_tokens(self, tokens, split, tokens_smem) -> None:
+        """Brings a split's columns from the mailbox to the stages, which hold all of them."""
+        width = self.steps * self.block_k
+        places = [(step, at) for step in range(self.steps) for at in range(0, self.block_k, 64)]
+        pieces = []
+        for step, at in places:
+            first = split * width + step * self.block_k + at
+            # Columns beyond the end are zeros, and are not read.
+            limit = jnp.where(first < self.columns, self.T, 0)
+            first = jnp.minimum(first, self.columns - 64)
+            pieces.append(Piece(tokens.at[:, pl.ds(first, 64)], ROWS_BY_64, limit=limit))
+        for (step, at), values in zip(places, collect(pieces), strict=True):
+            tokens_smem[step, :, pl.ds(at, 64)] = values.astype(jnp.bfloat16)
+        plgpu.commit_smem()
 
     def _place(self, partials, split, row_block):
         if not self.D:
@@ -187,7 +214,7 @@ class SplitProduct:
         found = []
         for split in range(self.num_splits):
             part = slice(split * SPLIT_COLUMNS, (split + 1) * SPLIT_COLUMNS)
-            tokens = arrays["tokens"][:, part].astype(jnp.float32)
+            tokens = arrays["tokens"][:, part].astype(jnp.bfloat16).astype(jnp.float32)
             sums = [
                 jnp.einsum(
                     "tk,rk->tr",

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.device import launch
 from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
+from pallas_kernels.mosaic.mailbox import Mailbox
 from pallas_kernels.mosaic.stamps import BEGIN, CORE, END, WAITED, stamp, stamps_type
 
 
@@ -94,6 +95,8 @@ class Task:
       reads: role -> array.
       writes: role -> array, which this task is the first to write.
       updates: role -> array that it changes in place.
+      posts: role -> array that it hands on in a mailbox (mosaic/mailbox.py). Tasks that read the
+        array wait for its values, and need no signal for them.
       waits_for: earlier kind -> how many of this task's blocks wait for each of its counters.
     """
 
@@ -102,7 +105,13 @@ class Task:
     reads: Mapping[str, str]
     writes: Mapping[str, str]
     updates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    posts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     waits_for: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def made(self) -> dict[str, str]:
+        """Role -> array, of all that it makes."""
+        return {**self.writes, **self.posts}
 
     def among(self, kinds: Collection[str]) -> "Task":
         """The same in a grid of these kinds: what other grids wrote is there as it begins."""
@@ -121,9 +130,9 @@ def check_order(tasks: Sequence[Task], inputs: Sequence[str]) -> None:
             raise ValueError(f"task {task.kind!r} waits for {missing}, which are no earlier tasks")
         if task.kind in kinds:
             raise ValueError(f"task {task.kind!r} stands twice in the list")
-        if twice := sorted(known & set(task.writes.values())):
+        if twice := sorted(known & set(task.made.values())):
             raise ValueError(f"task {task.kind!r} writes {twice}, which exist already")
-        known |= set(task.writes.values())
+        known |= set(task.made.values())
         kinds.add(task.kind)
 
 
@@ -134,8 +143,15 @@ def run_in_python(tasks: Sequence[Task], arrays: Mapping[str, jax.Array]) -> dic
     for task in tasks:
         given = {role: known[name] for role, name in (task.reads | task.updates).items()}
         found = task.work.reference(given)
-        known |= {name: found[role] for role, name in (task.writes | task.updates).items()}
+        known |= {name: found[role] for role, name in (task.made | task.updates).items()}
     return known
+
+
+def mailbox_shapes(tasks: Sequence[Task]) -> dict[str, tuple[int, ...]]:
+    """Of the arrays that tasks hand on in mailboxes, by name."""
+    return {
+        name: task.work.out_types[role].shape for task in tasks for role, name in task.posts.items()
+    }
 
 
 def run_as_grid(
@@ -146,7 +162,8 @@ def run_as_grid(
     name: str,
     interpret: Any,
     stamped: bool = False,
-) -> dict[str, jax.Array]:
+    mailboxes: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
+) -> dict[str, Any]:
     """All tasks as one grid.
 
     Args:
@@ -156,13 +173,22 @@ def run_as_grid(
       name: of the kernel.
       interpret: as in mosaic.device.launch.
       stamped: whether the result has "stamps", too, see mosaic/stamps.py.
+      mailboxes: for each of mailbox_shapes an empty one, and one to be emptied.
+
+    Returns:
+      The results by name; if there are any, "mailboxes" as the next grid takes them.
     """
     check_order(tasks, tuple(arrays))
+    mailboxes = {} if mailboxes is None else dict(mailboxes)
+    arrays = dict(arrays)
+    for array, pair in mailboxes.items():
+        arrays |= dict(zip(_mailbox_names(array), pair, strict=True))
     inputs = list(arrays)
     types = {
         name: task.work.out_types[role] for task in tasks for role, name in task.writes.items()
     }
     changed = [name for task in tasks for name in task.updates.values()]
+    changed += [part for name in mailboxes for part in _mailbox_names(name)]
     types |= {
         name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in changed
     }
@@ -176,6 +202,8 @@ def run_as_grid(
         refs, counters = list(refs), refs[len(inputs)]
         known = dict(zip(inputs, refs, strict=False))
         known |= dict(zip(outputs, refs[len(inputs) + 1 :], strict=True))
+        for array in mailboxes:
+            known[array] = Mailbox(*(known[part] for part in _mailbox_names(array)))
         stamps = known.get("stamps")
         stamp(stamps, block_id, BEGIN)
         mark = functools.partial(stamp, stamps, block_id, WAITED)
@@ -207,7 +235,17 @@ def run_as_grid(
         )(*operands, zeroed_counters(num_counters))
 
     found = dict(zip(outputs, call(*arrays.values()), strict=True))
-    return {name: found[name] for name in (*results, *(["stamps"] if stamped else []))}
+    wanted = (*results, *(["stamps"] if stamped else []))
+    # What was posted is stale for the next grid, and what was emptied is empty.
+    turned = {
+        name: tuple(found[part] for part in reversed(_mailbox_names(name))) for name in mailboxes
+    }
+    found = {name: found[name] for name in wanted}
+    return found | ({"mailboxes": turned} if mailboxes else {})
+
+
+def _mailbox_names(name: str) -> tuple[str, str]:
+    return f"{name} full", f"{name} stale"
 
 
 def _first_blocks(tasks: Sequence[Task]) -> list[int]:
@@ -246,6 +284,6 @@ def _run_block(task, block_id, known, counters, places, mark, *, shared, barrier
         if places[task.kind].waiting:
             signal(counters, places[task.kind].first + counter, after_copies=after_copies)
 
-    names = task.reads | task.writes | task.updates
+    names = task.reads | task.made | task.updates
     arrays = {role: known[name] for role, name in names.items()}
     task.work.run(block_id, arrays, tuple(shared), barriers, wait_for, send)

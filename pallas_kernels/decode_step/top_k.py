@@ -10,7 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_step.add_residual import inverse_rms, padded_experts
+from pallas_kernels.decode_step.add_residual import inverse_rms, padded_experts, squares_piece
+from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, post
 from pallas_kernels.mosaic.operands import round_up
 from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout, scatter
 
@@ -42,6 +43,7 @@ class TopK:
       num_splits: of the product with the router's gate.
       norm_topk_prob: whether the K weights are divided by their sum.
       after: the kind of task that writes the partials.
+      mailed: whether what it reads, and the experts' ids as words, are in mailboxes.
     """
 
     T: int
@@ -53,6 +55,7 @@ class TopK:
     num_splits: int
     norm_topk_prob: bool
     after: str
+    mailed: bool = False
 
     num_counters = 1
     bytes_read = 0
@@ -72,7 +75,8 @@ class TopK:
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         chosen = (self.T * self.K,)
-        return {
+        words = {"words": jax.ShapeDtypeStruct(chosen, jnp.float32)} if self.mailed else {}
+        return words | {
             "logits": jax.ShapeDtypeStruct((self.T, self.E), jnp.float32),
             "ids": jax.ShapeDtypeStruct(chosen, jnp.int32),
             "weights": jax.ShapeDtypeStruct(chosen, jnp.float32),
@@ -81,7 +85,7 @@ class TopK:
 
     def shared_types(self) -> tuple:
         """One group, by names."""
-        experts, ranks = (self.padded_E,), (round_up(self.K, 8),)
+        experts, ranks = (self.padded_E,), (round_up(self.K, LANES),)
         return (
             {
                 "keys": plgpu.SMEM(experts, jnp.int32),
@@ -102,16 +106,31 @@ class TopK:
         layout = row_layout(self.H)
         norm_weight = plgpu.load(arrays["norm_weight"], layout=layout, optimized=False)
         wait(self.after)
-        row = plgpu.load(arrays["total"].at[token], layout=layout, optimized=False)
-        inverse = inverse_rms(arrays["squares"], token, self.H, self.eps)
-        expert_logits = self._add_partials(arrays["partials"], token) * inverse  # [padded_E]
-        row = row.astype(jnp.float32) * inverse * norm_weight.astype(jnp.float32)
-        arrays["normed"][token] = row.astype(jnp.bfloat16)
+        experts = one_per_lane(self.padded_E)
+        pieces = [
+            Piece(arrays["partials"].at[split, token], experts, limit=self.E)
+            for split in range(self.num_splits)
+        ]
+        pieces.append(squares_piece(arrays["squares"], token))
+        total = arrays["total"].at[token]
+        if isinstance(total, Mailbox):
+            *partials, squares, row = collect([*pieces, Piece(total, layout)])
+        else:
+            row = plgpu.load(total, layout=layout, optimized=False)
+            *partials, squares = collect(pieces)
+        inverse = inverse_rms(squares, self.H, self.eps)
+        expert_logits = self._add_partials(partials) * inverse  # [padded_E]
         ranks = self._rank(expert_logits, smem["keys"])
         smem["expert_logits"][...] = expert_logits
         self._choose(expert_logits, ranks, valid, smem)
-        _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
         chosen = pl.ds(token * self.K, self.K)
+        if self.mailed:  # first, because the experts' weights are loaded by them
+            layout_of_ids = one_per_lane(smem["chosen_ids"].shape[0])
+            ids = plgpu.load(smem["chosen_ids"], layout=layout_of_ids).astype(jnp.float32)
+            post(arrays["words"].at[chosen], ids, layout_of_ids, limit=self.K)
+        row = row.astype(jnp.float32) * inverse * norm_weight.astype(jnp.float32)
+        arrays["normed"][token] = row.astype(jnp.bfloat16)
+        _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
         _store(smem["chosen_ids"], arrays["ids"].at[chosen], self.K)
         _store(smem["chosen_weights"], arrays["weights"].at[chosen], self.K)
         signal()
@@ -130,16 +149,17 @@ class TopK:
         return {
             "logits": logits,
             "ids": ids.reshape(-1),
+            "words": ids.reshape(-1).astype(jnp.float32),
             "weights": weights.reshape(-1),
             "normed": normed.astype(jnp.bfloat16),
         }
 
-    def _add_partials(self, partials, token) -> jax.Array:
+    def _add_partials(self, partials) -> jax.Array:
         """[padded_E] float32: the logits, -inf where no expert is."""
         expert = lane_indices(self.padded_E)
         logits = jnp.zeros_like(expert, jnp.float32)
-        for split in range(self.num_splits):
-            logits += plgpu.load(partials.at[split, token], layout=one_per_lane(self.padded_E))
+        for partial in partials:
+            logits += partial
         return jnp.where(expert < self.E, logits, -jnp.inf)
 
     def _rank(self, logits: jax.Array, keys_smem) -> jax.Array:

@@ -32,16 +32,16 @@ from tests.pallas_kernels.races import run_and_assert_no_races
 POISONED = plgpu.InterpretGPUParams(uninitialized_memory="nan") if INTERPRET else False
 # Interpreted, few splits are enough to have some with several chunks, and take less time.
 SPLITS = 32 if ON_GPU else 2
-SMALL = Size(B=3, kv=1, G=2, C=192)  # three chunks, two splits
+SMALL = Size(B=3, kv=1, G=2, C=320)  # three chunks, of which one is cut off; two splits
 run = functools.partial(attend, max_splits=SPLITS, interpret=POISONED)
 
 
 @pytest.mark.parametrize(
     ("lengths", "valid"),
     [
-        ((0, 1, 63), (1, 1, 1)),
-        ((64, 65, 190), (1, 1, 1)),
-        ((191, 192, 500), (1, 1, 1)),  # the last slot, then the ring begins again
+        ((0, 1, 127), (1, 1, 1)),
+        ((128, 129, 318), (1, 1, 1)),
+        ((319, 320, 820), (1, 1, 1)),  # the last slot, then the ring begins again
         ((0, 64, 300), (0, 0, 0)),  # no key at all, and no new one
         ((100, 0, 127), (0, 1, 1)),
     ],
@@ -121,9 +121,9 @@ def test_same_input_same_bits(seed):
 
 @pytest.mark.parametrize("max_splits", [1, 2, 32])
 def test_splits_cover_all_chunks_once(max_splits):
-    for num_keys in [0, 1, 64, 65, 500, 2048, 2049, 16384, 40000]:
+    for num_keys in [0, 1, 128, 129, 500, 4096, 4097, 16384, 40000]:
         chunks, per_split, splits = splits_of(num_keys, max_splits)
-        assert chunks == -(-num_keys // 64)
+        assert chunks == -(-num_keys // 128)
         assert splits <= max_splits
         # All of them, and no split that has nothing of them.
         assert (splits - 1) * per_split < max(chunks, 1)
@@ -220,10 +220,12 @@ def test_errors_name_what_is_accepted(change, error, message):
 
 
 def test_blocks_are_some_hundred():
-    def groups(B):
-        return SplitAttention(B=B, heads=32, kv=4, C=64, num_partials=1, eps=0.0).num_groups
+    def groups(B, C):
+        return SplitAttention(B=B, heads=32, kv=4, C=C, num_partials=1, eps=0.0).num_groups
 
-    assert [groups(B) for B in (1, 2, 8, 32, 64)] == [32, 32, 8, 2, 1]
+    assert [groups(B, 640) for B in (1, 8, 32, 64)] == [5, 5, 3, 2]
+    assert [groups(B, 4096) for B in (1, 2, 8, 32, 64)] == [32, 32, 11, 3, 2]
+    assert groups(1, 16384) == 64
     np.testing.assert_array_equal(
         [
             MergeSplits(

@@ -118,7 +118,7 @@ def _draw(key, lengths, valid, s: LayerShapes, num_parts: int) -> Case:
 def one_row(case: Case, row: int) -> Case:
     """The case of that row alone."""
     which = slice(row, row + 1)
-    x, parts = case.residual
+    x, parts, _ = case.residual
 
     def alone(array):
         padding = [(0, 0)] * (array.ndim - 2) + [(0, 7), (0, 0)]
@@ -142,7 +142,7 @@ def rows_of(step: LayerStep, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """What a step says about some valid rows; rows that are not valid may hold anything."""
     rows = np.asarray(rows)
     found = step._asdict() | step.residual._asdict()
-    del found["residual"]
+    del found["residual"], found["mailboxes"]
     found["parts"] = jnp.swapaxes(found["parts"], 0, 1)  # [N, number, H]
     return {name: np.asarray(array)[rows] for name, array in found.items()}
 

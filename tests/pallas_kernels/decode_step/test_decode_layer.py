@@ -55,7 +55,7 @@ def test_matches_reference(small):
 
 def test_the_total_is_what_the_next_layer_adds(small):
     _, step = small
-    x, parts = step.residual
+    x, parts, _ = step.residual
     expected = x[:3].astype(jnp.float32)
     for part in parts:
         expected += part[:3]
@@ -71,7 +71,7 @@ def test_the_total_is_what_the_next_layer_adds(small):
 def test_a_row_that_is_not_valid_appends_nothing_and_changes_no_other(small):
     case, before = small
     row, others = 1, [0, 2]
-    x, parts = case.residual
+    x, parts, _ = case.residual
     residual = Residual(x.at[row].set(jnp.nan), parts.at[:, row].set(jnp.nan))
     positions = case.positions._replace(valid=jnp.array([1, 0, 1], jnp.int32))
     case = case._replace(residual=residual, positions=positions)
@@ -92,6 +92,23 @@ def test_two_launches_and_another_config_have_the_bits_of_one(alone):
         changes |= {"gate_up_block_k": 64, "down_block_k": 64, "down_block_m": 128}
     config = dataclasses.replace(LayerConfig(), **changes)
     assert_same_rows(run(case, layer_shapes(1), launches="blocks", config=config), [0], step)
+
+
+def test_mailboxes_go_from_layer_to_layer(alone):
+    """Each launch finds empty what the one before has filled; the bits are as with fresh ones."""
+    case, step = alone
+    expected = step
+    for _ in range(3 if ON_GPU else 1):
+        residual = case.residual._replace(mailboxes=step.residual.mailboxes)
+        step = run(
+            case._replace(residual=residual),
+            layer_shapes(1),
+            config=None if ON_GPU else LayerConfig(),
+        )
+        assert_same_rows(step, [0], expected)
+    for next_full, next_stale in step.residual.mailboxes.values():
+        assert (np.asarray(next_full).view(np.uint32) == 0xFFFFFFFF).all()
+        assert not (np.asarray(next_stale).view(np.uint32) == 0xFFFFFFFF).all()
 
 
 # --- any batch; each shape that is new would cost seconds
@@ -199,6 +216,7 @@ def _some_rows(case: Case, rows: np.ndarray) -> Case:
         {"gate_up_neurons": 16, "gate_up_block_k": 128, "gate_up_num_stages": 4},
         {"down_num_stages": 2, "down_block_m": 128},
         {"qkv_spread_ns": 0, "o_spread_ns": 9000},
+        {"mailboxes": False},
     ],
     ids=str,
 )
@@ -218,7 +236,7 @@ def test_same_input_same_bits(B, seed):
 
     def known(step):
         """All that is written: rows from B on may hold anything."""
-        x, parts = step.residual
+        x, parts, _ = step.residual
         return (x[:B], parts[:, :B], *step[1:])
 
     expected = known(run(case, s))
@@ -250,7 +268,7 @@ def test_every_element_is_written(B, seed):
 
     def flat(*leaves, interpret):
         step = run(jax.tree.unflatten(tree, leaves), s, interpret=interpret)
-        x, parts = step.residual
+        x, parts, _ = step.residual
         arrays = (x[:B], parts[:, :B], *step[1:])
         return jnp.concatenate([array.astype(jnp.float32).ravel() for array in arrays])
 

@@ -4,6 +4,9 @@ import re
 
 import pytest
 
+from pallas_kernels.decode_step.api import grids
+from pallas_kernels.decode_step.layer import LayerConfig
+from pallas_kernels.decode_step.tasks import mailbox_shapes
 from tests.pallas_kernels.decode_step.cases import Case, qwen3_shapes, run, struct_case
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda, mosaic_modules
 
@@ -34,12 +37,16 @@ def test_lowers_for_cuda(B, launches, kernels):
     text = lower(B, launches)
     assert kernels_of(text) == kernels
     first = next(line for line in text.splitlines() if "custom_call @mosaic_gpu_v2" in line)
-    # The caches, and nothing else, are outputs in the place of inputs.
+    # The caches and the mailboxes, and nothing else, are outputs in the place of inputs.
     operands, results = (types_of(part) for part in first.rsplit(" : ", 1)[1].split(" -> "))
     aliases = re.findall(r"output_tuple_indices = \[(\d+)\], operand_index = (\d+)", first)
     s = qwen3_shapes(B)
     cache = f"{B * s.kv * s.C}x{s.D}xbf16"
-    assert [(results[int(o)], operands[int(i)]) for o, i in aliases] == [(cache, cache)] * 2
+    in_place = [(results[int(o)], operands[int(i)]) for o, i in aliases]
+    assert in_place[:2] == [(cache, cache)] * 2
+    assert all(result == operand for result, operand in in_place)
+    tasks = [task for grid in grids(s, LayerConfig(), 8, launches).values() for task in grid]
+    assert len(in_place) == 2 + 2 * len(mailbox_shapes(tasks))
     for module in mosaic_modules(text):
         # Signals and waits; no float32 sum is added to memory in whatever order they come.
         added = set(re.findall(r"\b(?:red|atom)\.[\w.:]+", module))

@@ -95,7 +95,7 @@ def test_a_grid_agrees_with_its_list_in_python(by_python):
 def two_tasks(add: AddResidual | None = None, **changes) -> list[Task]:
     """Scaled = weight * x, then its product with 64 rows."""
     add = add or AddResidual(T=1, H=128, N=8)
-    product = SplitProduct(N=8, rows=(64,), columns=128, after="add")
+    product = SplitProduct(T=1, N=8, rows=(64,), columns=128, after="add")
     second = Task(
         kind="product",
         work=product,
