@@ -12,6 +12,17 @@ from jax._src import callback, tree_util
 from jax._src.pallas import fuser  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
+# Half of the suite's time went into XLA's newer code generator for CPUs, because it sets up MLIR
+# for each fusion; the older one emits LLVM's code at once. One module is cheaper than the parts
+# that parallel compilation makes. XLA reads this when the first client is made, and the processes
+# that tests start inherit it.
+XLA_FLAGS = (
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+if XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".lstrip()
+
 # Interpreting a first kernel imports `fuser`, which adds to the keys of JAX's caches. All that had
 # been traced before would be traced and compiled again, so it is imported above.
 

@@ -10,13 +10,14 @@ from jax.sharding import AxisType, PartitionSpec
 
 from moe_jax.sharding import expert_parallel
 from tests.moe_jax.checkpoints import on_four_devices
+from tests.quick_process import XLA_FLAGS
 
 
 def test_on_four_devices(tmp_path):
     """See on_four_devices: each device's shard is read from the files, and nothing else."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}",
     }
     command = [sys.executable, "-m", on_four_devices.__name__, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
