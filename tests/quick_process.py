@@ -12,7 +12,7 @@ from jax._src import callback, tree_util
 from jax._src.pallas import fuser  # noqa: F401
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory
 
-# Half of the suite's time went into XLA's newer code generator for CPUs, because it sets up MLIR
+# A third of the suite's time went into XLA's newer code generator for CPUs, because it sets up MLIR
 # for each fusion; the older one emits LLVM's code at once. One module is cheaper than the parts
 # that parallel compilation makes. XLA reads this when the first client is made, and the processes
 # that tests start inherit it.
