@@ -5,10 +5,12 @@
     generate(model, [[1, 2, 3]], sampling=Sampling(temperature=0.7, top_p=0.9), max_new_tokens=20)
 
 `decode.py` holds the two compiled functions, `streaming.py` the loop around them, `sampling.py` and
-`logits_processors.py` how a token is chosen, `text.py` and `stopping.py` what becomes of its text.
+`logits_processors.py` how a token is chosen, `logprobs.py` how likely the model found it, `text.py`
+and `stopping.py` what becomes of its text.
 """
 
 from moe_jax.generation.defaults import GenerationDefaults, read_generation_defaults
+from moe_jax.generation.logprobs import TokenLogprobs
 from moe_jax.generation.results import Generation, TraceRecorder, collect, generate
 from moe_jax.generation.sampling import Sampling
 from moe_jax.generation.streaming import Event, stream
@@ -18,6 +20,7 @@ __all__ = [
     "Generation",
     "GenerationDefaults",
     "Sampling",
+    "TokenLogprobs",
     "TraceRecorder",
     "collect",
     "generate",

@@ -160,15 +160,22 @@ def check_seed(seed: int | Sequence[int], B: int) -> tuple[jax.Array, jax.Array]
     return jnp.asarray(seeds, jnp.uint32), jnp.asarray(places, jnp.uint32)
 
 
-def whole_number(name: str, value: int, least: int) -> int:
+def whole_number(name: str, value: int, least: int, most: int | None = None, note="") -> int:
     """The value as Python's number.
 
+    Args:
+      name: the argument.
+      value: from `least` to `most`, or up where `most` is None.
+      least, most: the range.
+      note: ends the message, behind the range.
+
     Raises:
-      ValueError: it is no whole number from `least` up.
+      ValueError: it is no whole number in this range.
     """
     number = _as_index(value)
-    if number is None or number < least:
-        raise ValueError(f"{name} is {value!r}; expected a whole number from {least} up")
+    if number is None or number < least or (most is not None and number > most):
+        accepted = f"from {least} up" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}; expected a whole number {accepted}{note}")
     return number
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from moe_jax.cache import KVCache
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
+from moe_jax.generation.logprobs import StepLogprobs, logprobs_of, no_logprobs
 from moe_jax.generation.sampling import Steps, choose
 from moe_jax.parameters import from_arrays
 from moe_jax.platform_ops import platform_ops
@@ -78,6 +79,8 @@ class Plan(NamedTuple):
       platform: as resolve_platform returns it.
       capture: whether to return which experts were chosen.
       loop: of the decode steps; prefill has none.
+      logprobs: how many of the likeliest tokens to return log-probabilities of, beside the chosen
+        token's; None computes none.
     """
 
     config: Qwen3MoeConfig
@@ -86,6 +89,7 @@ class Plan(NamedTuple):
     platform: str
     capture: bool
     loop: Loop = Loop()
+    logprobs: int | None = None
 
 
 class StepInputs(NamedTuple):
@@ -137,11 +141,13 @@ class Step(NamedTuple):
       sampled: the next tokens.
       state: after the tokens that ran.
       trace: the experts of the tokens that ran, or None.
+      logprobs: of the next tokens, with a first axis of one step, or None.
     """
 
     sampled: Sampled
     state: DecodeState
     trace: RoutingTrace | None
+    logprobs: StepLogprobs | None
 
 
 class Decoded(NamedTuple):
@@ -152,6 +158,7 @@ class Decoded(NamedTuple):
       ran: [N, B] bool, the rows that each step ran for. A step that is False in all rows has
         changed nothing.
       traces: arrays [N, MoE layers, B, K], or None; rows that a step did not run for have ids -1.
+      logprobs: of `tokens`, arrays [N, B] and [N, B, n], or None; to be ignored as they are.
       sampled: by the last step that ran.
       state: after these steps.
     """
@@ -159,6 +166,7 @@ class Decoded(NamedTuple):
     tokens: jax.Array
     ran: jax.Array
     traces: RoutingTrace | None
+    logprobs: StepLogprobs | None
     sampled: Sampled
     state: DecodeState
 
@@ -172,11 +180,12 @@ def _prefill(
     nothing: that costs less than to compile the model a second time without.
     """
     rows = jnp.ones(ids.shape[0], bool)
-    return _advance(plan, inputs, state, ids, valid, rows, jnp.int32(0))
+    made = _advance(plan, inputs, state, ids, valid, rows, jnp.int32(0))
+    return made._replace(logprobs=jax.tree.map(lambda array: array[None], made.logprobs))
 
 
-# tokens, ran and traces of Decoded, or of one step without their first axis.
-_Results = tuple[jax.Array, jax.Array, RoutingTrace | None]
+# tokens, ran, traces and logprobs of Decoded, or of one step without their first axis.
+_Results = tuple[jax.Array, jax.Array, RoutingTrace | None, StepLogprobs | None]
 
 
 class _Carry(NamedTuple):
@@ -208,7 +217,7 @@ def _decode(
         active = last.active & alive & (index < count)  # [B]
         ids, valid = last.tokens[:, None], active[:, None]
         made = _advance(plan, inputs, state, ids, valid, active, last.index + 1)
-        return made, (made.sampled.tokens, active, made.trace)
+        return made, (made.sampled.tokens, active, made.trace, made.logprobs)
 
     if N == 1:
         made, results = step(0, state, last)
@@ -242,11 +251,12 @@ def _no_results(plan: Plan, B: int) -> _Results:
     """Of N steps that have not run."""
     N, config = plan.loop.most_steps, plan.config
     tokens, ran = jnp.full((N, B), NO_TOKEN, jnp.int32), jnp.zeros((N, B), bool)
+    logprobs = None if plan.logprobs is None else no_logprobs(N, B, plan.logprobs)
     if not plan.capture:
-        return tokens, ran, None
+        return tokens, ran, None, logprobs
     shape = (N, len(config.moe_layers), B, config.num_experts_per_tok)
     ids, weights = jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32)
-    return tokens, ran, RoutingTrace(expert_ids=ids, expert_weights=weights)
+    return tokens, ran, RoutingTrace(expert_ids=ids, expert_weights=weights), logprobs
 
 
 def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, active, index) -> Step:
@@ -268,8 +278,13 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
         tokens = choose(logits, history, inputs.keys, index, plan.steps, inputs.values, ops)
         stops = jnp.any(tokens[:, None] == inputs.stop_ids, axis=-1)
     trace = trace_of(output.routings) if plan.capture else None
+    logprobs = None
+    if plan.logprobs is not None:
+        with jax.named_scope("logprobs"):
+            logprobs = logprobs_of(logits, tokens, plan.logprobs, ops)
     active = active & (tokens != NO_TOKEN) & ~stops
-    return Step(Sampled(tokens, active, index), DecodeState(output.cache, history), trace)
+    state = DecodeState(output.cache, history)
+    return Step(Sampled(tokens, active, index), state, trace, logprobs)
 
 
 # How both are compiled; the state, which they return anew, is donated.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from moe_jax.generation.logprobs import TokenLogprobs
 from moe_jax.generation.sampling import Sampling
 from moe_jax.generation.streaming import GREEDY, Event, stream
 from moe_jax.model import Qwen3Moe
@@ -23,6 +24,7 @@ class Generation:
         steps_per_dispatch of `stream`.
       decode_steps: steps in that time; tokens_per_second counts the tokens of all rows in them.
       trace: of the decode steps one after the other, each with all B rows; None if not captured.
+      logprobs: of `tokens`, one for each; None if they were not asked for.
     """
 
     tokens: list[list[int]]
@@ -32,6 +34,7 @@ class Generation:
     decode_seconds: float
     decode_steps: int
     trace: RoutingTrace | None = None
+    logprobs: list[list[TokenLogprobs]] | None = None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -44,12 +47,15 @@ class Generation:
 def collect(events: Iterable[Event], B: int) -> Generation:
     """Adds up the events of B rows."""
     tokens: list[list[int]] = [[] for _ in range(B)]
+    logprobs: list[list[TokenLogprobs]] = [[] for _ in range(B)]
     texts = [""] * B
     reasons = [""] * B
     first = last = 0.0
     steps = 0
     for event in events:
         tokens[event.row].append(event.token_id)
+        if event.logprobs is not None:
+            logprobs[event.row].append(event.logprobs)
         texts[event.row] += event.text
         reasons[event.row] = event.finish_reason or ""
         if event.index == 0:
@@ -62,6 +68,7 @@ def collect(events: Iterable[Event], B: int) -> Generation:
         first_token_seconds=first,
         decode_seconds=last - first,
         decode_steps=steps,
+        logprobs=logprobs if any(logprobs) else None,
     )
 
 
@@ -99,7 +106,7 @@ def generate(
     Args:
       model, prompts, sampling, max_new_tokens: as in `stream`.
       capture: whether to return which experts the decode steps chose.
-      options: the other arguments of `stream`.
+      options: the other arguments of `stream`, logprobs among them.
 
     Raises:
       ValueError, TypeError, FloatingPointError: as `stream` does; ValueError too for a capture

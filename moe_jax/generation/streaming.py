@@ -12,6 +12,7 @@ from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import arguments
 from moe_jax.generation import decode as compiled
 from moe_jax.generation.logits_processors import NO_TOKEN
+from moe_jax.generation.logprobs import StepLogprobs, TokenLogprobs, of_token
 from moe_jax.generation.sampling import Sampling, row_keys, token_table
 from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
@@ -35,6 +36,7 @@ class Event:
       finish_reason: None, or why the row ends with this token: "stop_id", "stop_string", "length".
       seconds: since `stream` began to run, when the token was there; the same for all tokens of a
         group, see steps_per_dispatch.
+      logprobs: the token's log-probabilities; None if they were not asked for.
     """
 
     row: int
@@ -43,6 +45,7 @@ class Event:
     text: str
     finish_reason: str | None
     seconds: float
+    logprobs: TokenLogprobs | None = None
 
 
 def stream(
@@ -60,6 +63,7 @@ def stream(
     prefill_backend: str = "auto",
     decode_backend: str = "auto",
     steps_per_dispatch: int | None = None,
+    logprobs: int | None = None,
     platform: str | None = None,
     on_routing: Callable[[RoutingTrace], None] | None = None,
 ) -> Iterator[Event]:
@@ -90,6 +94,9 @@ def stream(
       steps_per_dispatch: the most decode steps that are started at once, because a slow host needs
         longer for a dispatch than a fast device for a step. Changes time, not results. None takes 8
         on CUDA and 1 elsewhere; a platform that may have no loops always takes 1.
+      logprobs: n from 0 to V gives each event the log-probabilities of its token and of the n
+        likeliest ones. They are the model's own: the float32 log-softmax of its raw logits, before
+        penalties, bans, temperature and filters. None computes none and costs nothing.
       platform: what to write the steps for, as in moe_jax.platforms.resolve_platform.
       on_routing: called after each decode step with its RoutingTrace of NumPy arrays,
         [MoE layers, B, K]; rows that had ended have ids -1 and weights 0.
@@ -127,6 +134,9 @@ def stream(
         steps_per_dispatch = arguments.whole_number(
             "steps_per_dispatch", steps_per_dispatch, least=1
         )
+    if logprobs is not None:
+        V = config.vocab_size
+        logprobs = arguments.whole_number("logprobs", logprobs, 0, V, f", as vocab_size is {V}")
     if on_routing is not None and not callable(on_routing):
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
@@ -147,6 +157,7 @@ def stream(
         decode_backend=decode_backend,
         platform=platform,
         loop=compiled.loop_for(platform, steps_per_dispatch, capacity),
+        logprobs=logprobs,
         on_routing=on_routing,
     )
     return _events(job)
@@ -170,13 +181,16 @@ class _Job:
     decode_backend: str
     platform: str
     loop: compiled.Loop
+    logprobs: int | None
     on_routing: Callable[[RoutingTrace], None] | None
 
     def prefill_plan(self) -> compiled.Plan:
         # Without what config.json has besides, which differs by checkpoint and computes nothing.
         config = dataclasses.replace(self.model.config, extra={})
         steps, platform = self.sampling.steps, self.platform
-        return compiled.Plan(config, steps, self.prefill_backend, platform, capture=False)
+        return compiled.Plan(
+            config, steps, self.prefill_backend, platform, capture=False, logprobs=self.logprobs
+        )
 
     def decode_plan(self) -> compiled.Plan:
         capture = self.on_routing is not None
@@ -188,9 +202,9 @@ def _events(job: _Job) -> Iterator[Event]:
     start = time.perf_counter()
     going = np.ones(len(job.rows), bool)
     index = 0
-    for tokens, traces in _tokens(job, going):
+    for tokens, logprobs, traces in _tokens(job, going):
         seconds = time.perf_counter() - start
-        traces = jax.tree.map(np.asarray, traces)
+        logprobs, traces = jax.tree.map(np.asarray, (logprobs, traces))
         for place, of_rows in enumerate(tokens):
             if traces is not None:
                 job.on_routing(_only_rows(traces.layer(place), going))
@@ -206,14 +220,18 @@ def _events(job: _Job) -> Iterator[Event]:
                     text=text,
                     finish_reason=reason,
                     seconds=seconds,
+                    logprobs=None if logprobs is None else of_token(logprobs, place, row),
                 )
             if not going.any():
                 return
             index += 1
 
 
-def _tokens(job: _Job, going: np.ndarray) -> Iterator[tuple[np.ndarray, RoutingTrace | None]]:
-    """Tokens [N, B] of prefill, N = 1, then of each dispatch, and the traces of its N steps.
+_Group = tuple[np.ndarray, StepLogprobs | None, RoutingTrace | None]
+
+
+def _tokens(job: _Job, going: np.ndarray) -> Iterator[_Group]:
+    """Tokens [N, B] of prefill, N = 1, then of each dispatch; their logprobs and its N traces.
 
     A dispatch is started before the tokens of the one before it are read.
 
@@ -230,14 +248,15 @@ def _tokens(job: _Job, going: np.ndarray) -> Iterator[tuple[np.ndarray, RoutingT
     plan = job.decode_plan()
     first = _prefill(job, inputs)
     sampled, state = first.sampled, first.state
-    tokens, traces, count = first.sampled.tokens, None, 1
+    tokens, logprobs, traces, count = first.sampled.tokens, first.logprobs, None, 1
     for ahead_count in job.loop.counts(job.max_new_tokens - 1):
         # `state` is donated; `sampled` is not. A copy of `going`, because that changes.
         ahead = compiled.decode(plan, inputs, state, sampled, going.copy(), np.int32(ahead_count))
-        yield np.asarray(tokens).reshape(-1, len(going))[:count], traces
+        yield np.asarray(tokens).reshape(-1, len(going))[:count], logprobs, traces
         sampled, state = ahead.sampled, ahead.state
-        tokens, traces, count = ahead.tokens, ahead.traces, ahead_count
-    yield np.asarray(tokens).reshape(-1, len(going))[:count], traces
+        tokens, logprobs, traces = ahead.tokens, ahead.logprobs, ahead.traces
+        count = ahead_count
+    yield np.asarray(tokens).reshape(-1, len(going))[:count], logprobs, traces
 
 
 def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:

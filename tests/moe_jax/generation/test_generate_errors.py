@@ -51,6 +51,13 @@ ERRORS = {
         ValueError,
         "steps_per_dispatch is True; expected",
     ),
+    "logprobs": ({"logprobs": -1}, ValueError, "logprobs is -1; expected a whole number from 0 to"),
+    "logprobs 129": (
+        {"logprobs": 129},
+        ValueError,
+        "logprobs is 129; expected a whole number from 0 to 128, as vocab_size is 128",
+    ),
+    "logprobs True": ({"logprobs": True}, ValueError, "logprobs is True; expected a whole number"),
     "sampling": ({"sampling": 0.7}, TypeError, "sampling is 0.7; expected a Sampling"),
     "stop id": ({"stop_ids": [128]}, ValueError, r"stop_ids\[0\] is 128; expected 0 to 127"),
     "stop id text": ({"stop_ids": ["a"]}, TypeError, r"stop_ids\[0\] is .a.; expected a whole"),

@@ -23,7 +23,7 @@ BYTES = ByteTokenizer(256)
 NEW = 20
 # Draws, and both kinds of history; without what compiles for long and looks at one step alone.
 DRAWN = Sampling(temperature=1.0, repetition_penalty=1.3, no_repeat_ngram_size=2)
-OPTIONS = {"max_new_tokens": NEW, "sampling": DRAWN, "seed": 3}
+OPTIONS = {"max_new_tokens": NEW, "sampling": DRAWN, "seed": 3, "logprobs": 3}
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}  # which the rows outgrow
 LOOPS = {"exits early": Loop(6, exits_early=True), "runs all": Loop(6)}
 
@@ -67,6 +67,7 @@ def test_the_events_are_those_of_single_steps(loop, plain, monkeypatch):
     expected, routings, _ = events(Loop(), monkeypatch, **options)
     found, traces, made = events(loop, monkeypatch, **options)
     assert found == expected
+    assert all(len(event.logprobs.top) == 3 for event in found)
     reasons = [event.finish_reason for event in found if event.finish_reason]
     assert sorted(reasons) == ["length", "stop_id", "stop_string"]
     assert len(traces) == steps_run(made) == NEW - 1
