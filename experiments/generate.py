@@ -22,7 +22,7 @@ from absl import logging
 from flax import nnx
 
 from experiments.bench import script
-from experiments.bench.generated_text import report, show_text
+from experiments.bench.generated_text import logprobs_report, report, show_text
 from experiments.bench.script import flag
 from moe_jax.checkpoints import detect_format, load_hugging_face, load_orbax
 from moe_jax.experts import EXPERTS_BACKENDS
@@ -82,6 +82,9 @@ class Settings:
     )
     steps_per_dispatch: int | None = flag(
         None, "The most decode steps started at once; the platform's own by default.", least=1
+    )
+    logprobs: int | None = flag(
+        None, "Show each token's log-probability, and those of this number of tokens.", least=0
     )
     capture_trace: pathlib.Path | None = flag(
         None, "An .npz for the experts of every decode step; compare_layouts reads it."
@@ -276,6 +279,7 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
         "prefill_backend": settings.experts_backend,
         "decode_backend": settings.decode_backend or settings.experts_backend,
         "steps_per_dispatch": settings.steps_per_dispatch,
+        "logprobs": settings.logprobs,
     }
     events = stream(
         loaded.model,
@@ -288,6 +292,7 @@ def generate_text(settings: Settings, out: TextIO) -> Generation:
     )
     seconds = _warm_up(settings, loaded, prompts, options) if settings.warm_up else None
     made = collect(show_text(events, len(prompts), out), len(prompts))
+    out.write(logprobs_report(made, loaded.tokenizer))
     out.write(f"\n{report(made, prompts, seconds)}\n")
     if recorder is not None:
         save_trace(settings.capture_trace, recorder.trace())

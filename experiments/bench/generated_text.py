@@ -10,6 +10,8 @@ import jax
 from experiments.bench.environment import checked_out_commit
 from moe_jax.generation import Event, Generation
 
+_REPLACED = "\N{REPLACEMENT CHARACTER}"
+
 
 def show_text(events: Iterator[Event], B: int, out: TextIO) -> Iterator[Event]:
     """Passes events on and writes their text: row 0 as it comes, the others when all is done."""
@@ -31,11 +33,33 @@ def show_text(events: Iterator[Event], B: int, out: TextIO) -> Iterator[Event]:
 def printable(text: str) -> str:
     """The text without what would steer a terminal: a random model writes escape codes too."""
     return "".join(
-        "\N{REPLACEMENT CHARACTER}"
+        _REPLACED
         if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cs")
         else character
         for character in text
     )
+
+
+def logprobs_report(made: Generation, tokenizer) -> str:
+    """A line for each token: number, log-probability, token; then the likeliest tokens there.
+
+    Tokens are shown as text; as ids without a tokenizer, or where they have no text of their own.
+    Empty where no log-probabilities were asked for.
+    """
+    if made.logprobs is None:
+        return ""
+
+    def shown(token: int) -> str:
+        text = "" if tokenizer is None else tokenizer.decode([token])
+        return repr(text) if text and _REPLACED not in printable(text) else str(token)
+
+    lines = ["", "log-probabilities of the model, before temperature and filters"]
+    for row, found in enumerate(made.logprobs):
+        lines += [f"--- row {row}"] if len(made.logprobs) > 1 else []
+        for place, (token, each) in enumerate(zip(made.tokens[row], found, strict=True)):
+            top = "  ".join(f"{shown(other)} {value:.4f}" for other, value in each.top)
+            lines.append(f"{place:>5} {each.chosen:9.4f}  {shown(token):<16} {top}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 def report(made: Generation, prompts: list[list[int]], warm_up_seconds: float | None) -> str:

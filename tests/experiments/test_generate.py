@@ -14,10 +14,10 @@ from flax import nnx
 
 from experiments import generate
 from experiments.bench import script
-from experiments.bench.generated_text import printable, report, show_text
+from experiments.bench.generated_text import logprobs_report, printable, report, show_text
 from experiments.generate import LoadedModel, generate_text, load_to_generate, prompt_ids
 from moe_jax.checkpoints import save_hugging_face, save_orbax
-from moe_jax.generation import Event, Generation, Sampling
+from moe_jax.generation import Event, Generation, Sampling, TokenLogprobs
 from moe_jax.generation import generate as generate_tokens
 from moe_jax.model import Qwen3Moe
 from moe_jax.presets import PRESETS
@@ -40,9 +40,11 @@ RANDOM = ("--preset=tiny", "--random", "--prompt=hello")
 
 def test_script(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1))
-    generate.run([*RANDOM, "--max_new_tokens=8", "--steps_per_dispatch=3"])
-    text, _, figures = capsys.readouterr().out.partition("\n\n")
+    generate.run([*RANDOM, "--max_new_tokens=8", "--steps_per_dispatch=3", "--logprobs=2"])
+    text, logprobs, figures = capsys.readouterr().out.split("\n\n")
     assert 0 < len(text) <= 8 * 4
+    line = r"^ +\d +-\d+\.\d{4}  .+ -\d+\.\d{4}  .+ -\d+\.\d{4}$"
+    assert len(re.findall(line, logprobs, re.MULTILINE)) == 8
     assert "rows: 1, prompt tokens: 5, new tokens: 8 (length 1)" in figures
     assert re.search(r"time to first token: [\d.]+ ms, compiled before", figures)
     assert re.search(r"decode: [\d.]+ tokens/s, 7 steps of [\d.]+ ms", figures)
@@ -76,6 +78,8 @@ OF_A_CHECKPOINT = ("--checkpoint=x", "--prompt=a")
         ([*RANDOM, "--max_new_tokens=0"], "--max_new_tokens is 0; expected 1 to"),
         ([*RANDOM, "--prefill_chunk=0"], "--prefill_chunk is 0; expected 1 to"),
         ([*RANDOM, "--steps_per_dispatch=0"], "--steps_per_dispatch is 0; expected 1 to"),
+        ([*RANDOM, "--logprobs=-1"], "--logprobs is -1; expected 0 to"),
+        ([*RANDOM, "--logprobs=513"], "logprobs is 513; expected a whole number from 0 to 512"),
         ([*RANDOM, "--seed=-1"], "--seed is -1; expected 0 to"),
         ([*RANDOM, "--top_k=-1"], "--top_k is -1; expected a whole number"),
         ([*RANDOM, "--temperature=-1"], "--temperature is -1.0; expected"),
@@ -244,6 +248,27 @@ def test_random_model_with_trace(model, tmp_path, monkeypatch):
     assert out.getvalue().startswith(printable(made.texts[0]) + "\n")
     assert "rows: 1, prompt tokens: 5, new tokens: 6 (length 1)" in out.getvalue()
     assert f"wrote {path}" in out.getvalue()
+
+
+def test_logprobs_are_shown_for_every_token_as_text_where_it_has_one():
+    first = TokenLogprobs(chosen=-0.5, top=((104, -0.5), (300, -1.25)))
+    second = TokenLogprobs(chosen=-2.0, top=((32, -0.25), (27, -3.0)))
+    made = Generation(
+        tokens=[[104, 300]],
+        texts=["h"],
+        finish_reasons=["length"],
+        first_token_seconds=0.0,
+        decode_seconds=0.0,
+        decode_steps=1,
+        logprobs=[[first, second]],
+    )
+    lines = logprobs_report(made, ByteTokenizer(512)).splitlines()
+    assert [line.split() for line in lines[2:]] == [
+        ["0", "-0.5000", "'h'", "'h'", "-0.5000", "300", "-1.2500"],
+        ["1", "-2.0000", "300", "'", "'", "-0.2500", "27", "-3.0000"],
+    ]
+    assert logprobs_report(made, None).splitlines()[2].split()[2] == "104"
+    assert logprobs_report(dataclasses.replace(made, logprobs=None), None) == ""
 
 
 def test_rows_of_a_batch():
