@@ -4,7 +4,12 @@ Start at `api.py` (what a user calls), `reference.py` (what it means) and `layou
 """
 
 from pallas_kernels.decode_experts.api import decode_experts
-from pallas_kernels.decode_experts.choose_layout import MODES, LayoutChoice, choose_layout
+from pallas_kernels.decode_experts.choose_layout import (
+    MODES,
+    LayoutChoice,
+    choose_layout,
+    override_layout,
+)
 from pallas_kernels.decode_experts.configs import Layout
 from pallas_kernels.decode_experts.expert_major import ExpertMajorConfig
 from pallas_kernels.decode_experts.layouts import LAYOUTS
@@ -24,5 +29,6 @@ __all__ = [
     "OutputMajorConfig",
     "choose_layout",
     "decode_experts",
+    "override_layout",
     "reference_experts",
 ]

@@ -1,7 +1,10 @@
 """Which layout runs where a caller does not name one: measured tables first, else a heuristic."""
 
+import contextlib
+import contextvars
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pallas_kernels.decode_experts import tuned_tables
@@ -25,6 +28,26 @@ _INVARIANT = ((math.inf, "expert_major", "its sums do not know the batch"),)
 
 _log = logging.getLogger(__name__)
 _said: set[tuple[str, ExpertShapes]] = set()
+
+
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("layout", default=None)
+
+
+@contextlib.contextmanager
+def override_layout(layout: str | None) -> Iterator[None]:
+    """Inside the block, calls that leave the layout to a mode take this one, or this mode.
+
+    To judge layouts by a whole model, which names none. A layout has its default config then. It is
+    chosen when a call is traced, so a function that was compiled before keeps the layout it has.
+
+    Args:
+      layout: a layout's name or a mode; None leaves it to the caller's mode.
+    """
+    token = _override.set(layout)
+    try:
+        yield
+    finally:
+        _override.reset(token)
 
 
 class LayoutChoice(NamedTuple):
@@ -52,6 +75,10 @@ def choose_layout(device: str, shapes: ExpertShapes, T: int, mode: str = "auto")
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {sorted(MODES)}")
+    asked = _override.get()
+    if asked is not None and asked not in MODES:
+        return LayoutChoice(asked, f"override_layout says {asked}")
+    mode = asked or mode
     found = tuned_tables.find(device, shapes, T, invariant=mode == "invariant")
     if found.entry is None:
         _say_once(device, shapes, found.why)

@@ -12,6 +12,7 @@ from pallas_kernels.decode_experts import (
     api,
     choose_layout,
     decode_experts,
+    override_layout,
 )
 from pallas_kernels.decode_experts.shapes import SHAPES
 from tests.pallas_kernels.decode_experts.cases import (
@@ -87,3 +88,17 @@ def test_auto_runs_the_layout_that_is_chosen(monkeypatch):
     assert ran == list(LAYOUTS)
     assert asked == [(jax.devices()[0].device_kind, USUAL.shapes, USUAL.T, "auto")] * len(LAYOUTS)
     chex.assert_tree_all_finite(outputs)
+
+
+def test_an_override_takes_the_place_of_a_mode_while_it_lasts():
+    arguments = ("NVIDIA H20", SHAPES["qwen3_30b_a3b"], 64)
+    before = choose_layout(*arguments)
+    with override_layout("output_major"):
+        assert choose_layout(*arguments)[::2] == ("output_major", None)
+        with override_layout("invariant"):
+            assert choose_layout(*arguments) == LayoutChoice(
+                "expert_major", choose_layout(*arguments, "invariant").why
+            )
+        with override_layout(None):
+            assert choose_layout(*arguments) == before
+    assert choose_layout(*arguments) == before
