@@ -22,7 +22,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.progress
@@ -32,6 +32,7 @@ from rich.console import Console
 flags.disclaim_key_flags()  # --help shows a script's flags as the script's own
 
 _LARGEST = 2**31 - 1
+_BOOLS = {"true": True, "false": False, True: True, False: False}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,20 @@ def parse_settings(settings_class: type, argv: Sequence[str]) -> Any:
     return found[0]
 
 
+def with_texts(settings: Any, texts: Mapping[str, str]) -> Any:
+    """The settings with other values of these fields, read and checked as flags are.
+
+    The text of a bool is true or false; no field is a tuple.
+
+    Raises:
+      ValueError: names the flag, its value and what is accepted.
+    """
+    hints = typing.get_type_hints(type(settings))
+    made = {field.name: field.metadata["flag"] for field in dataclasses.fields(settings)}
+    found = {name: _read(name, hints[name], made[name], text) for name, text in texts.items()}
+    return dataclasses.replace(settings, **found)
+
+
 def _define(settings_class: type, values: flags.FlagValues) -> None:
     """Defines the class's flags."""
     hints = typing.get_type_hints(settings_class)
@@ -220,19 +235,21 @@ def _settings(settings_class: type, values: flags.FlagValues, left: Sequence[str
             continue
         made = field.metadata["flag"]
         name = made.name or field.name
-        value = values[name].value
-        kind, is_tuple = _kind(hints[field.name])
-        optional = isinstance(hints[field.name], types.UnionType)
-        if made.needs and value in ("", []):
-            raise ValueError(f"--{name} is empty; expected {made.needs}")
-        if optional and value in (None, ""):
-            found[field.name] = None
-        elif is_tuple:
-            elements = [_checked(name, "has", text, kind, made) for text in value]
-            found[field.name] = tuple(elements if made.repeated else dict.fromkeys(elements))
-        else:
-            found[field.name] = _checked(name, "is", value, kind, made)
+        found[field.name] = _read(name, hints[field.name], made, values[name].value)
     return settings_class(**found)
+
+
+def _read(name: str, hint: Any, made: _Flag, value: Any) -> Any:
+    """A flag's value as its field has it."""
+    kind, is_tuple = _kind(hint)
+    if made.needs and value in ("", []):
+        raise ValueError(f"--{name} is empty; expected {made.needs}")
+    if isinstance(hint, types.UnionType) and value in (None, ""):
+        return None
+    if is_tuple:
+        elements = [_checked(name, "has", text, kind, made) for text in value]
+        return tuple(elements if made.repeated else dict.fromkeys(elements))
+    return _checked(name, "is", value, kind, made)
 
 
 def _checked(name: str, verb: str, value: Any, kind: type, made: _Flag) -> Any:
@@ -241,7 +258,10 @@ def _checked(name: str, verb: str, value: Any, kind: type, made: _Flag) -> Any:
         if not value.strip().lstrip("-").isdecimal():
             raise ValueError(f"--{name} {verb} {value!r}; expected {_numbers(made)}")
         value = int(value)
-    value = pathlib.Path(value).expanduser() if kind is pathlib.Path else kind(value)
+    if kind is bool and value not in _BOOLS:
+        raise ValueError(f"--{name} {verb} {value!r}; expected true or false")
+    read = {bool: _BOOLS.get, pathlib.Path: lambda text: pathlib.Path(text).expanduser()}
+    value = read.get(kind, kind)(value)
     if made.of is not None and value not in made.of:
         raise ValueError(f"--{name} {verb} {value!r}; expected one of {_listed(made.of)}")
     if kind in (int, float) and made.least is not None and not made.least <= value <= made.most:

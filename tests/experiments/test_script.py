@@ -148,3 +148,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match=r"--out is '.*file'; expected a folder to write to: "):
         script.writable_folder("out", file)
+
+
+def test_fields_are_read_from_texts():
+    changed = script.with_texts(Settings(), {"on": "false", "count": "3", "maybe": "", "name": "a"})
+    assert changed == Settings(on=False, count=3, maybe=None, name="a")
+    for texts, message in (
+        ({"on": "no"}, "--on is 'no'; expected true or false"),
+        ({"count": "10"}, "--count is 10; expected 0 to 9"),
+        ({"name": "b", "on": "false"}, "--name is 'b' with --noon; expected --on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.with_texts(Settings(), texts)
