@@ -83,11 +83,11 @@ def plain_greedy(prompt: list[int], new: int, banned=lambda row: [], **changes) 
     return ids[0, len(prompt) : len(prompt) + new].tolist()
 
 
-def plain_logits(tokens: list[int]) -> np.ndarray:
+def plain_logits(tokens: list[int], **changes) -> np.ndarray:
     """[V] float32: what the whole model, without a cache, says of the token after these."""
     ids = np.zeros((1, LONGEST), np.int32)
     ids[0, : len(tokens)] = tokens
-    return np.asarray(_whole_model()(ids, len(tokens))[0])
+    return np.asarray(_whole_model(**changes)(ids, len(tokens))[0])
 
 
 def plain_routings(tokens: list[int]) -> tuple:

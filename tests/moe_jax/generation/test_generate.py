@@ -26,6 +26,7 @@ def test_greedy_is_the_plain_loop():
     assert made.tokens == [plain_greedy(prompt, 20) for prompt in PROMPTS]
     assert made.finish_reasons == ["length"] * 3
     assert made.texts == [""] * 3
+    assert made.logprobs is None
 
 
 def test_a_window_and_chunks_longer_than_it_and_another_backend():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from moe_jax.cache import init_cache
-from moe_jax.generation import decode, stream
+from moe_jax.generation import collect, decode, stream
 from moe_jax.generation.decode import Loop, loop_for
 from moe_jax.generation.sampling import Sampling, row_keys, token_table
 from moe_jax.parameters import parameter_shapes
 from moe_jax.tokenization import ByteTokenizer
-from tests.moe_jax.generation.models import PROMPTS, V, spoilt, tiny
+from tests.moe_jax.generation.models import PROMPTS, V, plain_logits, spoilt, tiny
 
 # A donation that XLA cannot use would leave two caches in memory.
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers")
@@ -45,11 +45,16 @@ def events(loop, monkeypatch, model=None, **options):
 
 
 @pytest.fixture(scope="module")
-def plain():
-    """Each row's tokens where nothing ends it."""
+def made():
+    """What is generated where nothing ends a row."""
     with pytest.MonkeyPatch.context() as patch:
-        found, _, _ = events(Loop(), patch)
-    return [[event.token_id for event in found if event.row == row] for row in range(3)]
+        return collect(events(Loop(), patch)[0], 3)
+
+
+@pytest.fixture(scope="module")
+def plain(made):
+    """Each row's tokens where nothing ends it."""
+    return made.tokens
 
 
 def steps_run(made) -> int:
@@ -67,7 +72,6 @@ def test_the_events_are_those_of_single_steps(loop, plain, monkeypatch):
     expected, routings, _ = events(Loop(), monkeypatch, **options)
     found, traces, made = events(loop, monkeypatch, **options)
     assert found == expected
-    assert all(len(event.logprobs.top) == 3 for event in found)
     reasons = [event.finish_reason for event in found if event.finish_reason]
     assert sorted(reasons) == ["length", "stop_id", "stop_string"]
     assert len(traces) == steps_run(made) == NEW - 1
@@ -94,6 +98,20 @@ def test_the_device_stops_when_no_row_goes_on(loop, plain, monkeypatch):
     assert 0 < steps_run(made) == last < 6
     # The number of the last token that was sampled: the loop either left, or went on for nothing.
     assert made[-1].sampled.index == (last if loop.exits_early else 6 * len(made))
+
+
+def test_log_probabilities_are_of_raw_logits(made):
+    penalised = 0
+    for prompt, tokens, found in zip(PROMPTS, made.tokens, made.logprobs, strict=True):
+        for place, (token, each) in enumerate(zip(tokens, found, strict=True)):
+            logits = plain_logits(prompt + tokens[:place], **WINDOW).astype(np.float64)
+            expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            ids, values = zip(*each.top, strict=True)
+            np.testing.assert_allclose(each.chosen, expected[token], atol=1e-4)
+            np.testing.assert_allclose(values, np.sort(expected)[:-4:-1], atol=1e-4)
+            np.testing.assert_allclose(values, expected[list(ids)], atol=1e-4)
+            penalised += token in prompt + tokens[:place]
+    assert penalised > 0  # else nothing tells them from what is drawn from
 
 
 def test_one_compilation_serves_every_number_of_steps(monkeypatch):
