@@ -10,8 +10,9 @@ of every token's.
 
 Texts are read in windows of --context tokens, --stride apart: moe_jax/scoring/texts.py has a
 picture. A BOS token comes first where the tokenizer has one; else nothing predicts the first token.
---phase=decode scores with decode steps, by the kernels that generate. Two checkpoints are both in
-memory. Bytes are the tokens of a random model.
+--phase=decode scores with decode steps, by the kernels that generate. Logits have the dtype of the
+model, and the log-softmax is float32. Two checkpoints are both in memory. A random model takes
+bytes.
 """
 
 import dataclasses
