@@ -168,8 +168,11 @@ class Settings:
 
     def described(self) -> dict[str, str]:
         """The way of computing, for the record."""
-        fields = {name: getattr(self, name) for name in (*WEIGHTS, *COMPUTED, "preset")}
-        return {name: str(value) for name, value in fields.items() if value is not None}
+        names = [*WEIGHTS, *COMPUTED, "preset"]
+        if not self.random:
+            names.remove("seed")
+        values = {name: getattr(self, name) for name in names}
+        return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def main(settings: Settings) -> None:
