@@ -2,7 +2,7 @@
 
 A kernel's class is where in the model its HLO instruction was written: the named scopes of
 moe_jax are part of an instruction's op_name, and the profile names each kernel's instruction.
-XLA does not use CUDA graphs while a profile is taken, so the sum of the kernels leaves gaps out.
+In a CUDA graph it does not; there XLA's kernels have their instruction's name, and ours their own.
 """
 
 import collections
@@ -27,6 +27,15 @@ CLASSES = {
     "choose": "head",
 }
 REST = "rest"
+# Our kernels' names -> class, for CUDA graphs.
+_OUR_KERNELS = {
+    "decode_layer": "layer",
+    "decode_attention": "attention",
+    "decode_moe": "experts",
+    "gather_rows": "experts",
+    "expert_major": "experts",
+    "output_major": "experts",
+}
 _INSTRUCTION = re.compile(
     r'^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = .*op_name="(?P<scopes>[^"]*)"', re.MULTILINE
 )
@@ -100,7 +109,15 @@ def totals_by_class(
     kernels: Iterable[Kernel], classes: dict[str, str], steps: int
 ) -> dict[str, KernelTotal]:
     """Each class's total of a step, the longest first."""
-    return _totals(((classes.get(kernel.instruction, REST), kernel) for kernel in kernels), steps)
+    return _totals(((_class_of(kernel, classes), kernel) for kernel in kernels), steps)
+
+
+def _class_of(kernel: Kernel, classes: dict[str, str]) -> str:
+    own = kernel.name.removesuffix("_mosaic_gpu_kernel")
+    if own in _OUR_KERNELS:
+        return _OUR_KERNELS[own]
+    of_kernel = re.sub(r"_(\d+)$", r".\1", kernel.name)  # loop_add_fusion_3 is loop_add_fusion.3
+    return classes.get(kernel.instruction, classes.get(of_kernel, REST))
 
 
 def totals_by_kernel(
@@ -112,7 +129,7 @@ def totals_by_kernel(
         instruction = re.sub(r"[._]\d+", "", kernel.instruction) or "?"
         name = re.sub(r"_\d+", "", kernel.name)
         shown = instruction if name == instruction else f"{instruction}: {name[:60]}"
-        return f"{classes.get(kernel.instruction, REST)}: {shown}"
+        return f"{_class_of(kernel, classes)}: {shown}"
 
     return _totals(((named(kernel), kernel) for kernel in kernels), steps)
 

@@ -201,6 +201,20 @@ def test_kernels_are_added_up_by_class():
     assert list(single) == ["experts: fusion", "router: gemm: nvjet", "rest: copy"]
 
 
+def test_kernels_of_a_cuda_graph_are_told_by_their_own_names():
+    kernels = [
+        decode_profile.Kernel("fusion_1", "command_buffer", 10.0),
+        decode_profile.Kernel("decode_layer_mosaic_gpu_kernel", "command_buffer", 7.0),
+        decode_profile.Kernel("memcpy32_post", "command_buffer", 1.0),
+    ]
+    totals = decode_profile.totals_by_class(kernels, {"fusion.1": "head"}, steps=1)
+    assert {name: total.us for name, total in totals.items()} == {
+        "head": 10.0,
+        "layer": 7.0,
+        "rest": 1.0,
+    }
+
+
 def _rows():
     def row(B, context, ms, kind="decode", **fields):
         return DecodeRow(run=RUN, kind=kind, batch=B, context=context, steps=16, ms=ms, **fields)
