@@ -75,17 +75,17 @@ class LayerConfig:
     """
 
     qkv_spread_ns: int = 4000
-    o_spread_ns: int = 4000
+    o_spread_ns: int = 0
     gate_up_neurons: int = 32
-    gate_up_block_k: int = 256
-    gate_up_num_stages: int = 2
+    gate_up_block_k: int = 128
+    gate_up_num_stages: int = 4
     down_block_m: int = 64
     down_block_k: int = 128
     down_num_stages: int = 3
     mailboxes: bool = True
 
 
-_FEW_ROWS = LayerConfig(gate_up_neurons=16, gate_up_block_k=128, gate_up_num_stages=4)
+_FEW_ROWS = LayerConfig(gate_up_neurons=16, o_spread_ns=4000)
 
 
 def default_config(B: int) -> LayerConfig:
