@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.integers import at_least_int32
 from moe_jax.products import einsum
+from pallas_kernels.block_scaled_fp8 import Weight
 
 
 class LinearParams(NamedTuple):
     """weight [out, in], bias [out] or None."""
 
-    weight: jax.Array
+    weight: Weight
     bias: jax.Array | None = None
 
 
@@ -28,7 +29,7 @@ class MLPParams(NamedTuple):
     down_proj: LinearParams
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
     """Multiplies x [..., in] with weight [out, in] and adds bias [out]; rounds once."""
     y = einsum("...i,oi->...o", x, weight)
     if bias is not None:

@@ -20,7 +20,7 @@ from moe_jax.decoder import LayerParams, StepOptions, TokenPositions
 from moe_jax.input_checks import check_inputs
 from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear, rms_norm
-from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of
+from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of, to_config_format
 from moe_jax.packing import places_in_segments, segments_of
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
@@ -77,12 +77,18 @@ class Qwen3Moe(nnx.Module):
     def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs | None, dtype=jnp.bfloat16):
         """Makes random parameters in `dtype`, as the config's initializer_range says.
 
-        Without rngs the parameters are shapes, to be replaced by arrays.
+        Those that its quantization_config says are FP8 are quantised, a layer at a time. Without
+        rngs the parameters are shapes, to be replaced by arrays.
+
+        Raises:
+          NotImplementedError: a quantisation other than FP8 in blocks.
         """
         self.config = config
         self.embed_tokens = Embedding(config, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
-            DecoderLayer(config, layer, rngs=rngs, dtype=dtype)
+            to_config_format(
+                DecoderLayer(config, layer, rngs=rngs, dtype=dtype), config, f"layers.{layer}"
+            )
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, rngs=rngs, dtype=dtype)

@@ -14,6 +14,8 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.decoder import AttentionParams, LayerParams, MoeParams
 from moe_jax.experts import ExpertWeights
 from moe_jax.layers import LinearParams, MLPParams
+from moe_jax.quantization import block_of, is_quantised
+from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE, BlockScaledFp8, quantise, scales_shape
 
 
 def params_of(module):
@@ -26,6 +28,8 @@ def params_of(module):
         return None
     if isinstance(module, nnx.Variable):
         return module[...]
+    if isinstance(module, tuple):  # a block's sizes
+        return module
     if isinstance(module, nnx.List):
         return tuple(map(params_of, module))
     if module.Params is None:
@@ -63,6 +67,50 @@ def constant_param(value: float, rngs: nnx.Rngs | None, N: int, dtype) -> nnx.Pa
     """A parameter [N] of one value; a shape and a dtype only without rngs."""
     return nnx.Param(
         jax.ShapeDtypeStruct((N,), dtype) if rngs is None else jnp.full(N, value, dtype)
+    )
+
+
+class ScaledWeight(nnx.Module):
+    """A weight in FP8, in place of a plain parameter: its values and its scales."""
+
+    Params = BlockScaledFp8
+
+    def __init__(self, weight: BlockScaledFp8):
+        self.values = nnx.Param(weight.values)
+        self.scales = nnx.Param(weight.scales)
+        self.block = weight.block
+
+
+_quantise = jax.jit(quantise, static_argnums=1)
+
+
+def to_config_format(module: nnx.Module, config: Qwen3MoeConfig, name: str) -> nnx.Module:
+    """The module with a ScaledWeight for each parameter that quantization_config says is FP8.
+
+    Args:
+      module: a layer, or a part of one; it is changed.
+      config: the model's.
+      name: the module's in the model, as "layers.0".
+    """
+    block = block_of(config.quantization_config)
+    if block is None:
+        return module
+    for key, part in list(vars(module).items()):
+        own = f"{name}.{key}"
+        if isinstance(part, nnx.Module):
+            to_config_format(part, config, own)
+        elif isinstance(part, nnx.Param) and is_quantised(own, config.quantization_config):
+            setattr(module, key, ScaledWeight(_scaled(part.get_value(), block)))
+    return module
+
+
+def _scaled(weight: jax.Array | jax.ShapeDtypeStruct, block: tuple[int, int]) -> BlockScaledFp8:
+    if not isinstance(weight, jax.ShapeDtypeStruct):
+        return _quantise(weight, block)
+    return BlockScaledFp8(
+        values=jax.ShapeDtypeStruct(weight.shape, VALUES_DTYPE),
+        scales=jax.ShapeDtypeStruct(scales_shape(weight.shape, block), jnp.float32),
+        block=block,
     )
 
 

@@ -5,6 +5,10 @@ embed_tokens.weight, norm.weight, lm_head.weight (absent when tied), and in laye
 input_layernorm.weight, post_attention_layernorm.weight, self_attn.{q,k,v,o}_proj.weight (and
 .bias), self_attn.{q,k}_norm.weight, then mlp.gate.weight [E, H], mlp.experts.gate_up
 [E, 2, I, H], mlp.experts.down [E, H, I], or for a dense layer mlp.{gate,up,down}_proj.weight.
+
+A parameter that the config's quantization_config says is FP8 is two arrays, for BlockScaledFp8:
+NAME.values [..., out, in] float8_e4m3fn and NAME.scales [..., ceil(out / rows), ceil(in / columns)]
+float32.
 """
 
 from collections.abc import Mapping
@@ -15,6 +19,7 @@ from flax import nnx
 
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
+from moe_jax.quantization import SCALES, VALUES
 
 
 def _flat(model: Qwen3Moe) -> list[tuple[tuple, nnx.Param]]:
@@ -26,16 +31,16 @@ def _name(path: tuple) -> str:
 
 
 def parameter_shapes(config: Qwen3MoeConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name and shape of every parameter; allocates nothing."""
+    """Name, shape and dtype of every array; allocates nothing. `dtype` is that of plain ones."""
     return {
-        _name(path): jax.ShapeDtypeStruct(param.shape, dtype)
-        for path, param in _flat(Qwen3Moe(config, rngs=None))
+        _name(path): jax.ShapeDtypeStruct(param.shape, param.dtype)
+        for path, param in _flat(Qwen3Moe(config, rngs=None, dtype=dtype))
     }
 
 
 def parameter_count(config: Qwen3MoeConfig) -> int:
-    """How many numbers the model holds."""
-    return sum(struct.size for struct in parameter_shapes(config).values())
+    """How many numbers the model holds; scales are none."""
+    return sum(struct.size for struct in _counted(config).values())
 
 
 def active_parameter_count(config: Qwen3MoeConfig) -> int:
@@ -44,8 +49,13 @@ def active_parameter_count(config: Qwen3MoeConfig) -> int:
         struct.size * config.num_experts_per_tok // config.num_experts
         if ".experts." in name
         else struct.size
-        for name, struct in parameter_shapes(config).items()
+        for name, struct in _counted(config).items()
     )
+
+
+def _counted(config: Qwen3MoeConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes = parameter_shapes(config)
+    return {name: struct for name, struct in shapes.items() if not name.endswith(SCALES)}
 
 
 def to_arrays(model: Qwen3Moe) -> dict[str, jax.Array]:
@@ -57,17 +67,22 @@ def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen
     """A model that holds these arrays, without copying them.
 
     Raises:
-      ValueError: names are missing or unexpected, or shapes do not fit; the message lists them.
+      ValueError: names are missing or unexpected, or shapes do not fit, or values and scales have
+        other dtypes than BlockScaledFp8's; the message lists all.
+      NotImplementedError: a quantisation other than FP8 in blocks.
     """
     model = Qwen3Moe(config, rngs=None)
     params = {_name(path): (path, param) for path, param in _flat(model)}
     problems = [f"missing: {name}" for name in params.keys() - arrays.keys()]
     problems += [f"unexpected: {name}" for name in arrays.keys() - params.keys()]
-    problems += [
-        f"{name} has shape {tuple(arrays[name].shape)}; expected {tuple(param.shape)}"
-        for name, (_, param) in params.items()
-        if name in arrays and tuple(arrays[name].shape) != tuple(param.shape)
-    ]
+    for name, (_, param) in params.items():
+        if name not in arrays:
+            continue
+        found = arrays[name]
+        if tuple(found.shape) != tuple(param.shape):
+            problems.append(f"{name} has shape {tuple(found.shape)}; expected {tuple(param.shape)}")
+        if name.endswith((VALUES, SCALES)) and found.dtype != param.dtype:
+            problems.append(f"{name} has dtype {found.dtype}; expected {param.dtype}")
     if problems:
         raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(sorted(problems)))
     held = {path: param.replace(arrays[name]) for name, (path, param) in params.items()}

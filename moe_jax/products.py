@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, Weight, dequantise
+
 
 def precision_for(*arrays: jax.Array) -> jax.lax.Precision | None:
     """HIGHEST where an operand is float32, else None.
@@ -14,8 +16,17 @@ def precision_for(*arrays: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if wide else None
 
 
-def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """jnp.einsum that accumulates in float32 and returns float32."""
+def einsum(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:
+    """jnp.einsum that accumulates in float32 and returns float32.
+
+    A BlockScaledFp8 weight is dequantised to x's dtype: value x scale in float32, rounded once.
+    """
+    if isinstance(weight, BlockScaledFp8):
+        weight = dequantise(weight, x.dtype)
     return jnp.einsum(
-        subscripts, a, b, precision=precision_for(a, b), preferred_element_type=jnp.float32
+        subscripts,
+        x,
+        weight,
+        precision=precision_for(x, weight),
+        preferred_element_type=jnp.float32,
     )

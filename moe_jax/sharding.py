@@ -1,9 +1,18 @@
-"""How a model's parameters are laid out over a mesh."""
+"""How a model's parameters are laid out over a mesh.
 
+| parameter | split along | by |
+|---|---|---|
+| layers.N.mlp.experts.* | E | expert_parallel |
+| all others | nothing | expert_parallel |
+| NAME.values | what NAME is split along | the loaders of moe_jax.checkpoints |
+| NAME.scales | the same, but for dimensions that the mesh does not divide | scales_sharding |
+"""
+
+import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 
 def expert_parallel(
@@ -12,8 +21,9 @@ def expert_parallel(
     """The rule that splits experts over one axis of a mesh and copies everything else.
 
     layers.N.mlp.experts.gate_up [E, 2, I, H] and layers.N.mlp.experts.down [E, H, I] are split
-    along E, so that each device along the axis holds E / size whole experts; the router, attention,
-    norms, embedding, head and dense layers are on every device.
+    along E, so that each device along the axis holds E / size whole experts, as their values and
+    scales are in FP8; the router, attention, norms, embedding, head and dense layers are on every
+    device.
 
     The rule's shardings have Auto axes on the mesh's devices, whatever the mesh's own axis types
     are, because the compiler places what the model computes. jax.make_mesh's axes are Explicit by
@@ -52,3 +62,34 @@ def expert_parallel(
         return NamedSharding(mesh, PartitionSpec(axis))
 
     return rule
+
+
+def scales_sharding(values: Sharding, shape: tuple[int, ...]) -> Sharding:
+    """Where the scales of a quantised parameter go: each dimension as the values' own.
+
+    A dimension that the mesh's axes do not divide is on every device, as [6, 16] over 4 devices
+    along [768, 2048]'s rows is.
+
+    Args:
+      values: the values' sharding.
+      shape: the scales'.
+
+    Raises:
+      TypeError: the values are split by another kind than a NamedSharding.
+    """
+    if values.is_fully_replicated:
+        return values
+    if not isinstance(values, NamedSharding):
+        raise TypeError(
+            f"the values of a quantised parameter are split by {values!r}; expected a NamedSharding"
+        )
+
+    def divides(size: int, axes) -> bool:
+        names = axes if isinstance(axes, tuple) else (axes,)
+        return size % math.prod(values.mesh.shape[name] for name in names if name is not None) == 0
+
+    spec = [
+        axes if divides(size, axes) else None
+        for size, axes in zip(shape, values.spec, strict=False)
+    ]
+    return NamedSharding(values.mesh, PartitionSpec(*spec))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 VALUES_DTYPE = jnp.float8_e4m3fn
+LARGEST = 448.0  # of e4m3, which has no infinity
 BLOCK = (128, 128)  # of the published checkpoints: (rows, columns) that share a scale
 
 
@@ -73,7 +74,43 @@ def dequantise(weight: Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """
     if not isinstance(weight, BlockScaledFp8):
         return jnp.asarray(weight).astype(dtype)
-    *_, rows, columns = weight.shape
-    scales = jnp.repeat(weight.scales, weight.block[0], axis=-2)[..., :rows, :]
-    scales = jnp.repeat(scales, weight.block[1], axis=-1)[..., :columns]
+    scales = _spread(weight.scales, weight.shape, weight.block)
     return (weight.values.astype(jnp.float32) * scales).astype(dtype)
+
+
+def quantise(weight: jax.Array, block: tuple[int, int] = BLOCK) -> BlockScaledFp8:
+    """The weight [..., out, in] in FP8: each block's largest value becomes 448, e4m3's largest.
+
+    A block's scale is its largest absolute value / 448 in float32, and 1 where all are 0. Values
+    are rounded to nearest, ties to even. The weight must be finite.
+    """
+    *stack, rows, columns = weight.shape
+    wide = weight.astype(jnp.float32)
+    *_, R, C = scales_shape(weight.shape, block)
+    edges = [(0, 0)] * len(stack) + [(0, R * block[0] - rows), (0, C * block[1] - columns)]
+    blocks = jnp.pad(jnp.abs(wide), edges).reshape(*stack, R, block[0], C, block[1])
+    largest = jnp.max(blocks, axis=(-3, -1))
+    # No constant, because XLA would multiply with its reciprocal, which differs by a bit.
+    divisor = jnp.where(largest == 0, 1, LARGEST)
+    scales = jnp.where(largest == 0, 1, largest) / divisor
+    # At least the smallest normal number, because XLA may take what is below it for 0.
+    scales = jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)
+    scaled = jnp.clip(wide / _spread(scales, weight.shape, block), -LARGEST, LARGEST)
+    return BlockScaledFp8(
+        values=_rounded(scaled).astype(VALUES_DTYPE), scales=scales, block=tuple(block)
+    )
+
+
+def _spread(scales: jax.Array, shape: tuple[int, ...], block: tuple[int, int]) -> jax.Array:
+    """Each value's scale: [..., R, C] to [..., out, in]."""
+    scales = jnp.repeat(scales, block[0], axis=-2)[..., : shape[-2], :]
+    return jnp.repeat(scales, block[1], axis=-1)[..., : shape[-1]]
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """float32 numbers that e4m3 holds, so that no backend's conversion rounds once more.
+
+    e4m3 has 3 bits of mantissa, and multiples of 2^-9 below 2^-6.
+    """
+    normal = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3)
+    return jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 2.0**9) * 2.0**-9, normal)

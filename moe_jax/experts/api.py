@@ -19,6 +19,12 @@ from moe_jax.experts.pallas import pallas_experts
 from moe_jax.experts.portable import portable_experts
 from moe_jax.integers import int32_ids
 from moe_jax.platforms import has_all_of_xla, resolve_platform
+from pallas_kernels.block_scaled_fp8 import (
+    BlockScaledFp8,
+    Weight,
+    check_block_scaled_fp8,
+    dequantise,
+)
 from pallas_kernels.decode_experts import ExpertWeights, reference_experts
 
 
@@ -66,6 +72,7 @@ def _reference(x, weights, ids, expert_weights, activation):
 # The sum of what is rounded to bf16: two products, the output, and around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
 _AROUND = (_LATENT, _SHARED)  # with_latent_and_shared gives both to every backend
+_PLAIN_XLA = (*_AROUND, _QUANTISED)
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
@@ -78,13 +85,13 @@ EXPERTS_BACKENDS: dict[str, Backend] = {
         run=with_latent_and_shared(_reference, wide=True),
         what="float32, one token at a time: the definition",
         rel_error={"float32": 1e-5, "bfloat16": 2e-3, "float16": 3e-4},
-        features=_AROUND,
+        features=_PLAIN_XLA,
     ),
     "portable": Backend(
         run=with_latent_and_shared(portable_experts),
         what="plain XLA that any compiler takes: gathers experts, or multiplies all",
         rel_error=_XLA_ERROR,
-        features=_AROUND,
+        features=_PLAIN_XLA,
     ),
     "grouped": Backend(
         run=with_latent_and_shared(grouped_experts),
@@ -119,13 +126,14 @@ def experts(
     expert_weights: jax.Array,
     *,
     activation: str = "silu",
-    fc1_latent_proj: jax.Array | None = None,
-    fc2_latent_proj: jax.Array | None = None,
+    fc1_latent_proj: Weight | None = None,
+    fc2_latent_proj: Weight | None = None,
     shared_experts: SharedExperts | None = None,
     backend: str = "auto",
     platform: str | None = None,
     phase: str = "prefill",
     chunk: int | None = None,
+    dequantize: bool = False,
 ) -> jax.Array:
     """out[t] = fc2 @ sum over k of w[t,k] * down_e(a(gate_e z_t) * up_e z_t) + shared(x_t).
 
@@ -134,7 +142,8 @@ def experts(
 
     Args:
       x: [T, H].
-      weights: gate_up [E, 2, I, L], down [E, L, I]; L is H without latent projections.
+      weights: gate_up [E, 2, I, L], down [E, L, I]; L is H without latent projections. Any weight
+        here may be a BlockScaledFp8; of the experts' two, both or none.
       ids: [T, K] of any integer dtype; an id outside [0, E) is padding and contributes nothing. A
         row of nothing else gives zeros.
       expert_weights: [T, K] of a floating dtype.
@@ -147,6 +156,8 @@ def experts(
       phase: "prefill", "decode" or "training", for the table.
       chunk: the most tokens at once, one chunk after the other; None for all, except where a
         backend would take too much memory.
+      dequantize: whether a backend without quantised weights may be given the experts' weights in
+        x's dtype, all E of them: twice FP8's bytes beside it in bfloat16.
 
     Returns:
       [T, H] in x's dtype.
@@ -177,9 +188,13 @@ def experts(
         activation=activation,
         latent=fc1_latent_proj is not None,
         shared=shared_experts is not None,
-        quantised=weights.quantised,
+        quantised=weights.quantised and not dequantize,
     )
     choice = resolve_backend(request, EXPERTS_BACKENDS, backend)
+    if weights.quantised and _QUANTISED not in EXPERTS_BACKENDS[choice.backend].features:
+        weights = ExpertWeights(
+            gate_up=dequantise(weights.gate_up, x.dtype), down=dequantise(weights.down, x.dtype)
+        )
 
     def run(x, ids, expert_weights):
         return EXPERTS_BACKENDS[choice.backend].run(
@@ -228,6 +243,13 @@ def _check_shapes(x, weights: ExpertWeights, ids, expert_weights) -> None:
             f"weights.down has shape {tuple(weights.down.shape)}; expected [E, L, I] = "
             f"{(E, width, I)}"
         )
+    for name, weight in (("gate_up", weights.gate_up), ("down", weights.down)):
+        if isinstance(weight, BlockScaledFp8):
+            check_block_scaled_fp8(f"weights.{name}", weight)
+        elif weights.quantised:
+            raise TypeError(
+                f"weights.{name} is {weight.dtype}; expected BlockScaledFp8, as the other weight is"
+            )
 
 
 def _in_chunks(run, chunk: int, x, ids, expert_weights) -> jax.Array:

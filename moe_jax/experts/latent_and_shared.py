@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.products import einsum
+from pallas_kernels.block_scaled_fp8 import Weight, dequantise
 from pallas_kernels.decode_experts import ExpertWeights
 
 # (x [T, H or L], weights, ids [T, K], expert_weights [T, K], activation) -> the same shape as x.
@@ -30,16 +31,16 @@ class SharedExperts(NamedTuple):
       down_proj: [H, N].
     """
 
-    gate_proj: jax.Array
-    up_proj: jax.Array
-    down_proj: jax.Array
+    gate_proj: Weight
+    up_proj: Weight
+    down_proj: Weight
 
 
 def check_latent_and_shared(
     H: int,
     weights: ExpertWeights,
-    fc1_latent_proj: jax.Array | None,
-    fc2_latent_proj: jax.Array | None,
+    fc1_latent_proj: Weight | None,
+    fc2_latent_proj: Weight | None,
     shared_experts: SharedExperts | None,
 ) -> None:
     """Raises a ValueError that names what does not fit x [T, H] and the experts' width."""
@@ -85,8 +86,8 @@ def with_latent_and_shared(core: Core, *, wide: bool = False) -> Callable[..., j
         expert_weights: jax.Array,
         *,
         activation: str,
-        fc1_latent_proj: jax.Array | None = None,
-        fc2_latent_proj: jax.Array | None = None,
+        fc1_latent_proj: Weight | None = None,
+        fc2_latent_proj: Weight | None = None,
         shared_experts: SharedExperts | None = None,
     ) -> jax.Array:
         dtype = jnp.float32 if wide else x.dtype
@@ -98,12 +99,12 @@ def with_latent_and_shared(core: Core, *, wide: bool = False) -> Callable[..., j
         rows = jnp.where(jnp.any(inside, axis=1, keepdims=True), x, 0).astype(dtype)
         z = rows
         if latent:
-            z = einsum("th,lh->tl", rows, fc1_latent_proj.astype(dtype)).astype(dtype)
+            z = einsum("th,lh->tl", rows, dequantise(fc1_latent_proj, dtype)).astype(dtype)
         out = core(z, weights, ids, expert_weights, activation).astype(dtype)
         if latent:
-            out = einsum("tl,hl->th", out, fc2_latent_proj.astype(dtype))
+            out = einsum("tl,hl->th", out, dequantise(fc2_latent_proj, dtype))
         if shared_experts is not None:
-            gate, up, down = (array.astype(dtype) for array in shared_experts)
+            gate, up, down = (dequantise(weight, dtype) for weight in shared_experts)
             hidden = ACTIVATIONS[activation](einsum("th,nh->tn", rows, gate))
             hidden = (hidden * einsum("th,nh->tn", rows, up)).astype(dtype)
             out = out.astype(jnp.float32) + einsum("tn,hn->th", hidden, down)

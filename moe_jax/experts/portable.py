@@ -1,7 +1,8 @@
 """Portable XLA: what any XLA compiler should take, and what Ascend gets.
 
 Only gathers along one axis, dots, reductions of one operand, comparisons, selects and elementwise
-functions: no scatter, no sort, no loop. Two forms, chosen by the static shape:
+functions: no scatter, no sort, no loop. BlockScaledFp8 weights are dequantised to x's dtype, in the
+gather form after the gather. Two forms, chosen by the static shape:
 
     T * K < E    gather   fetches the weights of each assignment's expert: T * K are read
     T * K >= E   dense    multiplies every token by every expert; unrouted ones are weighted with 0
@@ -57,9 +58,10 @@ def _gather(x, weights: ExpertWeights, ids, expert_weights, activation) -> jax.A
         taken = jnp.take(stored, ids.reshape(T * K), axis=0, mode="clip")
         return taken.reshape(T, K, *stored.shape[1:])
 
-    projected = einsum("th,tkjih->tkji", x, routed(weights.gate_up))
+    gate_up, down = (jax.tree.map(routed, each) for each in (weights.gate_up, weights.down))
+    projected = einsum("th,tkjih->tkji", x, gate_up)
     hidden = activation(projected[:, :, 0]) * projected[:, :, 1]  # [T, K, I]
-    outputs = einsum("tki,tkhi->tkh", hidden.astype(x.dtype), routed(weights.down))
+    outputs = einsum("tki,tkhi->tkh", hidden.astype(x.dtype), down)
     # Select, never multiply by zero: x or an unrouted expert may hold inf.
     weighted = jnp.where(inside[..., None], expert_weights[..., None] * outputs, 0)
     return jnp.sum(weighted, axis=1)

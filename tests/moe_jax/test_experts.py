@@ -11,7 +11,6 @@ import pytest
 
 from moe_jax.dispatch import choose_backend, record_choices, resolve_backend
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest, ExpertWeights, experts
-from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE, BlockScaledFp8, scales_shape
 from pallas_kernels.decode_experts import reference_experts
 
 T, K, E, H, I = 4, 2, 5, 64, 128
@@ -178,20 +177,6 @@ def test_the_portable_backend_gathers_or_multiplies_all():
 )
 def test_what_the_kernels_lack(change, lack):
     assert EXPERTS_BACKENDS["pallas"].unsupported(ask(**{"platform": "cuda"} | change)) == lack
-
-
-def test_quantised_weights_are_refused_by_all():
-    x, weights, ids, w = make(jnp.float32)
-    gate_up, down = (
-        BlockScaledFp8(
-            values=weight.astype(VALUES_DTYPE), scales=jnp.ones(scales_shape(weight.shape))
-        )
-        for weight in (weights.gate_up, weights.down)
-    )
-    scaled = ExpertWeights(gate_up=gate_up, down=down)
-    for backend in ("auto", *EXPERTS_BACKENDS):
-        with pytest.raises(NotImplementedError, match=r"quantised weights|platform|dtype float32"):
-            experts(x, scaled, ids, w, backend=backend)
 
 
 def test_wrong_arguments():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -11,8 +12,10 @@ from pallas_kernels.block_scaled_fp8 import (
     BlockScaledFp8,
     check_block_scaled_fp8,
     dequantise,
+    quantise,
     scales_shape,
 )
+from tests.moe_jax.scaled_weights import quantised
 
 
 def draw(shape, block, seed=0):
@@ -41,6 +44,23 @@ def test_a_plain_weight_is_cast():
     weight = jnp.asarray([[1.5, -2.0]], jnp.bfloat16)
     assert dequantise(weight).dtype == jnp.float32
     np.testing.assert_array_equal(dequantise(weight), [[1.5, -2.0]])
+
+
+def test_quantise_rounds_as_ml_dtypes_does():
+    """Numbers of every size, ties and zeros; ragged blocks, and one of nothing but zeros."""
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(2, 20, 33)) * 2.0 ** rng.integers(-14, 4, (2, 20, 33))
+    e4m3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = np.append((e4m3[1:] + e4m3[:-1]) / 2, 448)
+    weight[0, :8, :16].flat = ties  # one block, of scale 1
+    weight[1, 8:16, 16:32] = 0
+    found, expected = (
+        jax.jit(quantise, static_argnums=1)(weight, (8, 16)),
+        quantised(weight, (8, 16)),
+    )
+    assert found.scales[0, 0, 0] == found.scales[1, 1, 1] == 1
+    np.testing.assert_array_equal(found.scales, expected.scales)
+    np.testing.assert_array_equal(found.values.view(np.uint8), expected.values.view(np.uint8))
 
 
 @pytest.mark.parametrize(
