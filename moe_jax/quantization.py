@@ -21,6 +21,13 @@ from pallas_kernels.block_scaled_fp8 import BLOCK
 # A quantised parameter is two arrays, NAME.values and NAME.scales.
 VALUES, SCALES = ".values", ".scales"
 
+
+def split_name(name: str) -> tuple[str, str]:
+    """An array's parameter, and which of its two arrays it is: VALUES, SCALES, or "" for plain."""
+    ending = next((ending for ending in (VALUES, SCALES) if name.endswith(ending)), "")
+    return name.removesuffix(ending), ending
+
+
 _ACCEPTED = (
     "expected quant_method 'fp8' with fmt 'e4m3', activation_scheme 'dynamic', scale_fmt 'float' "
     "or 'ue8m0' and a weight_block_size of two positive integers"

@@ -32,16 +32,19 @@ def detect_format(directory: str | pathlib.Path) -> Format:
     return "hugging_face" if hub else "orbax"
 
 
-def open_checkpoint(directory: str | pathlib.Path, *, dtype=None) -> Reader:
+def open_checkpoint(
+    directory: str | pathlib.Path, *, dtype=None, dequantize: bool = False
+) -> Reader:
     """The parameters of a checkpoint of either format, to be read one at a time.
 
     Args:
       directory: the checkpoint.
-      dtype: to read them as: bfloat16, float32 or float16; None as they are stored.
+      dtype: to read plain ones as: bfloat16, float32 or float16; None as they are stored.
+      dequantize: whether those in FP8 become plain, of bfloat16 if dtype is None.
 
     Raises:
       CheckpointError: there is no checkpoint, or it is not whole.
       NotImplementedError: a quantisation other than FP8 in blocks.
     """
     opened = {"hugging_face": open_hugging_face, "orbax": open_orbax}
-    return opened[detect_format(directory)](directory, dtype=dtype)
+    return opened[detect_format(directory)](directory, dtype=dtype, dequantize=dequantize)

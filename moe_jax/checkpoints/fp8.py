@@ -1,61 +1,28 @@
-"""Block-scaled FP8 weights, as in Qwen3-30B-A3B-FP8, turned into ordinary floats.
+"""Block-scaled FP8 weights as the hub's files hold them, such as Qwen3-30B-A3B-FP8's.
 
 Each linear layer has `weight` (E4M3, [out, in]) and `weight_scale_inv`, one factor for each block:
 W[o, i] = weight[o, i] * weight_scale_inv[o // rows, i // columns]. A multiplication, whatever the
-name says; blocks at the edges may be cut off. Router, norms, embeddings and head are not quantised.
+name says; blocks at the edges may be cut off. A scale is a float, or a power of two in one byte
+(E8M0, 2^(byte - 127), as float8_e8m0fnu or uint8). All are float32 in memory, which holds each.
 """
-
-from collections.abc import Mapping
 
 import numpy as np
 
-from moe_jax.checkpoints.safetensors_file import FP8
+from moe_jax.checkpoints.hugging_face_files import FLOATS
+from moe_jax.checkpoints.safetensors_file import E8M0, FP8
 
-_ACCEPTED = (
-    "expected quant_method 'fp8' with fmt 'e4m3', activation_scheme 'dynamic' and a "
-    "weight_block_size of two positive integers"
-)
+# What scales are stored in, by numpy dtype.
+SCALES = FLOATS | {E8M0: "float8_e8m0fnu", np.dtype(np.uint8): "uint8"}
 
 # A table look-up is many times faster than a cast element by element.
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 
-def block_size(quantization_config: Mapping | None) -> tuple[int, int] | None:
-    """The (rows, columns) that share a scale, or None for a checkpoint that is not quantised.
-
-    Raises:
-      NotImplementedError: a quantisation other than FP8 in blocks.
-    """
-    if not quantization_config:
-        return None
-    required = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-    defaults = {"fmt": "e4m3", "activation_scheme": "dynamic"}
-    for field, value in required.items():
-        found = quantization_config.get(field, defaults.get(field))
-        if found != value:
-            raise NotImplementedError(f"quantization_config: {field} is {found!r}; {_ACCEPTED}")
-    block = quantization_config.get("weight_block_size")
-    whole = isinstance(block, (list, tuple)) and all(type(n) is int and n > 0 for n in block)
-    if not whole or len(block) != 2:
-        raise NotImplementedError(
-            f"quantization_config: weight_block_size is {block!r}; {_ACCEPTED}"
-        )
-    return tuple(block)
-
-
-def may_be_quantised(key: str) -> bool:
-    """Whether a hub key names a linear layer's weight, which an FP8 checkpoint quantises."""
-    return key.endswith(("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj"))
-
-
-def scale_key(key: str) -> str:
-    """The key of the scales that belong to a quantised weight's key."""
-    return f"{key}_scale_inv"
-
-
-def scale_shape(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """One scale for each block, those that the edges cut off included."""
-    return tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
+def float32_scales(stored: np.ndarray) -> np.ndarray:
+    """Scales of a dtype in SCALES as float32, exactly; NaN where E8M0 has it."""
+    if stored.dtype == np.uint8:
+        stored = stored.view(E8M0)
+    return stored.astype(np.float32)
 
 
 def dequantise(
@@ -72,7 +39,7 @@ def dequantise(
 
     Args:
       weight: [out, in] E4M3, the whole tensor.
-      scale: the whole tensor of scales, any float dtype.
+      scale: the whole tensor of scales, of a dtype in SCALES.
       block: (rows, columns) that share a scale.
       index: slices with start and stop, step 1.
       out: an array of index's shape.
@@ -83,5 +50,5 @@ def dequantise(
         start = max(rows.start, row_block * block[0])
         stop = min(rows.stop, (row_block + 1) * block[0])
         wide = _VALUES[weight[start:stop, columns].view(np.uint8)]
-        wide *= scale[row_block].astype(np.float32)[column_blocks]
+        wide *= float32_scales(scale[row_block])[column_blocks]
         out[start - rows.start : stop - rows.start] = wide

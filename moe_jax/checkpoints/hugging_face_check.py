@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import warnings
+from collections.abc import Mapping
 
 import jax
 import ml_dtypes
@@ -13,6 +14,15 @@ from moe_jax.checkpoints.hugging_face_files import CONFIG, FLOATS, Found, config
 from moe_jax.checkpoints.safetensors_file import FLOAT64, FP8, StoredTensor
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.parameters import parameter_shapes
+from moe_jax.quantization import (
+    SCALES,
+    VALUES,
+    block_of,
+    matcher_of,
+    may_be_quantised,
+    naming_plain,
+)
+from pallas_kernels.block_scaled_fp8 import scales_shape
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -22,8 +32,9 @@ class HubFiles:
     """A Hugging Face directory that was found to fit its config.
 
     Attributes:
-      config: with quantization_config None, as weights are dequantised when they are read.
-      shapes: parameter name -> shape, and the dtype to read it as, in the model's order.
+      config: quantization_config is None if no parameter is read as FP8, and otherwise names all
+        modules whose weights are plain.
+      shapes: array name -> shape, and the dtype to read it as, in the model's order.
       places: parameter name -> its leading indices -> where the rest of its dimensions lie.
       tensors: hub key -> where it lies.
       block: the (rows, columns) that share a scale, None if nothing is quantised.
@@ -36,7 +47,9 @@ class HubFiles:
     block: tuple[int, int] | None
 
 
-def inspect(directory: pathlib.Path, dtype: np.dtype | None = None) -> HubFiles:
+def inspect(
+    directory: pathlib.Path, dtype: np.dtype | None = None, *, dequantize: bool = False
+) -> HubFiles:
     """Reads config.json and every file's header, and compares them.
 
     As transformers does: experts may be fused, a tied model may have its head alone, and rotary
@@ -46,17 +59,20 @@ def inspect(directory: pathlib.Path, dtype: np.dtype | None = None) -> HubFiles:
 
     Args:
       directory: where config.json is.
-      dtype: of every parameter. None keeps each one's own, and makes bfloat16 of FP8 blocks.
+      dtype: of every plain parameter; None keeps each one's own.
+      dequantize: whether FP8 parameters become plain, of bfloat16 if dtype is None.
 
     Raises:
       CheckpointError: config.json or a file is missing, malformed or cut off, or a tensor is
-        missing, unexpected, stored twice, or of the wrong shape or dtype. One error lists all.
+        missing, unexpected, stored twice, or of the wrong shape or dtype; scales are no finite
+        numbers; a stacked parameter, or a layer's experts, are FP8 in parts. One error lists all.
       NotImplementedError: a quantisation other than FP8 in blocks.
     """
     config = config_of(directory)
-    block = fp8.block_size(config.quantization_config)
+    quantization_config = config.quantization_config
+    block = block_of(quantization_config)
     config = dataclasses.replace(config, quantization_config=None)
-    check = _Check(config, block, dtype, tensors_of(directory))
+    check = _Check(config, quantization_config, dtype, dequantize, tensors_of(directory))
     shapes, places = {}, {}
     held = check.layers()
     if held:
@@ -69,7 +85,13 @@ def inspect(directory: pathlib.Path, dtype: np.dtype | None = None) -> HubFiles:
             if not name.startswith(skipped):
                 shape = expected[name].shape
                 places[name], stored_as = check.parameter(name, shape)
-                shapes[name] = jax.ShapeDtypeStruct(shape, dtype or stored_as)
+                if stored_as == FP8:
+                    of_scales = scales_shape(shape, block)
+                    shapes[name + SCALES] = jax.ShapeDtypeStruct(of_scales, np.float32)
+                    shapes[name + VALUES] = jax.ShapeDtypeStruct(shape, FP8)
+                else:
+                    shapes[name] = jax.ShapeDtypeStruct(shape, dtype or stored_as)
+        check.experts_of_one_format(shapes)
         check.tied_head()
         check.rest(skipped)
     check.found.problems.raise_if_any(f"{directory} does not fit its {CONFIG}")
@@ -79,6 +101,10 @@ def inspect(directory: pathlib.Path, dtype: np.dtype | None = None) -> HubFiles:
             f"are not read, because num_hidden_layers is {config.num_hidden_layers}",
             stacklevel=4,  # who called load_hugging_face
         )
+    if any(name.endswith(VALUES) for name in shapes):
+        plain = filter(may_be_quantised, shapes)
+        named = naming_plain(quantization_config, plain, config.moe_layers)
+        config = dataclasses.replace(config, quantization_config=named)
     return HubFiles(config, shapes, places, check.found.tensors, block)
 
 
@@ -92,11 +118,14 @@ class _Check:
     def __init__(
         self,
         config: Qwen3MoeConfig,
-        block: tuple[int, int] | None,
+        quantization_config: Mapping | None,
         dtype: np.dtype | None,
+        dequantize: bool,
         found: Found,
     ):
-        self.config, self.block, self.dtype, self.found = config, block, dtype, found
+        self.config, self.dtype, self.dequantize, self.found = config, dtype, dequantize, found
+        self.block = block_of(quantization_config)
+        self.stays_plain = matcher_of(quantization_config or {})
         self.known = found.known
         self.unused = dict(found.tensors)
 
@@ -150,7 +179,10 @@ class _Check:
     def parameter(
         self, name: str, shape: tuple[int, ...]
     ) -> tuple[dict[tuple[int, ...], keys.Place], np.dtype]:
-        """Takes a parameter's tensors out of `unused`; where its parts lie, and its own dtype."""
+        """Takes a parameter's tensors out of `unused`; where its parts lie, and its own dtype.
+
+        The dtype of a parameter that stays quantised is FP8.
+        """
         stored = self._stored(name, shape)
         dtypes = set()
         for key, expected in stored.shapes.items():
@@ -163,14 +195,29 @@ class _Check:
             if tensor.shape != expected:
                 line = f"{key} in {tensor.path.name} is {list(tensor.shape)}"
                 self.problem("shape", f"{line}; expected {list(expected)}")
-            dtypes |= self._dtype(key, tensor)
-        if len(dtypes) > 1 and self.dtype is None:
-            line = ", ".join(sorted(FLOATS[dtype] for dtype in dtypes))
-            self.problem(
-                "dtype",
-                f"the tensors of {name} are {line}; expected one dtype, or dtype= to convert to",
-            )
+            dtypes |= self._dtype(name, key, tensor)
+        if FP8 in dtypes and self.dequantize:
+            dtypes = dtypes - {FP8} | {_BFLOAT16}
+        if len(dtypes) > 1 and (self.dtype is None or FP8 in dtypes):
+            line = ", ".join(sorted(dtype.name for dtype in dtypes))
+            way = "dequantize=True" if FP8 in dtypes else "dtype= to convert to"
+            self.problem("dtype", f"the tensors of {name} are {line}; expected one dtype, or {way}")
+        if FP8 in dtypes:
+            return stored.places, FP8
         return stored.places, dtypes.pop() if dtypes else _BFLOAT16
+
+    def experts_of_one_format(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+        """Both parameters of a layer's experts are FP8, or none."""
+        for name, struct in shapes.items():
+            experts, _, part = name.rpartition(".")
+            other = {"gate_up": "down", "down": "gate_up"}.get(part)
+            scaled = f"{experts}.{other}"
+            if other and scaled + VALUES in shapes:
+                self.problem(
+                    "dtype",
+                    f"{scaled} is {FP8.name} and {name} is {struct.dtype.name}; expected one "
+                    "format, or dequantize=True",
+                )
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> keys.Stored:
         """Which of the ways to store a parameter the files have chosen."""
@@ -193,7 +240,7 @@ class _Check:
             return keys.Stored({keys.HEAD_KEY: shape}, {(): keys.Place(keys.HEAD_KEY)})
         return stored
 
-    def _dtype(self, key: str, tensor: StoredTensor) -> set[np.dtype]:
+    def _dtype(self, name: str, key: str, tensor: StoredTensor) -> set[np.dtype]:
         """What the tensor is read as if no dtype is given; nothing if it cannot be read."""
         accepted = ", ".join(FLOATS.values())
         where = f"{key} in {tensor.path.name}"
@@ -203,18 +250,25 @@ class _Check:
             return {self.dtype}
         if self.block is None:
             self.problem("dtype", f"{where} is {tensor.dtype_name}; expected {accepted}")
-        elif not fp8.may_be_quantised(key) or tensor.dtype != FP8:
+        elif not may_be_quantised(name) or tensor.dtype != FP8:
             self.problem(
                 "dtype",
                 f"{where} is {tensor.dtype_name}; expected {accepted}, or F8_E4M3 if *_proj.weight",
             )
+        elif self.stays_plain(key.removesuffix(".weight")):
+            self.problem(
+                "dtype",
+                f"{where} is {tensor.dtype_name}, and modules_to_not_convert names its module; "
+                f"expected {accepted}",
+            )
+            self.unused.pop(keys.scale_key(key), None)
         else:
             self._scale(key, tensor)
-            return {_BFLOAT16}
+            return {FP8}
         return set()
 
     def _scale(self, key: str, tensor: StoredTensor) -> None:
-        scale_key = fp8.scale_key(key)
+        scale_key = keys.scale_key(key)
         scale = self.unused.pop(scale_key, None)
         if scale is None:
             if scale_key not in self.found.explained:
@@ -222,12 +276,12 @@ class _Check:
                 self.problem("missing", line)
             return
         where = f"{scale_key} in {scale.path.name}"
-        if scale.dtype not in FLOATS:
-            accepted = ", ".join(FLOATS.values())
+        if scale.dtype not in fp8.SCALES:
+            accepted = ", ".join(fp8.SCALES.values())
             self.problem("dtype", f"{where} is {scale.dtype_name}; expected {accepted}")
         if len(tensor.shape) < 2:
             return  # its shape is a problem already
-        *stacked, rows, columns = tensor.shape
+        *stacked, rows, _ = tensor.shape
         if stacked and key.endswith("gate_up_proj") and rows // 2 % self.block[0]:
             self.problem(
                 "shape",
@@ -235,9 +289,14 @@ class _Check:
                 f"multiple of the block's {self.block[0]} rows, as ups must begin a block",
             )
             return
-        expected = (*stacked, *fp8.scale_shape((rows, columns), self.block))
+        expected = scales_shape(tensor.shape, self.block)
         if scale.shape != expected:
             self.problem("shape", f"{where} is {list(scale.shape)}; expected {list(expected)}")
+        elif scale.dtype in fp8.SCALES:
+            found = fp8.float32_scales(scale.view()[(slice(None),) * len(expected)])
+            for at in np.argwhere(~np.isfinite(found))[:1].tolist():
+                line = f"{where} is {found[tuple(at)]} at {at}; expected finite numbers"
+                self.problem("scale", line)
 
     def tied_head(self) -> None:
         """A tied model reads the embedding; a head that differs would be lost unseen."""

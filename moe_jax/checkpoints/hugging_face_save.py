@@ -8,15 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_jax.checkpoints import keys
-from moe_jax.checkpoints.errors import Problems
+from moe_jax.checkpoints.errors import CheckpointError, Problems
 from moe_jax.checkpoints.hugging_face_files import CONFIG, FLOATS, INDEX, SINGLE_FILE
 from moe_jax.checkpoints.readers import Progress, Reader, counter, of_model
 from moe_jax.checkpoints.replace_directory import replacing
-from moe_jax.checkpoints.safetensors_file import write_file
+from moe_jax.checkpoints.safetensors_file import E8M0, write_file
 from moe_jax.checkpoints.sidecar_files import copy_files, sidecar_files
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
+from moe_jax.quantization import SCALES, VALUES, split_name
 
 
 def save_hugging_face(
@@ -38,7 +39,9 @@ def save_hugging_face(
     Args:
       directory: made if there is none; a leading ~ is the home directory. Its files that belong to
         no checkpoint are kept.
-      model: its parameters are written in the dtypes they have.
+      model: its parameters are written in the dtypes they have, those in FP8 as values and scales
+        in blocks; scales are float32, or float8_e8m0fnu where quantization_config's scale_fmt is
+        "ue8m0".
       max_shard_bytes: of tensors in a file; a tensor of more gets a file of its own. With more than
         one file there is a model.safetensors.index.json.
       overwrite: whether a checkpoint in the directory may be replaced.
@@ -48,8 +51,8 @@ def save_hugging_face(
 
     Raises:
       CheckpointError: the directory holds a checkpoint and overwrite is False, or cannot be
-        replaced; the model does not fit its config or has a dtype that is no stored float;
-        copy_from is no directory.
+        replaced; the model does not fit its config or has a dtype that is no stored float; a scale
+        of the format ue8m0 is no power of two; copy_from is no directory.
       ValueError: max_shard_bytes is not a positive integer.
     """
     write_hugging_face(
@@ -96,7 +99,7 @@ def write_hugging_face(
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One tensor of the file: a parameter, or one expert's part of one."""
+    """One tensor of the file: an array of the model, or one expert's part of one."""
 
     name: str
     position: tuple[int, ...]
@@ -112,12 +115,19 @@ def _tensors_of(reader: Reader) -> dict[str, _Part]:
     """Hub key -> part, in the order of writing."""
     problems = Problems()
     for name, struct in reader.shapes.items():
-        if np.dtype(struct.dtype) not in FLOATS:
+        if np.dtype(struct.dtype) not in FLOATS and split_name(name)[1] != VALUES:
             accepted = ", ".join(FLOATS.values())
             problems.add("dtype", f"{name} is {struct.dtype}; expected {accepted}")
     problems.raise_if_any("the model cannot be saved")
+    found = reader.config.quantization_config or {}
+    dtype_of_scales = E8M0 if found.get("scale_fmt") == "ue8m0" else np.dtype(np.float32)
+
+    def dtype_of(name: str) -> np.dtype:
+        is_scales = split_name(name)[1] == SCALES
+        return dtype_of_scales if is_scales else np.dtype(reader.shapes[name].dtype)
+
     return {
-        key: _Part(name, position, np.dtype(struct.dtype), struct.shape[len(position) :])
+        key: _Part(name, position, dtype_of(name), struct.shape[len(position) :])
         for name, struct in reader.shapes.items()
         for position, key in keys.hub_keys(name, struct.shape).items()
     }
@@ -142,11 +152,29 @@ def _plan(tensors: dict[str, _Part], max_shard_bytes: int) -> dict[str, list[str
 def _values(reader: Reader, tensors: dict[str, _Part]) -> Iterator[np.ndarray]:
     """The tensors in order; a parameter stays on the host while its parts are written."""
     name, array = None, None
-    for part in tensors.values():
+    for key, part in tensors.items():
         if part.name != name:
             array = None  # before the next is read
             name, array = part.name, reader.read(part.name)
-        yield array[part.position]
+        stored = array[part.position]
+        if stored.dtype != part.dtype:
+            stored = _powers_of_two(key, stored)
+        yield stored
+
+
+def _powers_of_two(key: str, scales: np.ndarray) -> np.ndarray:
+    """float32 scales as E8M0.
+
+    Raises:
+      CheckpointError: one is no power of two.
+    """
+    stored = scales.astype(E8M0)
+    for at in np.argwhere(stored.astype(np.float32) != scales)[:1].tolist():
+        raise CheckpointError(
+            f"{key} is {scales[tuple(at)]} at {at}; expected a power of two, because "
+            "quantization_config has scale_fmt 'ue8m0'"
+        )
+    return stored
 
 
 def _index_json(tensors: dict[str, _Part], shards: dict[str, list[str]]) -> dict:
@@ -157,8 +185,9 @@ def _index_json(tensors: dict[str, _Part], shards: dict[str, list[str]]) -> dict
 
 
 def _config_json(reader: Reader, spelling: str) -> dict:
-    # What is written is not quantised, whatever the weights once came from.
-    config: Qwen3MoeConfig = dataclasses.replace(reader.config, quantization_config=None)
+    config: Qwen3MoeConfig = reader.config
+    if not any(name.endswith(VALUES) for name in reader.shapes):  # whatever the file once was
+        config = dataclasses.replace(config, quantization_config=None)
     data = config.to_hf(spelling)
     data.setdefault("architectures", ["Qwen3MoeForCausalLM"])
     # transformers loads in this dtype, so it must be the one on disk and not the one of long ago.

@@ -1,8 +1,13 @@
-"""Our parameters' names and the hub's keys: one stacked expert array is many tensors there."""
+"""Our parameters' names and the hub's keys: one stacked expert array is many tensors there.
+
+A quantised parameter NAME is NAME.values and NAME.scales here, KEY and KEY_scale_inv there.
+"""
 
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from moe_jax.quantization import SCALES, VALUES
 
 _EXPERTS = re.compile(r"(layers\.\d+\.mlp\.experts)\.(gate_up|down)")
 
@@ -46,8 +51,12 @@ def hub_keys(name: str, shape: tuple[int, ...]) -> dict[tuple[int, ...], str]:
 
     layers.0.mlp.experts.gate_up [E, 2, I, H] has parts (e, 0), the gates, and (e, 1), the ups, of
     [I, H] each; layers.0.mlp.experts.down [E, H, I] has parts (e,). Any other parameter is one
-    part, ().
+    part, (). Values have the keys of their parameter, and scales those with another ending.
     """
+    if name.endswith(SCALES):
+        keys = hub_keys(name.removesuffix(SCALES), shape)
+        return {position: scale_key(key) for position, key in keys.items()}
+    name = name.removesuffix(VALUES)
     match = _EXPERTS.fullmatch(name)
     if not match:
         return {(): name if name == HEAD_KEY else f"model.{name}"}
@@ -67,6 +76,11 @@ def apart(name: str, shape: tuple[int, ...]) -> Stored:
         {key: shape[len(position) :] for position, key in parts.items()},
         {position: Place(key) for position, key in parts.items()},
     )
+
+
+def scale_key(key: str) -> str:
+    """The key of the scales that belong to a quantised weight's key."""
+    return f"{key}_scale_inv"
 
 
 def fused_key(name: str) -> str | None:

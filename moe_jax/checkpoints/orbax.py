@@ -16,6 +16,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoints import keys
+from moe_jax.checkpoints.change_format import dequantised, dequantised_arrays
 from moe_jax.checkpoints.errors import CheckpointError, Problems
 from moe_jax.checkpoints.placing import Shardings, place, sharding_of
 from moe_jax.checkpoints.readers import (
@@ -32,8 +33,9 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import foreign_content, local_path
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, parameter_shapes
+from moe_jax.quantization import VALUES, split_name
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 where no parameter is quantised
 
 _GROUP_BYTES = 1 << 30
 
@@ -58,7 +60,7 @@ def save_orbax(
     Args:
       path: the directory; a leading ~ is the home directory, in every function here. Its files that
         belong to no checkpoint are kept.
-      model: its parameters are written in the dtypes they have.
+      model: its parameters are written in the dtypes they have, those in FP8 as values and scales.
       overwrite: whether a checkpoint in the directory may be replaced.
       copy_from: a directory whose tokenizer and generation_config.json are copied.
       progress: called as progress(done_bytes, total_bytes) after each group.
@@ -81,7 +83,7 @@ def write_orbax(
     """save_orbax of parameters that may lie anywhere."""
     path = local_path(path, "path")
     files = sidecar_files(copy_from)
-    metadata = {"schema_version": SCHEMA_VERSION, "config": reader.config.to_hf()}
+    metadata = {"schema_version": _version_of(reader.shapes), "config": reader.config.to_hf()}
     context = ocp.Context()
     context.array.saving.scoped_storage_options_creator = _storage_of
     count = counter(reader.nbytes, progress)
@@ -103,6 +105,7 @@ def load_orbax(
     path: str | pathlib.Path,
     *,
     dtype=None,
+    dequantize: bool = False,
     shardings: Shardings | None = None,
     progress: Progress | None = None,
 ) -> Qwen3Moe:
@@ -110,7 +113,8 @@ def load_orbax(
 
     Args:
       path: the directory.
-      dtype: of every parameter: bfloat16, float32 or float16. None keeps the saved ones.
+      dtype: of every plain parameter: bfloat16, float32 or float16. None keeps the saved ones.
+      dequantize: whether parameters in FP8 become plain ones, of bfloat16 if dtype is None.
       shardings: (parameter name, shape) -> jax.sharding.Sharding, as from
         moe_jax.sharding.expert_parallel; each device then reads its own part. None puts everything
         on the default device.
@@ -125,7 +129,7 @@ def load_orbax(
     count = counter(sum(map(bytes_of, shapes.values())), progress)
     arrays = {}
     for names in _groups(shapes):
-        targets = {name: _target(name, shapes[name], shardings) for name in names}
+        targets = {name: _target(name, shapes, shardings) for name in names}
         group = _restore(path, saved, targets)
         for name in names:
             array = group.pop(name)
@@ -133,18 +137,26 @@ def load_orbax(
                 array = place(shapes[name], None, lambda index, array=array: array)
             arrays[name] = array
         count(sum(bytes_of(shapes[name]) for name in names))
+    if dequantize:
+        config, arrays = dequantised_arrays(config, arrays, dtype)
     return from_arrays(config, arrays)
 
 
-def open_orbax(path: str | pathlib.Path, *, dtype=None) -> Reader:
-    """The checkpoint's parameters, to be read one at a time; dtype and errors as above."""
+def open_orbax(path: str | pathlib.Path, *, dtype=None, dequantize: bool = False) -> Reader:
+    """The checkpoint's parameters, to be read one at a time; arguments and errors as above."""
     path = local_path(path, "path")  # Orbax reads from absolute paths only
     config, saved, shapes = _inspect(path, dtype)
 
     def read(name: str) -> np.ndarray:
-        return _restore(path, saved, {name: _target(name, shapes[name], None)})[name]
+        return _restore(path, saved, {name: _target(name, shapes, None)})[name]
 
-    return Reader(config, shapes, read)
+    reader = Reader(config, shapes, read)
+    return dequantised(reader, dtype) if dequantize else reader
+
+
+def _version_of(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Versions of this library that read version 1 alone know no quantised parameters."""
+    return SCHEMA_VERSION if any(name.endswith(VALUES) for name in shapes) else 1
 
 
 def is_orbax(path: pathlib.Path) -> bool:
@@ -179,13 +191,20 @@ def _inspect(path: pathlib.Path, dtype) -> tuple[Qwen3MoeConfig, dict, dict]:
         saved[name] = jax.ShapeDtypeStruct(shape, saved_dtype)
         if shape != expected[name].shape:
             problems.add("shape", f"{name} is {list(shape)}; expected {list(expected[name].shape)}")
+        if split_name(name)[1]:
+            if saved_dtype != expected[name].dtype:
+                wanted = expected[name].dtype.name
+                problems.add("dtype", f"{name} is {saved_dtype.name}; expected {wanted}")
+            continue
         try:
             expect_float(saved_dtype, name)
         except CheckpointError as error:
             problems.add("dtype", str(error))
     problems.raise_if_any(f"{path} does not fit its config")
     asked = {
-        name: jax.ShapeDtypeStruct(struct.shape, dtype or struct.dtype)
+        name: struct
+        if dtype is None or split_name(name)[1]
+        else jax.ShapeDtypeStruct(struct.shape, dtype)
         for name, struct in saved.items()
     }
     return config, saved, asked
@@ -210,9 +229,11 @@ def _config_of(path: pathlib.Path, metadata: Any) -> Qwen3MoeConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _target(name: str, struct: jax.ShapeDtypeStruct, shardings: Shardings | None):
+def _target(
+    name: str, shapes: Mapping[str, jax.ShapeDtypeStruct], shardings: Shardings | None
+) -> Any:
     """What to restore into: with a sharding onto its devices, without one into numpy."""
-    sharding = sharding_of(shardings, name, struct.shape)
+    struct, sharding = shapes[name], sharding_of(shardings, shapes, name)
     if sharding is None:
         return np.broadcast_to(np.zeros((), struct.dtype), struct.shape)
     return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=sharding)

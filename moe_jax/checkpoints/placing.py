@@ -1,30 +1,40 @@
 """Arrays from the host onto devices, a shard at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
-# (parameter name, shape) -> where it goes.
+from moe_jax.quantization import SCALES, VALUES, split_name
+from moe_jax.sharding import scales_sharding
+
+# (parameter name, shape) -> where it goes; of a quantised parameter where its values go.
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def sharding_of(
-    shardings: Shardings | None, name: str, shape: tuple[int, ...]
+    shardings: Shardings | None, shapes: Mapping[str, jax.ShapeDtypeStruct], array_name: str
 ) -> jax.sharding.Sharding | None:
-    """Where a parameter goes; None is the default device.
+    """Where an array goes; None is the default device.
+
+    Args:
+      shardings: the rule for parameters.
+      shapes: of all arrays.
+      array_name: a parameter's, or that of its values or scales.
 
     Raises:
-      TypeError: the rule returned something else than a Sharding.
+      TypeError: the rule returned something else than a Sharding, or one that scales cannot follow.
     """
     if shardings is None:
         return None
+    name, part = split_name(array_name)
+    shape = shapes[name + VALUES if part else name].shape
     sharding = shardings(name, shape)
     if not isinstance(sharding, jax.sharding.Sharding):
         raise TypeError(
             f"shardings({name!r}, {shape}) is {sharding!r}; expected a jax.sharding.Sharding"
         )
-    return sharding
+    return scales_sharding(sharding, shapes[array_name].shape) if part == SCALES else sharding
 
 
 def place(

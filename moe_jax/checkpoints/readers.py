@@ -23,7 +23,7 @@ class Reader:
 
     Attributes:
       config: the model's.
-      shapes: parameter name -> shape and dtype, in the model's order.
+      shapes: array name, as moe_jax.parameters has it -> shape and dtype, in the model's order.
       read: name -> the whole array on the host, not to be written to.
     """
 

@@ -1,7 +1,7 @@
 """Safetensors files, read and written by the safetensors package.
 
-One thing is done here: FP8. The package's numpy frontend, 0.8.0, cannot return such tensors, so
-they are mapped from the file, at the place that its header names.
+One thing is done here: floats of 8 bits. The package's numpy frontend, 0.8.0, cannot return such
+tensors, so they are mapped from the file, at the place that its header names.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from moe_jax.json_files import foreign_content
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)  # scales of FP8
 
 FLOAT64 = np.dtype(np.float64)
 
@@ -29,6 +30,8 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": FP8,
+    "F8_E8M0": E8M0,
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -56,9 +59,9 @@ class StoredTensor:
 
     def view(self):
         """What gives numpy arrays when it is indexed with slices, and reads those slices only."""
-        if self.dtype == FP8:
+        if self.dtype in (FP8, E8M0):
             offset = _data_offsets(*_identity(self.path))[self.key]
-            return np.memmap(self.path, FP8, "r", offset, self.shape)
+            return np.memmap(self.path, self.dtype, "r", offset, self.shape)
         return _opened(*_identity(self.path)).get_slice(self.key)
 
 

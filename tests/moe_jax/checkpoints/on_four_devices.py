@@ -24,7 +24,7 @@ from moe_jax.checkpoints import (
 from moe_jax.checkpoints.readers import host_copy
 from moe_jax.parameters import to_arrays
 from moe_jax.sharding import expert_parallel
-from tests.moe_jax.checkpoints import hub
+from tests.moe_jax.checkpoints import hub, test_fp8
 
 CONFIG = hub.config()
 TENSORS = hub.tensors(CONFIG)
@@ -116,6 +116,28 @@ def check_runs(folder, mesh, model) -> None:
     np.testing.assert_allclose(logits(spread), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def check_fp8(folder, mesh) -> None:
+    """Values and scales of an expert lie together; columns of scales only where they divide."""
+    config = hub.config(quantization_config=test_fp8.QUANTIZATION)
+    hub.write(folder / "fp8", config, test_fp8.quantised(config)[0])
+    whole = to_arrays(load_hugging_face(folder / "fp8"))
+    save_orbax(folder / "fp8_orbax", load_hugging_face(folder / "fp8"))
+
+    def by_columns(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        axes = ("expert",) if shape[-1] % 4 == 0 else (None,)
+        return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 1), *axes))
+
+    for rule in (expert_parallel(mesh), by_columns):
+        for load, source in ((load_hugging_face, "fp8"), (load_orbax, "fp8_orbax")):
+            arrays = to_arrays(load(folder / source, shardings=rule))
+            for name, array in arrays.items():
+                assert hub.same(host_copy(array), whole[name]), name
+        gate_up = [arrays[f"{GATE_UP}.{part}"] for part in ("values", "scales")]
+        shards = [array.sharding.shard_shape(array.shape) for array in gate_up]
+        split = rule is not by_columns  # 3 columns of scales are not split over 4
+        assert shards == ([(1, 2, 8, 16), (1, 2, 1, 3)] if split else [(4, 2, 8, 4), (4, 2, 1, 3)])
+
+
 def check_refusals(folder) -> None:
     mesh = jax.make_mesh((3,), ("expert",), devices=jax.devices()[:3])
     try:
@@ -137,6 +159,7 @@ def main(folder: pathlib.Path) -> None:
     check_any_layout(folder, two_by_two, whole)
     check_saves(folder, jax.make_mesh((4,), ("expert",)), whole)
     check_runs(folder, jax.make_mesh((4,), ("expert",)), model)
+    check_fp8(folder, jax.make_mesh((4,), ("expert",)))
     check_refusals(folder)
     print("all good")
 

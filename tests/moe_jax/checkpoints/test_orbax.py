@@ -24,7 +24,7 @@ from moe_jax.checkpoints import (
 )
 from moe_jax.checkpoints.readers import of_model
 from moe_jax.parameters import from_arrays, to_arrays
-from tests.moe_jax.checkpoints import hub, killed_saves
+from tests.moe_jax.checkpoints import hub, killed_saves, test_fp8
 
 # Of Orbax's own event loop, after a file that cannot be read; maybe in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -47,6 +47,26 @@ def saved(tmp_path_factory, model):
     path = tmp_path_factory.mktemp("orbax") / "saved"
     save_orbax(path, model)
     return path
+
+
+def test_fp8_stays_fp8_or_is_dequantised(tmp_path):
+    config = hub.config(num_hidden_layers=1, quantization_config=test_fp8.QUANTIZATION)
+    tensors, _ = test_fp8.quantised(config)
+    hub.write(tmp_path / "hub", config, tensors)
+    model = load_hugging_face(tmp_path / "hub")
+    save_orbax(tmp_path / "orbax", model)
+    again = load_orbax(tmp_path / "orbax")
+    assert again.config == model.config
+    hub.expect_same(arrays_of(again), arrays_of(model))
+    readers = [open_checkpoint(tmp_path / name) for name in ("hub", "orbax")]
+    assert differences(*readers)[0] == []
+
+    plain = load_hugging_face(tmp_path / "hub", dequantize=True)
+    from_orbax = load_orbax(tmp_path / "orbax", dequantize=True)
+    assert from_orbax.config == plain.config
+    hub.expect_same(arrays_of(from_orbax), arrays_of(plain))
+    readers = [open_checkpoint(tmp_path / name, dequantize=True) for name in ("hub", "orbax")]
+    assert differences(*readers)[0] == []
 
 
 @pytest.fixture
@@ -202,7 +222,7 @@ def change_metadata(path, **changes) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "has schema_version 2; expected at most 1"),
+        ({"schema_version": 3}, "has schema_version 3; expected at most 2"),
         ({"schema_version": None}, "has no schema_version and config"),
         ({"schema_version": "1"}, "has no schema_version and config"),
         ({"config": None}, "has no schema_version and config"),
