@@ -5,9 +5,10 @@
 Needs no accelerator; JAX_PLATFORMS=cpu keeps JAX from taking hold of one. Parameters pass through
 one at a time, the largest being a layer's stacked experts: 0.8 GB for Qwen3-30B-A3B in bfloat16,
 10 GB for Qwen3-Coder-480B-A35B. To Hugging Face the host needs memory for one file (--max_shard_gb)
-and one of these, to Orbax for three of these (or 3 GB if they are small). FP8 checkpoints become
-bfloat16. --to is written beside its place and put there whole, so a run that is cut off leaves what
-was there; it needs the space of both. Tokenizer and generation_config.json are copied along.
+and one of these, to Orbax for three of these (or 3 GB if they are small). FP8 stays FP8 unless
+--dequantize is given. --to is written beside its place and put there whole, so a run that is cut
+off leaves what was there; it needs the space of both. Tokenizer and generation_config.json are
+copied along.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from experiments.bench.script import flag
 from moe_jax.checkpoints import (
     CheckpointError,
     Format,
+    Reader,
     detect_format,
     differences,
     open_checkpoint,
@@ -46,7 +48,10 @@ class Settings:
     )
     to: str = flag("", "The directory to write.", needs="a directory")
     to_format: str | None = flag(None, "By default the one that --from is not in.", of=FORMATS)
-    dtype: str | None = flag(None, "To convert to; by default as stored.", of=DTYPES)
+    dtype: str | None = flag(
+        None, "To convert what is not FP8 to; by default as stored.", of=DTYPES
+    )
+    dequantize: bool = flag(False, "Whether FP8 becomes bfloat16, or --dtype.")
     max_shard_gb: float = flag(
         5.0, "GB (1e9 bytes) of tensors in a safetensors file.", least=1e-9, most=1e9
     )
@@ -77,12 +82,12 @@ def main(settings: Settings) -> None:
 def _convert(settings: Settings, console: Console) -> None:
     is_from = detect_format(settings.source)
     to_format = settings.to_format or FORMATS[1 - FORMATS.index(is_from)]
-    reader = open_checkpoint(settings.source, dtype=settings.dtype)
-    _say(
+    reader = _open_source(settings)
+    say(
         console,
         f"{settings.source} ({is_from}): {len(reader.shapes)} arrays, {reader.nbytes / 1e9:.3f} GB",
     )
-    with _bar(console, f"writing {to_format}") as progress:
+    with bytes_bar(console, f"writing {to_format}") as progress:
         shared = {
             "overwrite": settings.overwrite,
             "copy_from": settings.source,
@@ -93,7 +98,11 @@ def _convert(settings: Settings, console: Console) -> None:
         else:
             max_shard_bytes = round(settings.max_shard_gb * 1e9)
             write_hugging_face(settings.to, reader, max_shard_bytes=max_shard_bytes, **shared)
-    _say(console, f"Wrote {settings.to} ({to_format})")
+    say(console, f"Wrote {settings.to} ({to_format})")
+
+
+def _open_source(settings: Settings) -> Reader:
+    return open_checkpoint(settings.source, dtype=settings.dtype, dequantize=settings.dequantize)
 
 
 def _verify(settings: Settings, console: Console) -> None:
@@ -102,24 +111,24 @@ def _verify(settings: Settings, console: Console) -> None:
     Raises:
       CheckpointError: arrays or the config differ; lists which.
     """
-    expected = open_checkpoint(settings.source, dtype=settings.dtype)
+    expected = _open_source(settings)
     found = open_checkpoint(settings.to)
-    with _bar(console, "verifying") as progress:
+    with bytes_bar(console, "verifying") as progress:
         different, checksum = differences(expected, found, progress)
     if different:
         listed = ", ".join(different[:8]) + (", ..." if len(different) > 8 else "")
         raise CheckpointError(
             f"--verify: {settings.to} differs from {settings.source} in {len(different)}: {listed}"
         )
-    _say(console, f"Verified: {len(found.shapes)} arrays are equal, bit for bit")
-    _say(console, f"sha256 of the arrays: {checksum}")
+    say(console, f"Verified: {len(found.shapes)} arrays are equal, bit for bit")
+    say(console, f"sha256 of the arrays: {checksum}")
 
 
 @contextlib.contextmanager
-def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def bytes_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over bytes while the block runs; in a log file, one line."""
     if not console.is_terminal:
-        _say(console, f"... {what}")
+        say(console, f"... {what}")
     columns = (
         rich.progress.TextColumn("{task.description:<24}"),
         rich.progress.BarColumn(),
@@ -134,7 +143,8 @@ def _bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _say(console: Console, line: str) -> None:
+def say(console: Console, line: str) -> None:
+    """Prints a line as it is, however long."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -45,8 +45,10 @@ from moe_jax.generation.arguments import position_limit
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.quantization import fp8_config
 
 BASELINES = ("none", "transformers")
+WEIGHTS = ("bf16", "fp8")
 _ON_CPU = "tiny"
 
 
@@ -56,6 +58,8 @@ class Settings:
 
     preset: str = flag("qwen3_30b_a3b", "Whose sizes; the weights are random.", of=PRESETS)
     checkpoint: pathlib.Path | None = flag(None, "A checkpoint directory, in place of a preset.")
+    weights: str = flag("bf16", "Of a preset's linear layers and experts.", of=WEIGHTS)
+    dequantize: bool = flag(False, "Whether an FP8 checkpoint becomes bfloat16.")
     layers: int = flag(0, "Only the model's first ones; 0 for all.", least=0)
     batches: tuple[int, ...] = flag(
         (1, 2, 4, 8, 16, 32, 64), "Rows in the batch.", least=1, needs="as in 1,8"
@@ -93,7 +97,14 @@ class Settings:
     commit: str = flag("", "The commit to record; the checkout's by default.")
 
     def __post_init__(self):
+        if self.checkpoint is not None and self.weights != "bf16":
+            raise ValueError(
+                f"--weights is {self.weights!r} with --checkpoint, which has its own; expected it "
+                "with --preset"
+            )
         if self.checkpoint is None:
+            if self.dequantize:
+                raise ValueError("--dequantize is given without --checkpoint; expected both")
             config = PRESETS[self.preset]
             if self.layers > config.num_hidden_layers:
                 raise ValueError(
@@ -118,6 +129,7 @@ class Settings:
     def name(self) -> str:
         """The model's, in the record and the file's name."""
         name = self.preset if self.checkpoint is None else self.checkpoint.resolve().name
+        name += {"bf16": "", "fp8": "_fp8"}[self.weights] + "_dequantized" * self.dequantize
         return f"{name}_{self.layers}_layers" if self.layers else name
 
     def pairs(self) -> Iterator[tuple[int, int]]:
@@ -225,7 +237,7 @@ def _measure_baseline(settings: Settings, bar: script.Progress, problems: list[s
     bar.advance("transformers, compiled")
     try:
         for row in measure_in_child(
-            _config(settings).to_hf("v5"),
+            _config(dataclasses.replace(settings, weights="bf16")).to_hf("v5"),
             pairs,
             steps=settings.steps,
             repeats=settings.repeats,
@@ -241,9 +253,13 @@ def _measure_baseline(settings: Settings, bar: script.Progress, problems: list[s
 
 
 def _config(settings: Settings) -> Qwen3MoeConfig:
-    """The preset's, with as many layers as asked for."""
+    """The preset's, with as many layers as asked for, and in their format."""
     config = PRESETS[settings.preset]
-    return _with_layers(config, settings.layers or config.num_hidden_layers)
+    config = _with_layers(config, settings.layers or config.num_hidden_layers)
+    if settings.weights == "fp8":
+        scaled = fp8_config(config.moe_layers)
+        config = dataclasses.replace(config, quantization_config=scaled)
+    return config
 
 
 def _with_layers(config: Qwen3MoeConfig, layers: int) -> Qwen3MoeConfig:
@@ -252,14 +268,18 @@ def _with_layers(config: Qwen3MoeConfig, layers: int) -> Qwen3MoeConfig:
 
 
 def make_model(settings: Settings) -> Qwen3Moe:
-    """The checkpoint's model, or random bf16 weights that are drawn on the device, one by one.
+    """The checkpoint's model, or random weights that are drawn on the device, one by one.
+
+    They are drawn in bf16; those in FP8 are quantised a layer at a time.
 
     Raises:
       ValueError, OSError, NotImplementedError: the checkpoint cannot be loaded.
     """
     if settings.checkpoint is None:
         return Qwen3Moe(_config(settings), rngs=nnx.Rngs(settings.seed), dtype=jnp.bfloat16)
-    to_load = generate_script.Settings(checkpoint=settings.checkpoint, prompt_tokens=1)
+    to_load = generate_script.Settings(
+        checkpoint=settings.checkpoint, prompt_tokens=1, dequantize=settings.dequantize
+    )
     model = generate_script.load_to_generate(to_load).model
     layers = settings.layers or model.config.num_hidden_layers
     if layers >= model.config.num_hidden_layers:

@@ -74,7 +74,10 @@ class Settings:
         (), "Text that ends a row; may be given several times.", repeated=True
     )
     ignore_eos: bool = flag(False, "Whether to go on after an end token.")
-    dtype: str | None = flag(None, "By default as stored, bfloat16 for a random model.", of=DTYPES)
+    dtype: str | None = flag(
+        None, "Of what is not FP8: by default as stored, bfloat16 for a random model.", of=DTYPES
+    )
+    dequantize: bool = flag(False, "Whether an FP8 checkpoint becomes bfloat16, or --dtype.")
     prefill_chunk: int = flag(512, "Prompt tokens that run at once.", least=1)
     experts_backend: str = flag("auto", "What computes the experts.", of=_BACKENDS)
     decode_backend: str | None = flag(
@@ -105,6 +108,8 @@ class Settings:
             )
         if self.checkpoint:
             local_path(self.checkpoint, "--checkpoint")
+        elif self.dequantize:
+            raise ValueError("--dequantize is given with --random; expected it with --checkpoint")
         self.prompts()
         self._check_chat()
         if "" in self.stop:
@@ -228,7 +233,7 @@ def load_to_generate(settings: Settings) -> LoadedModel:
         tokenizer = None
     defaults = read_generation_defaults(settings.checkpoint)
     settings.sampling_over(defaults.sampling)
-    model = load_weights(settings.checkpoint, dtype=settings.dtype)
+    model = load_weights(settings.checkpoint, dtype=settings.dtype, dequantize=settings.dequantize)
     if not defaults.stop_ids:  # Orbax keeps the config where read_generation_defaults does not look
         defaults = read_generation_defaults(settings.checkpoint, model.config.extra)
     return LoadedModel(model=model, tokenizer=tokenizer, defaults=defaults)

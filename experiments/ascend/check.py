@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from safetensors.numpy import load_file
 
 from experiments.ascend import artifact, iree, sample
 from experiments.ascend.census import census, violations, without_source_lines
@@ -23,6 +22,7 @@ from experiments.ascend.folder import ArtifactError, read_manifest
 from experiments.ascend.load import weights_of
 from experiments.ascend.sample import Runner
 from experiments.ascend.step import COMPILER_OPTIONS, PHASES, PLATFORM, abstract_arguments
+from moe_jax.checkpoints.safetensors_file import read_file
 from moe_jax.config import Qwen3MoeConfig
 
 
@@ -121,5 +121,5 @@ def _expect_one_module(folder: pathlib.Path, phase: str, described: Mapping[str,
 def _weights(folder: pathlib.Path, manifest: Mapping[str, Any], config, dtype) -> dict[str, Any]:
     weights = manifest["weights"]
     if weights["file"]:
-        return load_file(folder / weights["file"])
+        return read_file(folder / weights["file"])
     return weights_of(weights["origin"], config, dtype)

@@ -14,6 +14,7 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.quantization import fp8_config, split_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class Loaded:
 
     Attributes:
       config: with the superkernel scope that was asked for.
-      dtype: of parameters and cache.
+      dtype: of plain parameters and cache.
       params: by their flat names; None if they were not wanted.
       origin: how `weights_of` makes them again; goes to JSON.
     """
@@ -41,12 +42,16 @@ def load(asked: Settings) -> Loaded:
     """
     if asked.preset:
         config = PRESETS[asked.preset]
+        if asked.weights == "fp8":
+            scaled = fp8_config(config.moe_layers)
+            config = dataclasses.replace(config, quantization_config=scaled)
         dtype = jnp.dtype(asked.dtype or "bfloat16")
         origin = {"preset": asked.preset, "seed": asked.seed}
     else:
-        reader = open_checkpoint(asked.checkpoint, dtype=asked.dtype)
+        reader = open_checkpoint(asked.checkpoint, dtype=asked.dtype, dequantize=asked.dequantize)
         config, dtype = reader.config, _only_dtype(reader, asked.checkpoint)
         origin = {"checkpoint": str(asked.checkpoint.resolve())}
+        origin |= {"dequantize": True} if asked.dequantize else {}
     config = dataclasses.replace(
         config,
         enable_superkernel=asked.superkernel != "off",
@@ -64,12 +69,14 @@ def weights_of(origin: dict[str, Any], config: Qwen3MoeConfig, dtype) -> dict[st
     """
     if "preset" in origin:
         return to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(origin["seed"]), dtype=dtype))
-    reader = open_checkpoint(origin["checkpoint"], dtype=dtype)
+    dequantize = origin.get("dequantize", False)
+    reader = open_checkpoint(origin["checkpoint"], dtype=dtype, dequantize=dequantize)
     return {name: jnp.asarray(reader.read(name)) for name in reader.shapes}
 
 
 def _only_dtype(reader: Reader, checkpoint: pathlib.Path) -> jnp.dtype:
-    found = sorted({struct.dtype.name for struct in reader.shapes.values()})
+    plain = [struct for name, struct in reader.shapes.items() if not split_name(name)[1]]
+    found = sorted({struct.dtype.name for struct in plain})
     if len(found) > 1 or found[0] not in DTYPES:
         raise ValueError(
             f"{checkpoint} holds {' and '.join(found)}; expected --dtype={' or '.join(DTYPES)} "

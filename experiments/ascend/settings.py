@@ -9,6 +9,7 @@ from moe_jax.presets import PRESETS
 from moe_jax.superkernel import SCOPES
 
 DTYPES = ("bfloat16", "float32")
+WEIGHTS = ("plain", "fp8")
 SUPERKERNEL = ("off", *SCOPES)
 
 # What an export takes where the flag is not given; a check of what lies there takes none of these.
@@ -19,6 +20,8 @@ _DEFAULTS = {
     "steps": 4,
     "superkernel": "off",
     "seed": 0,
+    "weights": "plain",
+    "dequantize": False,
 }
 
 
@@ -38,6 +41,10 @@ class Settings:
     prompt_length: int | None = flag(None, "Tokens of the prefill; 16 if not given.", least=1)
     steps: int | None = flag(None, "Decode steps of the sample; 4 if not given.", least=1)
     dtype: str | None = flag(None, "As stored if not given, a preset's is bfloat16.", of=DTYPES)
+    weights: str | None = flag(
+        None, "Of a preset's linear layers and experts; plain if not given.", of=WEIGHTS
+    )
+    dequantize: bool | None = flag(None, "Whether an FP8 checkpoint becomes --dtype.")
     superkernel: str | None = flag(
         None, "The scope that the decode step marks; off if not given.", of=SUPERKERNEL
     )
@@ -71,6 +78,10 @@ class Settings:
         return self.preset is not None or self.checkpoint is not None
 
     def _check_model(self) -> None:
+        for name, needed in (("weights", "preset"), ("dequantize", "checkpoint")):
+            value = getattr(self, name)
+            if value is not None and getattr(self, needed) is None:
+                raise ValueError(f"--{name} is {value!r} without --{needed}; expected both")
         if self.preset and self.checkpoint:
             raise ValueError(
                 f"--preset is {self.preset!r} with --checkpoint; expected one of the two"

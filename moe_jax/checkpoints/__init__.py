@@ -8,6 +8,7 @@ replaces a directory whole or not at all. `Reader`, `open_checkpoint` and the wr
 a checkpoint through one parameter at a time, without a model.
 """
 
+from moe_jax.checkpoints.change_format import quantised
 from moe_jax.checkpoints.compare import differences
 from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.formats import Format, detect_format, open_checkpoint
@@ -27,6 +28,7 @@ __all__ = [
     "open_checkpoint",
     "open_hugging_face",
     "open_orbax",
+    "quantised",
     "save_hugging_face",
     "save_orbax",
     "write_hugging_face",

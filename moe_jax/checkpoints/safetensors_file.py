@@ -96,6 +96,18 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         raise DamagedFileError(f"is damaged or cut off, at {size} bytes: {error}") from None
 
 
+def read_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of a file, those of 8 bits too; raises as read_header does.
+
+    Each must have a dtype that checkpoints are read from.
+    """
+    header = read_header(path)
+    return {
+        key: np.asarray(tensor.view()[(slice(None),) * len(tensor.shape)])
+        for key, tensor in header.items()
+    }
+
+
 def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a file.
 

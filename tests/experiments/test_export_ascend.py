@@ -9,11 +9,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from experiments import export_ascend
 from experiments.ascend import artifact, folder, iree, step
 from experiments.ascend.comparison import BOUNDS, compare
+from moe_jax.checkpoints.safetensors_file import read_file
 from moe_jax.presets import PRESETS
 from moe_jax.superkernel import VERSION
 from tests.moe_jax.checkpoints import hub
@@ -36,9 +36,10 @@ def run(*arguments) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tiny, tmp_path_factory):
-    """A float32 artifact with weights, to damage copies of."""
+    """A float32 artifact with weights, in FP8 where they can be, to damage copies of."""
     out = tmp_path_factory.mktemp("ascend") / "out"
-    run("--preset=tiny", f"--out={out}", "--dtype=float32", "--batch=2", "--superkernel=moe")
+    sizes = ("--dtype=float32", "--weights=fp8", "--batch=2", "--superkernel=moe")
+    run("--preset=tiny", f"--out={out}", *sizes)
     return out
 
 
@@ -94,9 +95,11 @@ def test_the_manifest_says_how_to_call(exported):
     assert manifest["functions"]["prefill"]["composites"] == []
     assert manifest["config"]["enable_superkernel"] and manifest["superkernel"] == "moe"
     assert manifest["weights"]["file"] == "weights.safetensors"
-    assert set(load_file(exported / "weights.safetensors")) == {
+    weights = read_file(exported / "weights.safetensors")
+    assert set(weights) == {
         name.removeprefix("params/") for name in names if name.startswith("params/")
     }
+    assert weights["layers.0.mlp.experts.down.values"].dtype == hub.FP8
 
 
 def test_abstract_weights_give_no_sample(tmp_path):

@@ -13,6 +13,7 @@ from moe_jax import platform_ops
 from moe_jax.cache import KVCache
 from moe_jax.parameters import from_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.quantization import fp8_config
 from moe_jax.superkernel import VERSION
 
 SIZES = {"B": 2, "S": 8, "capacity": 32}
@@ -115,7 +116,7 @@ def test_the_override_on_a_cpu_runs_what_is_exported(monkeypatch, scope):
 
 
 @pytest.mark.parametrize("phase", step.PHASES)
-def test_latent_and_shared_experts_dense_layers_and_a_window_are_plain(phase):
+def test_latent_and_shared_experts_dense_layers_fp8_and_a_window_are_plain(phase):
     config = dataclasses.replace(
         with_scope("tiny", "model"),
         moe_latent_size=32,
@@ -124,6 +125,7 @@ def test_latent_and_shared_experts_dense_layers_and_a_window_are_plain(phase):
         sliding_window=6,
         num_hidden_layers=3,
         mlp_only_layers=(1,),
+        quantization_config=fp8_config((0, 2), (24, 40)),
     )
     for rows in (1, 4):  # fewer assignments than experts, and as many
         made = artifact.export(config, phase, dtype=jnp.dtype("bfloat16"), **SIZES | {"B": rows})
