@@ -84,5 +84,5 @@ $(ORACLE)/.ready: Makefile
 	@uv=$$(.ci/find_uv) && python=$$(.ci/find_python "$$uv" 3.11) && \
 		rm -rf $(ORACLE) && "$$python" -m venv $(ORACLE) && \
 		$(ORACLE)/bin/python -m pip install --quiet --disable-pip-version-check \
-			torch==2.13.0 transformers==5.23.0
+			torch==2.13.0 transformers==5.23.0 accelerate==1.15.0
 	@touch $@

@@ -2,9 +2,10 @@
 
     PYTHON tests/moe_jax/checkpoints/hf_reads_ours.py FOLDER
 
-PYTHON has numpy, torch and transformers. For each FOLDER/NAME/ours, a checkpoint directory, writes
-FOLDER/NAME/logits.npy (float32, of the tokens in FOLDER/ids.npy), FOLDER/NAME/dtype.txt (what
-from_pretrained chose by itself), FOLDER/NAME/theirs (by save_pretrained, in several files) and
+PYTHON has numpy, torch, transformers and, for FP8, accelerate. For each FOLDER/NAME/ours, a
+checkpoint directory, writes FOLDER/NAME/logits.npy (float32, of the tokens in FOLDER/ids.npy),
+FOLDER/NAME/dtype.txt (what from_pretrained chose by itself), FOLDER/NAME/theirs (by
+save_pretrained, in several files; not of FP8, which fails once it is dequantised) and
 FOLDER/NAME/fused (the same with experts as version 5 holds them).
 """
 
@@ -30,7 +31,8 @@ def main(folder: pathlib.Path) -> None:
         if any(report.values()):
             raise ValueError(f"{ours}: from_pretrained reports {report}")
         (ours.parent / "dtype.txt").write_text(str(model.dtype).removeprefix("torch."))
-        model.save_pretrained(ours.parent / "theirs", max_shard_size="3KB")
+        if "quantization_config" not in (ours / "config.json").read_text():
+            model.save_pretrained(ours.parent / "theirs", max_shard_size="3KB")
         model.save_pretrained(ours.parent / "fused", save_original_format=False)
         with torch.no_grad():
             logits = model.float().eval()(ids).logits
