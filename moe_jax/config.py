@@ -23,7 +23,7 @@ class Qwen3MoeConfig:
       rope: theta and scaling, whichever of the two spellings config.json uses.
       sliding_window: counts only if use_sliding_window, and then for every layer: see `window`.
       mlp_only_layers: a tuple of layer indices.
-      quantization_config: as in the file. Weights are dequantised when a checkpoint is loaded.
+      quantization_config: as in the file; moe_jax.quantization says which parameters are FP8 by it.
       router_z_loss_coef: ours; weight of the router z-loss.
       router_dtype: ours; "float32" computes the router's logits in float32 in every phase, "model"
         in the model's dtype, as Hugging Face does.
