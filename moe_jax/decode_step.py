@@ -24,7 +24,7 @@ from moe_jax.dispatch import Backend, Request, backend_named, resolve_backend
 from moe_jax.routing import Routing
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
-from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, Weight
+from pallas_kernels.block_scaled_fp8 import holds_fp8, is_fp8
 from pallas_kernels.decode_step import (
     LayerStep,
     LayerWeights,
@@ -73,18 +73,9 @@ class _Call(NamedTuple):
     options: StepOptions
 
     @property
-    def quantised(self) -> bool:
-        return any(isinstance(weight, BlockScaledFp8) for weight in self._weights)
-
-    @property
     def mixes_dtypes(self) -> bool:
-        plain = [weight for weight in self._weights if not isinstance(weight, BlockScaledFp8)]
-        return any(array.dtype != self.x.dtype for array in plain)
-
-    @property
-    def _weights(self) -> list[Weight]:
-        trees = (self.params, self.caches)
-        return jax.tree.leaves(trees, is_leaf=lambda node: isinstance(node, BlockScaledFp8))
+        weights = jax.tree.leaves((self.params, self.caches), is_leaf=is_fp8)
+        return any(weight.dtype != self.x.dtype for weight in weights if not is_fp8(weight))
 
     @property
     def names_backends(self) -> bool:
@@ -95,7 +86,7 @@ class _Call(NamedTuple):
 
 # Likewise, of one call.
 _OF_CALL: dict[str, Callable[[_Call], bool]] = {
-    "quantised weights": lambda call: call.quantised,
+    "quantised weights": lambda call: holds_fp8(call.params),
     "a replay": lambda call: call.replay is not None,
     "a backend named for its experts or attention": lambda call: call.names_backends,
     "parameters or a cache of another dtype than its inputs": lambda call: call.mixes_dtypes,

@@ -20,10 +20,12 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import ExpertWeights, SharedExperts, experts
 from moe_jax.layers import LinearParams, MLPParams, linear, mlp, rms_norm
 from moe_jax.platform_ops import platform_ops
+from moe_jax.platforms import has_all_of_xla
 from moe_jax.rope import apply_rope
 from moe_jax.routing import Routing, replay_route, route, router_logits
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
+from pallas_kernels.block_scaled_fp8 import holds_fp8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +131,10 @@ def run_layers(
     """
     outputs, updated, routings = [], [], []
     for index, layer in enumerate(params):
+        if holds_fp8(layer) and has_all_of_xla(options.platform):
+            # Tied to x, because XLA would dequantise all layers first: it moves what does not
+            # change out of a loop over steps, and on a CPU it begins early what it can begin.
+            x, layer = jax.lax.optimization_barrier((x, layer))
         replays = replay is not None and isinstance(layer.mlp, MoeParams)
         with jax.named_scope(f"layer_{index}"):
             x, cache, routing = decoder_layer(

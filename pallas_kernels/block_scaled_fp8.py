@@ -5,6 +5,7 @@ W[o, i] = values[o, i] * scales[o // rows, i // columns]. Blocks at the edges ma
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,16 @@ class BlockScaledFp8:
 
 
 Weight = jax.Array | BlockScaledFp8
+
+
+def is_fp8(node: Any) -> bool:
+    """Whether a pytree's node is a BlockScaledFp8."""
+    return isinstance(node, BlockScaledFp8)
+
+
+def holds_fp8(tree: Any) -> bool:
+    """Whether a pytree has a BlockScaledFp8 somewhere."""
+    return any(map(is_fp8, jax.tree.leaves(tree, is_leaf=is_fp8)))
 
 
 def scales_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, ...]:

@@ -137,19 +137,22 @@ def test_on_cuda_the_blocks_run_a_decode_step():
     cache = jax.eval_shape(lambda: init_cache(config, 1, 64, jnp.bfloat16))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
-    def trace(**options):
+    def trace(platform, **options):
         def call(arrays, ids, cache):
-            return from_arrays(config, arrays)(ids, cache=cache, platform="cuda", **options).logits
+            model = from_arrays(config, arrays)
+            return model(ids, cache=cache, platform=platform, **options).logits
 
         with record_choices() as choices:
-            jax.eval_shape(call, parameter_shapes(config), ids, cache)
-        return [(request.op, choice) for request, choice in choices]
+            jaxpr = jax.make_jaxpr(call)(parameter_shapes(config), ids, cache)
+        return choices[0], str(jaxpr).count("optimization_barrier")
 
-    (op, layers), *_ = trace()
-    assert (op, layers.backend) == ("layers", "blocks")
-    assert layers.why.startswith("pallas does not support quantised weights")
+    (request, choice), barriers = trace("cuda")
+    assert (request.op, choice.backend) == ("layers", "blocks")
+    assert choice.why.startswith("pallas does not support quantised weights")
+    assert barriers == config.num_hidden_layers  # or XLA would dequantise all layers first
+    assert trace("ascend")[1] == 0
     with pytest.raises(NotImplementedError, match="'pallas' does not do quantised weights; blocks"):
-        trace(layers_backend="pallas")
+        trace("cuda", layers_backend="pallas")
 
 
 def test_scales_lie_where_their_values_do():
