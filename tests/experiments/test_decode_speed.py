@@ -29,7 +29,7 @@ from experiments.bench import (
 from experiments.bench.decode_records import DecodeRow
 from moe_jax import generation
 from moe_jax.model import Qwen3Moe
-from moe_jax.parameters import parameter_shapes
+from moe_jax.parameters import parameter_shapes, to_arrays
 from moe_jax.presets import PRESETS
 from tests.experiments.test_records import RUN
 
@@ -271,11 +271,26 @@ def test_the_baselines_process_says_what_it_lacks(monkeypatch):
             list(transformers_decode.measure_in_child(*arguments, steps=1, repeats=1, seed=0))
 
 
+def test_a_preset_in_fp8_has_half_the_bytes(tmp_path):
+    def made(weights):
+        sizes = {"preset": "tiny", "layers": 1, "contexts": (64,), "out": tmp_path}
+        settings = decode_speed.Settings(weights=weights, **sizes)
+        arrays = jax.eval_shape(lambda: to_arrays(decode_speed.make_model(settings)))
+        linears = [a for name, a in arrays.items() if "_proj." in name or ".experts." in name]
+        return settings.name, sum(array.size * array.dtype.itemsize for array in linears)
+
+    (plain_name, plain), (name, scaled) = made("bf16"), made("fp8")
+    assert (plain_name, name) == ("tiny_1_layers", "tiny_fp8_1_layers")
+    assert 0.5 < scaled / plain < 0.51
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--feed=none", "expected one of given, sampled"),
         ("--layers=3", "--layers is 3; expected 0 to 2"),
+        ("--weights=fp4", "--weights is 'fp4'; expected one of bf16, fp8"),
+        ("--dequantize", "--dequantize is given without --checkpoint; expected both"),
         ("--contexts=1020", "--contexts has 1020 and --steps is 16; expected at most 1024"),
         ("--checkpoint=/nowhere", "'/nowhere'; expected a directory"),
         ("--batches=0", "--batches has 0"),

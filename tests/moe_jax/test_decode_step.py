@@ -17,6 +17,7 @@ from moe_jax.decode_step import LAYERS_BACKENDS
 from moe_jax.dispatch import BackendChoice, record_choices
 from moe_jax.generation import stream
 from moe_jax.parameters import from_arrays, parameter_shapes
+from moe_jax.quantization import fp8_config
 from moe_jax.rope import RopeConfig
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.decode_step import LayerStep, Residual
@@ -166,8 +167,7 @@ def chosen(monkeypatch):
               platform="cuda", **options) -> BackendChoice:  # fmt: skip
         if cache is None:
             cache = jax.eval_shape(lambda: init_cache(config, B, capacity, jnp.dtype(dtype)))
-        shapes = parameter_shapes(config)
-        shapes = {n: jax.ShapeDtypeStruct(s.shape, dtype) for n, s in shapes.items()}
+        shapes = parameter_shapes(config, jnp.dtype(dtype))
 
         def call(arrays, ids, cache):
             model = from_arrays(config, arrays)
@@ -223,6 +223,7 @@ ONLY_BLOCKS = {
     "dtype float32 (it takes bfloat16)": {"dtype": "float32"},
     "dtype float16 (it takes bfloat16)": {"dtype": "float16"},
     "parameters or a cache of another dtype than its inputs": {"cache": cache_of("float32")},
+    "quantised weights": {"config": changed(quantization_config=fp8_config((0,)))},
     "a replay": {"replay": REPLAY},
     "a backend named for its experts or attention": {"attention_backend": "xla"},
 }  # fmt: skip
