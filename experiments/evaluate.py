@@ -39,7 +39,7 @@ from moe_jax.scoring import SCORING_PHASES, Scorer, TextScores, score
 from moe_jax.tokenization import ByteTokenizer, Tokenizer, load_tokenizer
 
 # What may differ in --compare: which weights, and how they are computed.
-WEIGHTS = ("checkpoint", "seed", "dtype")
+WEIGHTS = ("checkpoint", "seed", "dtype", "dequantize")
 COMPUTED = ("phase", "experts_backend", "attention_backend", "layers_backend", "layout")
 _PALLAS = ("pallas", "pallas_interpret")
 
@@ -55,6 +55,7 @@ class Settings:
     dtype: str | None = flag(
         None, "By default as stored, bfloat16 for a random model.", of=generate_script.DTYPES
     )
+    dequantize: bool = flag(False, "Whether an FP8 checkpoint becomes bfloat16, or --dtype.")
     text: tuple[pathlib.Path, ...] = flag(
         (),
         "A file of UTF-8; may be given several times.",
@@ -172,7 +173,12 @@ class Settings:
         if not self.random:
             names.remove("seed")
         values = {name: getattr(self, name) for name in names}
-        return {name: str(value) for name, value in values.items() if value is not None}
+        absent = (None, False)  # by identity, because a seed may be 0
+        return {
+            name: str(value)
+            for name, value in values.items()
+            if not any(value is other for other in absent)
+        }
 
 
 def main(settings: Settings) -> None:
