@@ -80,9 +80,11 @@ def test_text_is_generated_from_it(made, capsys):
 
 
 def test_it_is_converted_as_it_is_or_dequantised(made, tmp_path, capsys):
-    convert_checkpoint.run([f"--from={made}", f"--to={tmp_path / 'orbax'}", "--verify"])
-    back = (f"--from={tmp_path / 'orbax'}", f"--to={tmp_path / 'plain'}", "--dequantize")
-    convert_checkpoint.run([*back, "--verify"])
+    shared = (f"--from={made}", "--to_format=hugging_face", "--verify")
+    convert_checkpoint.run([*shared, f"--to={tmp_path / 'same'}"])
+    convert_checkpoint.run([*shared, f"--to={tmp_path / 'plain'}", "--dequantize"])
+    same, original = (to_arrays(load_hugging_face(path)) for path in (tmp_path / "same", made))
+    hub.expect_same(same, original)
     assert capsys.readouterr().out.count("Verified") == 2
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
     expected = load_hugging_face(made, dequantize=True)
