@@ -20,7 +20,7 @@ from pallas_kernels.decode_step.layer import (
 )
 from pallas_kernels.decode_step.tasks import Task, mailbox_shapes, run_as_grid
 from pallas_kernels.mosaic import device
-from pallas_kernels.mosaic.mailbox import empty_mailbox
+from pallas_kernels.mosaic.mailbox import fresh_mailboxes
 
 
 class LayerWeights(NamedTuple):
@@ -56,7 +56,7 @@ class Residual(NamedTuple):
       x: [N, H] bfloat16, N = B rounded up to a multiple of 8; rows from B on may hold anything.
       parts: None, or [number, N, H] float32. Those of rows that are not valid do not count.
       mailboxes: what a layer hands to the next one for its tasks' use, see mosaic/mailbox.py. None
-        makes fresh ones, which costs some microseconds.
+        makes fresh ones, by one more launch.
     """
 
     x: jax.Array
@@ -224,7 +224,7 @@ def _run(
     num_parts = 0 if residual.parts is None else len(residual.parts)
     mailboxes = residual.mailboxes
     for name, tasks in grids(s, config, num_parts, launches).items():
-        given = _mailboxes(tasks, mailboxes)
+        given = _mailboxes(tasks, mailboxes, interpret)
         found, stamps[name], turned = _launch(name, tasks, known, given, interpret, stamped)
         known, mailboxes = known | found, turned or mailboxes
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
@@ -290,12 +290,14 @@ def _launch(
     return found, stamps, found.pop("mailboxes", None)
 
 
-def _mailboxes(tasks: list[Task], given: dict | None) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _mailboxes(
+    tasks: list[Task], given: dict | None, interpret
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Those given, if they are of these tasks; else fresh ones."""
     shapes = mailbox_shapes(tasks)
     if given is not None and {name: pair[0].shape for name, pair in given.items()} == shapes:
         return given
-    return {name: (empty_mailbox(shape), empty_mailbox(shape)) for name, shape in shapes.items()}
+    return fresh_mailboxes(shapes, interpret) if shapes else {}
 
 
 def _rows(cache: jax.Array) -> jax.Array:

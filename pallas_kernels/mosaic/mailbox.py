@@ -18,16 +18,24 @@ filled; the next launch takes them the other way round:
 What one launch posts, the next one must empty, whether or not it posts there itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.device import interpreting
-from pallas_kernels.mosaic.words import EMPTY, assemble, load_words, places_of, store_words
+from pallas_kernels.mosaic.device import core_count, interpreting, launch
+from pallas_kernels.mosaic.words import (
+    EMPTY,
+    assemble,
+    fill_words,
+    load_words,
+    places_of,
+    store_words,
+)
 
 
 class Mailbox(NamedTuple):
@@ -73,9 +81,46 @@ class Piece(NamedTuple):
     limit: Any = None
 
 
-def empty_mailbox(shape: tuple[int, ...]) -> jax.Array:
-    """[shape] float32, all empty."""
-    return _empty_words(shape)
+def fresh_mailboxes(
+    shapes: Mapping[str, tuple[int, ...]], interpret: Any
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """A pair of empty mailboxes of each shape, float32, all filled by one launch.
+
+    XLA would fill one array for all of a shape, and copy it: some 40 kernels of 1 us.
+
+    Args:
+      shapes: by name.
+      interpret: as in mosaic.device.launch.
+    """
+    num_blocks = core_count(interpret)
+
+    def kernel(block_id, *refs):
+        for ref in refs:
+            _fill(ref, block_id, num_blocks)
+
+    filled = launch(
+        kernel,
+        name="fresh_mailboxes",
+        num_blocks=num_blocks,
+        out_type=[
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values() for _ in range(2)
+        ],
+        interpret=interpret,
+    )()
+    return dict(zip(shapes, zip(filled[::2], filled[1::2], strict=True), strict=True))
+
+
+def _fill(ref: Any, block_id: Any, num_blocks: int) -> None:
+    """One block's part of making all of a ref empty."""
+    if interpreting():
+        pl.when(block_id == 0)(lambda: ref.__setitem__(..., _empty_words(ref.shape)))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def fill(_, ref, block_id):
+        fill_words(ref, block_id.registers.item(), num_blocks)
+
+    fill(ref, jnp.int32(block_id))
 
 
 def collect(pieces: Sequence[Piece]) -> list[jax.Array]:

@@ -4,10 +4,12 @@
     load_words     all of several arrays in one piece of PTX, again and again until none is empty
     store_words    an array's words, or empty ones
     assemble       an array from its words
+    fill_words     a block's part of filling an array with empty words
 
 Loads and stores are relaxed ones of the whole GPU: they go past a core's own cache.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.mosaic.grid_sync import TIMEOUT_VARIABLE
+from pallas_kernels.mosaic.warpgroup import LANES
 
 EMPTY = 0xFFFFFFFF  # a NaN that no arithmetic makes
 _LARGEST_VECTOR = 4  # words of one load
@@ -179,3 +182,31 @@ def _words(value: mgpu.FragmentedArray) -> list[ir.Value]:
             word = arith.bitcast(i32, element)
             found.append(arith.minui(word, mgpu.utils.c(EMPTY - 1 - 2**32, i32)))
     return found
+
+
+def fill_words(ref, block_id: ir.Value, num_blocks: int) -> None:
+    """Lanes of all blocks take turns; by four words where the array has a multiple of four."""
+    count = math.prod(ir.MemRefType(ref.type).shape)
+    length = _LARGEST_VECTOR if count % _LARGEST_VECTOR == 0 else 1
+    kind, group = ("", "empty") if length == 1 else (".v4", "{empty, empty, empty, empty}")
+    mgpu.utils.inline_ptx(
+        f"""{{
+        .reg .pred more;
+        .reg .b32 at, lane, empty;
+        .reg .b64 place;
+        mov.b32 empty, {EMPTY:#x};
+        mov.u32 lane, %tid.x;
+        mad.lo.s32 at, $1, {LANES}, lane;
+        again:
+        setp.lt.u32 more, at, {count // length};
+        @!more bra done;
+        mad.wide.u32 place, at, {4 * length}, $0;
+        st.global{kind}.b32 [place], {group};
+        add.u32 at, at, {LANES * num_blocks};
+        bra again;
+        done:
+        }}""",
+        mgpu.utils.memref_ptr(ref),
+        block_id,
+        has_side_effects=True,
+    )

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.device import launch
-from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, empty, empty_mailbox, post
+from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, empty, fresh_mailboxes, post
 from pallas_kernels.mosaic.warpgroup import ROWS_BY_64, one_per_lane
 from tests.pallas_kernels.machine import INTERPRET, lower_for_cuda, mosaic_modules
 
@@ -18,6 +18,10 @@ EMPTY = 0xFFFFFFFF
 
 def words(array) -> np.ndarray:
     return np.asarray(array).view(np.uint32)
+
+
+def empty_mailbox(shape):
+    return jnp.full(shape, EMPTY, jnp.uint32).view(jnp.float32)
 
 
 def launch_pair(body, full, stale, out_shape, *inputs, num_blocks=1, interpret=INTERPRET):
@@ -121,6 +125,14 @@ def test_what_is_missing_is_found():
         jax.block_until_ready(
             launch_pair(body, empty_mailbox((128,)), empty_mailbox((128,)), (128,))
         )
+
+
+def test_fresh_ones_are_empty():
+    shapes = {"some": (3, 8, 64), "few": (7,)}
+    found = fresh_mailboxes(shapes, INTERPRET)
+    for name, pair in found.items():
+        for array in pair:
+            assert array.shape == shapes[name] and (words(array) == EMPTY).all()
 
 
 def test_lowers_to_loads_that_are_repeated(monkeypatch):
