@@ -222,11 +222,11 @@ def _run(
     if residual.parts is not None:
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
-    mailboxes = residual.mailboxes
+    mailboxes = _mailboxes(s, config, launches, residual.mailboxes, interpret)
     for name, tasks in grids(s, config, num_parts, launches).items():
-        given = _mailboxes(tasks, mailboxes, interpret)
+        given = {array: mailboxes[array] for array in mailbox_shapes(tasks)}
         found, stamps[name], turned = _launch(name, tasks, known, given, interpret, stamped)
-        known, mailboxes = known | found, turned or mailboxes
+        known, mailboxes = known | found, mailboxes | turned
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
     if "outputs" in known:
         outputs = known["outputs"].reshape(s.K, s.N, s.H)
@@ -241,7 +241,7 @@ def _run(
             interpret=interpret,
         )[None]
     step = LayerStep(
-        residual=Residual(known["residual"], outputs, mailboxes),
+        residual=Residual(known["residual"], outputs, mailboxes or None),
         keys=known["keys"].reshape(keys.shape),
         values=known["values"].reshape(values.shape),
         ids=ids,
@@ -287,13 +287,17 @@ def _launch(
         ends = np.cumsum([task.work.num_blocks for task in tasks])[:-1]
         parts = jnp.split(found.pop("stamps"), ends)
         stamps = dict(zip((task.kind for task in tasks), parts, strict=True))
-    return found, stamps, found.pop("mailboxes", None)
+    return found, stamps, found.pop("mailboxes", {})
 
 
 def _mailboxes(
-    tasks: list[Task], given: dict | None, interpret
+    s: LayerShapes, config: LayerConfig, launches: str, given: dict | None, interpret
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Those given, if they are of these tasks; else fresh ones."""
+    """Those given, if they are of such a layer; else fresh ones.
+
+    All that any layer needs: the first one has no parts to add, and uses fewer.
+    """
+    tasks = [task for grid in grids(s, config, s.K, launches).values() for task in grid]
     shapes = mailbox_shapes(tasks)
     if given is not None and {name: pair[0].shape for name, pair in given.items()} == shapes:
         return given
