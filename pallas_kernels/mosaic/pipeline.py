@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic.warpgroup import sync_lanes
+
 Load = Callable[[Any, Any], None]  # load(step, stage) starts the copies of a step
 
 
@@ -29,6 +31,7 @@ def pipeline(
     init: Any,
     active: Callable[[jax.Array], jax.Array] | None = None,
     wgmmas_in_flight: int | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Any:
     """Runs prologue and mainloop over `num_steps` tiles, and waits for each stage to be full.
 
@@ -45,6 +48,7 @@ def pipeline(
         if compute starts none. A wgmma is asynchronous and does not wait for earlier ones, so
         without this wait a stage would be refilled while the tensor cores read it. No simulator
         here sees that race.
+      between: what to do after the prologue, while the first loads are on their way.
 
     Returns:
       The last carry.
@@ -68,6 +72,8 @@ def pipeline(
         )
 
     prologue(num_steps, num_stages, start)
+    if between is not None:
+        between()
     return mainloop(
         num_steps,
         num_stages,
@@ -92,39 +98,49 @@ def mainloop(
     compute: Callable[[Any, Any, Any], Any],
     init: Any,
     wgmmas_in_flight: int | None = None,
+    prepare: Callable[[Any, Any], None] | None = None,
 ) -> Any:
     """Computes all steps of a ring whose prologue has run, and keeps it filled.
 
     Args:
       num_steps: tiles to stream.
-      num_stages: stages of the ring; at least 2 with wgmmas in flight.
+      num_stages: stages of the ring; at least 2 with wgmmas in flight or with `prepare`.
       load: load(step, stage) starts the copies of that step into that stage.
       compute: compute(step, stage, carry) -> carry waits until the stage is full, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in pipeline. At the end nothing is in flight any more.
+      prepare: prepare(step, stage) waits until the stage is full, and has each lane write what
+        others will read in `compute`. Lanes wait for each other in between, once a step. All of
+        them are done with the step before then, so its stage is refilled there.
 
     Returns:
       The last carry.
     """
-    lag = 1 if wgmmas_in_flight else 0
+    lag = 1 if wgmmas_in_flight or prepare else 0
     stages = jnp.int32(num_stages)
 
     def refill_after(step):
         @pl.when((step >= 0) & (step + num_stages < num_steps))
         def _():
-            if wgmmas_in_flight is None:
+            if wgmmas_in_flight is None and prepare is None:
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
             load(step + num_stages, lax.rem(step, stages))
 
     def body(step, carry):
-        carry = compute(step, lax.rem(step, stages), carry)
+        stage = lax.rem(step, stages)
+        if prepare is not None:
+            prepare(step, stage)
+            sync_lanes()
+            refill_after(step - lag)
+        carry = compute(step, stage, carry)
         if wgmmas_in_flight is not None:
             plgpu.wgmma_wait(wgmmas_in_flight)
-        refill_after(step - lag)
+        if prepare is None:
+            refill_after(step - lag)
         return carry
 
     carry = lax.fori_loop(0, num_steps, body, init)
-    if lag:
+    if wgmmas_in_flight:
         plgpu.wgmma_wait(0)
     return carry
 

@@ -65,6 +65,60 @@ def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
     plgpu.copy_smem_to_gmem(smem.at[pl.ds(smem_row, 1)], gmem.at[pl.ds(gmem_row, 1)])
 
 
+def sync_lanes() -> None:
+    """Waits until all lanes are here; what each stored in shared memory, all may read.
+
+    What they have read, copies that start later may overwrite. The interpreter knows plgpu's own
+    barrier only, which has the copy engine see the lanes' stores as well.
+    """
+    if interpreting():
+        plgpu.commit_smem()
+        return
+
+    @plgpu.inline_mgpu()
+    def sync(_):
+        mgpu.warpgroup_barrier()
+
+    sync()
+
+
+def load_few(gmem: Any, smem: Any) -> None:
+    """Copies a few words, where the copy engine wants multiples of 16 bytes.
+
+    Other lanes may read what a lane has copied once all of them are past sync_lanes.
+
+    Args:
+      gmem: [n] of 4-byte words.
+      smem: at least n.
+    """
+    (length,) = gmem.shape
+    if interpreting():
+        smem[:length] = gmem[...]
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    def load(_, gmem, smem):
+        for start in range(0, length, LANES):
+            mgpu.utils.inline_ptx(
+                f"""{{
+                .reg .b64 from;
+                .reg .b32 lane, to, word;
+                .reg .pred there;
+                mov.u32 lane, %tid.x;
+                setp.lt.u32 there, lane, {length - start};
+                mad.wide.u32 from, lane, 4, $0;
+                mad.lo.u32 to, lane, 4, $1;
+                @there ld.global.b32 word, [from+{4 * start}];
+                @there st.shared.b32 [to+{4 * start}], word;
+                }}""",
+                mgpu.utils.memref_ptr(gmem),
+                mgpu.utils.memref_ptr(smem),
+                has_side_effects=True,
+            )
+
+    load(gmem, smem)
+
+
 def scatter(values: jax.Array, places: jax.Array, length: int, smem: Any) -> None:
     """smem[places[i]] = values[i] for each i whose place is below `length`; all lanes may read it.
 
