@@ -6,6 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.block_scaled_fp8 import (
+    BLOCK,
+    VALUES_DTYPE,
+    BlockScaledFp8,
+    Weight,
+    check_block_scaled_fp8,
+)
 from pallas_kernels.decode_experts.choose_layout import MODES, choose_layout
 from pallas_kernels.decode_experts.layouts import LAYOUTS
 from pallas_kernels.decode_experts.shapes import ExpertShapes
@@ -29,7 +36,8 @@ def decode_experts(
 ) -> jax.Array:
     """Computes out[t] = sum over k of w[t,k] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t,k].
 
-    bf16 in, float32 from the first product to the last sum, rounded once to out_dtype. The same
+    bf16 in, float32 from the first product to the last sum, rounded once to out_dtype. FP8 weights
+    are multiplied as they are: activations are not rounded to FP8. The same
     input gives the same bits, and in a batch of T tokens a token's bits depend neither on its
     neighbours nor on its place. What holds across T is up to `layout`:
 
@@ -45,7 +53,8 @@ def decode_experts(
 
     Args:
       x: [T, H] bfloat16.
-      weights: gate_up [E, 2, I, H] and down [E, H, I], bfloat16; H and I multiples of 64.
+      weights: gate_up [E, 2, I, H] and down [E, H, I]: bfloat16, H and I multiples of 64; or both
+        BlockScaledFp8 in blocks of 128 x 128, H and I multiples of 128.
       expert_ids: [T, K] int32, K <= E. An id outside [0, E) is padding: it contributes nothing,
         whatever stands in its routing weight or in x, and no expert's weights are read for it.
       expert_weights: [T, K] float32.
@@ -65,8 +74,8 @@ def decode_experts(
     Raises:
       ValueError: a shape, a size, a layout's name or a config does not fit; the message names it.
       TypeError: a dtype or a config's type is not one that is accepted.
-      NotImplementedError: float32 or quantised weights, a gradient was asked for, or the layout has
-        instructions that this GPU has not.
+      NotImplementedError: float32 weights, scales of other blocks or sizes, a gradient was asked
+        for, or the layout has instructions that this GPU has not.
     """
     shapes, T = _check_inputs(x, weights, expert_ids, expert_weights, out_dtype)
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
@@ -105,6 +114,35 @@ def _without_gradient(run, layout: str):
     return forward
 
 
+def _check_weight(name: str, weight: Weight, letters: str) -> None:
+    """Checks a weight's format, dtypes and number of dimensions."""
+    if not isinstance(weight, BlockScaledFp8):
+        expect_array(name, weight, letters, jnp.bfloat16)
+        return
+    expect_array(f"{name}.values", weight.values, letters, VALUES_DTYPE)
+    check_block_scaled_fp8(name, weight)
+
+
+def _check_scale_blocks(weights: ExpertWeights, H: int, I: int) -> None:
+    """Raises a NotImplementedError for blocks or sizes that the kernels do not take."""
+    for name, weight in (("gate_up", weights.gate_up), ("down", weights.down)):
+        if not isinstance(weight, BlockScaledFp8):
+            raise TypeError(
+                f"weights.{name} is {weight.dtype}; expected BlockScaledFp8, as the other weight is"
+            )
+        if weight.block != BLOCK:
+            raise NotImplementedError(
+                f"weights.{name} has blocks of {weight.block}; the kernels take {BLOCK}, "
+                "reference_experts takes any"
+            )
+    for letter, size in (("H", H), ("I", I)):
+        if size % BLOCK[1]:
+            raise NotImplementedError(
+                f"{letter} is {size}; with FP8 weights the kernels take multiples of {BLOCK[1]}, "
+                "reference_experts and dequantised weights any"
+            )
+
+
 def _check_inputs(
     x: jax.Array,
     weights: ExpertWeights,
@@ -115,14 +153,9 @@ def _check_inputs(
     """Returns the layer's sizes and T, or raises ValueError, TypeError or NotImplementedError."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights is a {type(weights).__name__}; expected an ExpertWeights")
-    if weights.quantised:
-        raise NotImplementedError(
-            "weights.gate_up and weights.down are BlockScaledFp8, which no layout reads; "
-            "dequantise to bfloat16 first"
-        )
     expect_array("x", x, "[T, H]", jnp.bfloat16)
-    expect_array("weights.gate_up", weights.gate_up, "[E, 2, I, H]", jnp.bfloat16)
-    expect_array("weights.down", weights.down, "[E, H, I]", jnp.bfloat16)
+    _check_weight("weights.gate_up", weights.gate_up, "[E, 2, I, H]")
+    _check_weight("weights.down", weights.down, "[E, H, I]")
     expect_array("expert_ids", expert_ids, "[T, K]", jnp.int32)
     expect_array("expert_weights", expert_weights, "[T, K]", jnp.float32)
     if out_dtype not in (None, jnp.bfloat16, jnp.float32):
@@ -145,4 +178,6 @@ def _check_inputs(
     for letter, size in (("H", H), ("I", I)):
         if size % SIZE_MULTIPLE:
             raise ValueError(f"{letter} is {size}; expected a multiple of {SIZE_MULTIPLE}")
-    return ExpertShapes(E=E, K=K, H=H, I=I), T
+    if weights.quantised:
+        _check_scale_blocks(weights, H, I)
+    return ExpertShapes(E=E, K=K, H=H, I=I, weights="fp8" if weights.quantised else "bf16"), T

@@ -35,6 +35,12 @@ from pallas_kernels.decode_experts.configs import (
     largest_divisor,
     valid_configs,
 )
+from pallas_kernels.decode_experts.expert_major_fp8 import (
+    FP8_BLOCK_KS,
+    FP8_MAX_BLOCK_N,
+    fp8_products,
+    fp8_stage_bytes,
+)
 from pallas_kernels.decode_experts.expert_major_kernels import (
     BLOCK_KS,
     Down,
@@ -57,14 +63,31 @@ from pallas_kernels.mosaic.device import HOPPER, launch
 from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
 
 _BLOCK_MS = (64, 128)
+_NEURONS = {"bf16": (16, 32), "fp8": (32, 64)}
 _MIN_I_TO_FUSE = 512
+
+# The default's three blocks a core in other forms, then four of them, then two with larger stages.
+_FP8_CHANGES = [
+    {"gate_up_neurons": 64, "gate_up_block_k": 128},
+    {"down_block_m": 64, "down_block_k": 256, "down_num_stages": 2},
+    {
+        "gate_up_neurons": 64,
+        "gate_up_block_k": 128,
+        "gate_up_num_stages": 2,
+        "down_num_stages": 2,
+    },
+    {"gate_up_neurons": 64, "gate_up_num_stages": 2, "down_block_k": 256, "down_num_stages": 2},
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertMajorConfig:
     """How expert_major cuts the work; nothing here changes a bit of a result on a GPU.
 
+    FP8 weights take block_k of 128 or 256, and block_n up to 32.
+
     Attributes:
+      gate_up_neurons: neurons of a gate/up block; 16 or 32, with FP8 weights 32 or 64.
       gate_up_block_k: columns of x and gate_up in a stage; 64, 128 or 256, divides H.
       gate_up_num_stages: stages of gate/up. Fewer are used, and half or a quarter of their columns,
         where two blocks would not fit on a core otherwise.
@@ -75,6 +98,7 @@ class ExpertMajorConfig:
       fused: True for both products in one grid, False for two launches; None takes default_fused.
     """
 
+    gate_up_neurons: int = 32
     gate_up_block_k: int = 256
     gate_up_num_stages: int = 3
     down_block_m: int = 128
@@ -94,8 +118,19 @@ def default_fused(N: int, gathered: bool, I: int) -> bool:
 
 
 def _default_config(shapes: ExpertShapes, T: int) -> ExpertMajorConfig:
-    """The heuristic: stages of 32 KB of weights, few enough that two blocks share a core."""
+    """The heuristic: stages of 32 KB of weights, few enough that two blocks share a core.
+
+    With FP8 weights a stage has half of that, and three blocks share a core, because a step's
+    conversions take as long as its loads.
+    """
     del T
+    if shapes.weights == "fp8":
+        return ExpertMajorConfig(
+            gate_up_neurons=32,
+            gate_up_block_k=largest_divisor(shapes.H, FP8_BLOCK_KS),
+            down_block_m=largest_divisor(shapes.H, _BLOCK_MS),
+            down_block_k=128,
+        )
     return ExpertMajorConfig(
         gate_up_block_k=largest_divisor(shapes.H, BLOCK_KS),
         down_block_m=largest_divisor(shapes.H, _BLOCK_MS),
@@ -114,6 +149,8 @@ def _candidates(shapes: ExpertShapes, T: int) -> list[ExpertMajorConfig]:
     default = _default_config(shapes, T)
     narrow = {"gate_up_block_k": largest_divisor(shapes.H, _BLOCK_MS)}
     changes = [{"down_block_m": 64, "down_num_stages": 4}, narrow | {"down_block_m": 64}]
+    if shapes.weights == "fp8":
+        changes = _FP8_CHANGES
     if default_block_n(T, shapes.K, shapes.E) > MIN_BLOCK_N:
         changes = [{"block_n": MIN_BLOCK_N}, *changes]
     elif not WholeBatchTiles.fit(T, shapes.K):
@@ -125,20 +162,30 @@ def _candidates(shapes: ExpertShapes, T: int) -> list[ExpertMajorConfig]:
 def _check(config: ExpertMajorConfig, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
-    check_block("gate_up_block_k", c.gate_up_block_k, BLOCK_KS, "H", H)
+    fp8 = shapes.weights == "fp8"
+    block_ks, most_block_n = (FP8_BLOCK_KS, FP8_MAX_BLOCK_N) if fp8 else (BLOCK_KS, MAX_BLOCK_N)
+    check_block("gate_up_neurons", c.gate_up_neurons, _NEURONS[shapes.weights], "I", I)
+    check_block("gate_up_block_k", c.gate_up_block_k, block_ks, "H", H)
     check_block("down_block_m", c.down_block_m, _BLOCK_MS, "H", H)
-    check_block("down_block_k", c.down_block_k, BLOCK_KS, "I", I)
-    gate_up_bytes = stage_bytes(c.gate_up_block_k, BLOCK_M + MIN_BLOCK_N)
-    down_bytes = stage_bytes(c.down_block_k, c.down_block_m + 2 * MIN_BLOCK_N)
-    check_num_stages("gate_up_num_stages", c.gate_up_num_stages, gate_up_bytes, least=2)
-    check_num_stages("down_num_stages", c.down_num_stages, down_bytes, least=2)
-    if c.block_n is not None and c.block_n not in range(MIN_BLOCK_N, MAX_BLOCK_N + 1, MIN_BLOCK_N):
+    check_block("down_block_k", c.down_block_k, block_ks, "I", I)
+    bytes_of = fp8_stage_bytes if fp8 else _stage_bytes
+    for name, of_stage in bytes_of(c).items():
+        check_num_stages(name, getattr(c, name), of_stage, least=2)
+    if c.block_n is not None and c.block_n not in range(MIN_BLOCK_N, most_block_n + 1, MIN_BLOCK_N):
         raise ValueError(
             f"config.block_n is {c.block_n!r}; expected None or a multiple of {MIN_BLOCK_N} "
-            f"up to {MAX_BLOCK_N}"
+            f"up to {most_block_n}"
         )
     if not (c.fused is None or isinstance(c.fused, bool)):
         raise ValueError(f"config.fused is {c.fused!r}; expected None, True or False")
+
+
+def _stage_bytes(c: ExpertMajorConfig) -> dict[str, int]:
+    """Of bf16 weights and 8 tokens, by the field that says how many there are."""
+    return {
+        "gate_up_num_stages": stage_bytes(c.gate_up_block_k, BLOCK_M + MIN_BLOCK_N),
+        "down_num_stages": stage_bytes(c.down_block_k, c.down_block_m + 2 * MIN_BLOCK_N),
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -154,35 +201,42 @@ def _run(
 ) -> jax.Array:
     """Runs all launches and combines, on checked inputs; shapes as in decode_experts."""
     E, _, I, H = weights.gate_up.shape
-    tiles = _tiles(x, expert_ids, expert_weights, E, config.block_n, interpret)
-    gate_up, down = _products(tiles, H, I, config)
-    stored = weights.gate_up.reshape(E * 2 * I, H), weights.down.reshape(E * H, I)
+    T, K = expert_ids.shape
+    block_n = config.block_n or default_block_n(T, K, E)
+    products, stored = _products, weights.as_rows()
+    if weights.quantised:
+        products, stored = fp8_products, weights.as_halves()
+        block_n = min(block_n, FP8_MAX_BLOCK_N)
+    tiles = _tiles(x, expert_ids, expert_weights, E, block_n, interpret)
+    gate_up, down = products(tiles, H, I, config)
     fused = config.fused
     if fused is None:
         fused = default_fused(tiles.N, not isinstance(tiles, WholeBatchTiles), I)
     if fused:
-        outputs = _fused(gate_up, down, *tiles.operands, *stored, interpret=interpret)
+        outputs = _fused(
+            gate_up, down, *tiles.operands, stored.gate_up, stored.down, interpret=interpret
+        )
     else:
-        hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored[0]), interpret)
-        outputs = _launch(down, "down", (tiles.operands[0], hidden, stored[1]), interpret)
+        hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored.gate_up), interpret)
+        outputs = _launch(down, "down", (tiles.operands[0], hidden, stored.down), interpret)
     return _combine(outputs, tiles.row_of).astype(out_dtype)
 
 
-def _tiles(x, expert_ids, expert_weights, E: int, block_n: int | None, interpret) -> TokenTiles:
+def _tiles(x, expert_ids, expert_weights, E: int, block_n: int, interpret) -> TokenTiles:
     """The batch as it is, or gathered in one launch, or by XLA."""
     T, K = expert_ids.shape
     if WholeBatchTiles.fit(T, K):
         return WholeBatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
-    schedule = ExpertSchedule(T=T, K=K, E=E, block_n=block_n or default_block_n(T, K, E))
+    schedule = ExpertSchedule(T=T, K=K, E=E, block_n=block_n)
     if T * K <= MAX_ASSIGNMENTS:
         return gather_rows(x, expert_ids, expert_weights, schedule, interpret)
     return gather_by_xla(x, expert_ids, expert_weights, schedule)
 
 
 def _products(tiles: TokenTiles, H: int, I: int, config: ExpertMajorConfig) -> tuple[GateUp, Down]:
-    block_m, N = config.down_block_m, tiles.N
+    block_m, N, neurons = config.down_block_m, tiles.N, config.gate_up_neurons
     block_k, num_stages = fit_stages(config.gate_up_block_k, config.gate_up_num_stages, BLOCK_M + N)
-    gate_up = GateUp(tiles=tiles, H=H, I=I, block_k=block_k, num_stages=num_stages)
+    gate_up = GateUp(tiles=tiles, H=H, I=I, block_k=block_k, num_stages=num_stages, neurons=neurons)
     block_k, num_stages = fit_stages(config.down_block_k, config.down_num_stages, block_m + 2 * N)
     down = Down(tiles=tiles, H=H, I=I, block_m=block_m, block_k=block_k, num_stages=num_stages)
     return gate_up, down

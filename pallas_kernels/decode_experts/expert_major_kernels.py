@@ -53,8 +53,8 @@ def stage_bytes(block_k: int, rows: int) -> int:
     return 2 * block_k * rows
 
 
-def _nothing(*_) -> None:
-    pass
+def nothing(*_) -> None:
+    """What a block of a launch of its own signals and waits for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +99,8 @@ class GateUp:
 
     def run(
         self, block_id, table, weight_of, x, gate_up, hidden, shared, full,
-        signal: Callable[[Any], None] = _nothing,
-        wait: Callable[[], None] = _nothing,
+        signal: Callable[[Any], None] = nothing,
+        wait: Callable[[], None] = nothing,
     ) -> None:  # fmt: skip
         """All of one block: `hidden` is what it writes; then it calls signal(its tile's index).
 
@@ -202,7 +202,7 @@ class Down:
 
     def run(
         self, block_id, table, hidden, down, outputs, shared, full,
-        wait: Callable[[Any], None] = _nothing,
+        wait: Callable[[Any], None] = nothing,
     ) -> None:  # fmt: skip
         """All of one block: `outputs` is what it writes.
 

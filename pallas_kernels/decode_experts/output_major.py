@@ -23,10 +23,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_scaled_fp8 import BlockScaledFp8
 from pallas_kernels.decode_experts.configs import (
     Layout,
     check_block,
@@ -34,23 +34,15 @@ from pallas_kernels.decode_experts.configs import (
     largest_divisor,
     valid_configs,
 )
+from pallas_kernels.decode_experts.row_products import RowProducts, RowScales, values_of
 from pallas_kernels.decode_experts.shapes import ExpertShapes
 from pallas_kernels.decode_experts.weights import ExpertWeights, down_rows, gate_and_up_rows
 from pallas_kernels.mosaic.device import launch
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.pipeline import pipeline
 
-# How a weight tile lies in registers: 4 warps by 4 rows, 8 lanes along a row, 8 neighbouring
-# columns (16 bytes of bf16) in each lane. A row's last sum is three shuffles among 8 lanes.
-_TILE = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 8))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
-)
-_ALONG_K = _TILE.reduce(0)
-_ALONG_ROWS = _TILE.reduce(1)
-
 _BLOCK_MS = (16, 32, 64)
 _BLOCK_KS = (64, 128, 192, 256)  # up to the widest TMA box
-_PIECE = 64  # columns whose products go to sums of their own
 # Beyond this number of tokens no config makes up for how often the layout reads an expert.
 _TUNED_UP_TO = 8
 
@@ -61,7 +53,8 @@ class OutputMajorConfig:
 
     Attributes:
       gate_up_block_m: neurons of a gate/up block; 16, 32 or 64, divides I.
-      gate_up_block_k: columns of x and gate_up in a stage; 64, 128, 192 or 256, divides H.
+      gate_up_block_k: columns of x and gate_up in a stage; 64, 128, 192 or 256, divides H. With
+        FP8 weights 128 or 256, and so is down_block_k.
       gate_up_num_stages: stages of gate/up.
       down_block_m: output neurons of a down block; 16, 32 or 64, divides H.
       down_block_k: columns of hidden and down in a stage; 64, 128, 192 or 256, divides I.
@@ -82,9 +75,13 @@ def _default_config(shapes: ExpertShapes, T: int) -> OutputMajorConfig:
     The stages are few, so that several blocks share a core: one waits while another multiplies.
     """
     del T
+    block_ks = _block_ks(shapes)
+    # Twice the rows are as many bytes in FP8.
+    more = {"gate_up_block_m": 32, "down_block_m": 32, "down_num_stages": 4}
     return OutputMajorConfig(
-        gate_up_block_k=largest_divisor(shapes.H, _BLOCK_KS),
-        down_block_k=largest_divisor(shapes.I, _BLOCK_KS),
+        gate_up_block_k=largest_divisor(shapes.H, block_ks),
+        down_block_k=largest_divisor(shapes.I, block_ks),
+        **(more if shapes.weights == "fp8" else {}),
     )
 
 
@@ -107,14 +104,21 @@ def _candidates(shapes: ExpertShapes, T: int) -> list[OutputMajorConfig]:
 def _check(config: OutputMajorConfig, shapes: ExpertShapes) -> None:
     """Raises a ValueError that names the field if the config does not fit the layer's sizes."""
     c, H, I = config, shapes.H, shapes.I
+    block_ks, size = _block_ks(shapes), 1 if shapes.weights == "fp8" else 2
     check_block("gate_up_block_m", c.gate_up_block_m, _BLOCK_MS, "I", I)
-    check_block("gate_up_block_k", c.gate_up_block_k, _BLOCK_KS, "H", H)
+    check_block("gate_up_block_k", c.gate_up_block_k, block_ks, "H", H)
     check_block("down_block_m", c.down_block_m, _BLOCK_MS, "H", H)
-    check_block("down_block_k", c.down_block_k, _BLOCK_KS, "I", I)
-    gate_up_bytes = c.gate_up_block_k * (2 * 2 * c.gate_up_block_m + 2)  # gate, up and x, bf16
-    down_bytes = c.down_block_k * (2 * c.down_block_m + 4)  # down in bf16, hidden in float32
+    check_block("down_block_k", c.down_block_k, block_ks, "I", I)
+    gate_up_bytes = c.gate_up_block_k * (2 * size * c.gate_up_block_m + 2)  # gate, up; x in bf16
+    down_bytes = c.down_block_k * (size * c.down_block_m + 4)  # down; hidden in float32
     check_num_stages("gate_up_num_stages", c.gate_up_num_stages, gate_up_bytes, least=1)
     check_num_stages("down_num_stages", c.down_num_stages, down_bytes, least=1)
+
+
+def _block_ks(shapes: ExpertShapes) -> tuple[int, ...]:
+    """Those that are whole pieces."""
+    piece = RowProducts(shapes.weights == "fp8").piece
+    return tuple(block_k for block_k in _BLOCK_KS if block_k % piece == 0)
 
 
 def gate_up_block(block_id, num_assignments: int):
@@ -144,55 +148,61 @@ def _run(
 ) -> jax.Array:
     """Runs both launches on checked inputs; shapes as in decode_experts."""
     T, H = x.shape
-    E, _, I, _ = weights.gate_up.shape
     K = expert_ids.shape[1]
     ids = expert_ids.reshape(T * K)
     routing_weights = expert_weights.reshape(T * K)
-    gate_up = weights.gate_up.reshape(E * 2 * I, H)
-    hidden = _gate_up(ids, routing_weights, x, gate_up, K, I, config, interpret)
-    down = weights.down.reshape(E * H, I)
-    return _down(ids, hidden, down, T, H, config, out_dtype, interpret)
+    E, _, I, _ = weights.gate_up.shape
+    stored = weights.as_rows()
+    hidden = _gate_up(ids, routing_weights, x, stored.gate_up, K, E, I, config, interpret)
+    return _down(ids, hidden, stored.down, T, E, H, config, out_dtype, interpret)
 
 
 def _gate_up(
-    ids, routing_weights, x, gate_up, K: int, I: int, config: OutputMajorConfig, interpret
+    ids, routing_weights, x, gate_up, K: int, E: int, I: int, config: OutputMajorConfig, interpret
 ) -> jax.Array:
     """hidden[a] = w[a] * silu(gate_e x_t) * up_e x_t of each assignment a = t * K + k.
 
     [TK, I] float32. The rows of a padded assignment stay unwritten; _down does not read them.
     """
     TK, H = ids.shape[0], x.shape[1]
-    E = gate_up.shape[0] // (2 * I)
     block_m, block_k = config.gate_up_block_m, config.gate_up_block_k
     num_stages = config.gate_up_num_stages
+    rows = RowProducts(isinstance(gate_up, BlockScaledFp8))
+    scales = RowScales(2, H)
 
     def kernel(
         block_id, ids_gmem, weights_gmem, x_gmem, gate_up_gmem, hidden_gmem,
-        gate_smem, up_smem, x_smem, full,
+        gate_smem, up_smem, x_smem, scales_smem, full,
     ):  # fmt: skip
         assignment, part = gate_up_block(block_id, TK)
         token = assignment // K
         expert = ids_gmem[assignment]
+        values = values_of(gate_up_gmem)
 
         @pl.when((expert >= 0) & (expert < E))
         def _():
             weight = weights_gmem[assignment]
-            gate_row, up_row = gate_and_up_rows(expert, part, block_m, I)
-            gate_rows, up_rows = pl.ds(gate_row, block_m), pl.ds(up_row, block_m)
+            first_rows = gate_and_up_rows(expert, part, block_m, I)
+            gate_rows, up_rows = (pl.ds(row, block_m) for row in first_rows)
 
             def load(step, stage, full):
                 at = pl.ds(step * block_k, block_k)
-                copy_evict_first(gate_up_gmem.at[gate_rows, at], gate_smem.at[stage], full)
-                copy_evict_first(gate_up_gmem.at[up_rows, at], up_smem.at[stage], full)
+                copy_evict_first(values.at[gate_rows, at], gate_smem.at[stage], full)
+                copy_evict_first(values.at[up_rows, at], up_smem.at[stage], full)
                 copy_evict_first(x_gmem.at[token, at], x_smem.at[stage], full)
 
-            def compute(_, stage, sums):
+            def compute(step, stage, sums):
                 gate, up = sums
-                for piece in _pieces(block_k):
-                    x_piece = plgpu.load(x_smem.at[stage, piece], layout=_ALONG_K)
-                    gate += _products(gate_smem.at[stage, :, piece], x_piece)
-                    up += _products(up_smem.at[stage, :, piece], x_piece)
-                return gate, up  # [block_m, _PIECE] each
+                pieces = rows.pieces(block_k)
+                for index, piece in enumerate(pieces):
+                    gate_scale, up_scale = (
+                        scales.at(gate_up_gmem, half, step * len(pieces) + index, scales_smem)
+                        for half in range(2)
+                    )
+                    x_piece = rows.load_vector(x_smem.at[stage, piece])
+                    gate += rows.products(gate_smem.at[stage, :, piece], x_piece, gate_scale)
+                    up += rows.products(up_smem.at[stage, :, piece], x_piece, up_scale)
+                return gate, up  # [block_m, piece] each
 
             gate, up = pipeline(
                 H // block_k,
@@ -200,9 +210,10 @@ def _gate_up(
                 full=full,
                 load=load,
                 compute=compute,
-                init=(_zeros(block_m), _zeros(block_m)),
+                init=(rows.zeros(block_m), rows.zeros(block_m)),
+                between=lambda: scales.load(gate_up_gmem, first_rows, scales_smem),
             )
-            gate, up = _along_rows(gate), _along_rows(up)
+            gate, up = rows.along_rows(gate), rows.along_rows(up)
             hidden = gate / (1 + jnp.exp(-gate)) * up * weight
             hidden_gmem[assignment, pl.ds(part * block_m, block_m)] = hidden
 
@@ -212,9 +223,10 @@ def _gate_up(
         num_blocks=TK * (I // block_m),
         out_type=jax.ShapeDtypeStruct((TK, I), jnp.float32),
         scratch_types=[
-            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
-            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
+            plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
+            plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
             plgpu.SMEM((num_stages, block_k), jnp.bfloat16),
+            scales.shared_type(),
             plgpu.Barrier(num_arrivals=3, num_barriers=num_stages),
         ],
         interpret=interpret,
@@ -222,21 +234,28 @@ def _gate_up(
 
 
 def _down(
-    ids, hidden, down, T: int, H: int, config: OutputMajorConfig, out_dtype, interpret
+    ids, hidden, down, T: int, E: int, H: int, config: OutputMajorConfig, out_dtype, interpret
 ) -> jax.Array:
     """out[t] = sum over k of down_e hidden[t, k]: [T, H], each element written once."""
     I = hidden.shape[1]
-    K, E = ids.shape[0] // T, down.shape[0] // H
+    K = ids.shape[0] // T
     block_m, block_k = config.down_block_m, config.down_block_k
     num_stages, steps_per_expert = config.down_num_stages, I // config.down_block_k
+    rows = RowProducts(isinstance(down, BlockScaledFp8))
+    scales = RowScales(K, I)
 
     def kernel(
-        block_id, ids_gmem, hidden_gmem, down_gmem, out_gmem, down_smem, hidden_smem, full
+        block_id, ids_gmem, hidden_gmem, down_gmem, out_gmem,
+        down_smem, hidden_smem, scales_smem, full,
     ):  # fmt: skip
         token, part = down_block(block_id, T)
+        values = values_of(down_gmem)
 
         def assignment_of(step):
             return token * K + step // steps_per_expert
+
+        def first_row(assignment):
+            return down_rows(ids_gmem[assignment], part, block_m, H)
 
         def active(step):  # padding is skipped: neither its hidden nor any weight is read
             expert = ids_gmem[assignment_of(step)]
@@ -244,19 +263,26 @@ def _down(
 
         def load(step, stage, full):
             assignment = assignment_of(step)
-            rows = pl.ds(down_rows(ids_gmem[assignment], part, block_m, H), block_m)
+            block = pl.ds(first_row(assignment), block_m)
             at = pl.ds(step % steps_per_expert * block_k, block_k)
-            copy_evict_first(down_gmem.at[rows, at], down_smem.at[stage], full)
+            copy_evict_first(values.at[block, at], down_smem.at[stage], full)
             copy_evict_first(hidden_gmem.at[assignment, at], hidden_smem.at[stage], full)
 
-        def compute(_, stage, sums):
-            for piece in _pieces(block_k):
-                # 8 float32 in a lane are two loads, which Mosaic does not count as optimised.
-                hidden_piece = plgpu.load(
-                    hidden_smem.at[stage, piece], layout=_ALONG_K, optimized=False
-                )
-                sums += _products(down_smem.at[stage, :, piece], hidden_piece)
-            return sums  # [block_m, _PIECE]
+        def load_scales():
+            # Of padding those of any expert's, because none is multiplied.
+            assignments = [token * K + k for k in range(K)]
+            safe = [jnp.clip(ids_gmem[a], 0, E - 1) for a in assignments]
+            first = [down_rows(expert, part, block_m, H) for expert in safe]
+            scales.load(down_gmem, first, scales_smem)
+
+        def compute(step, stage, sums):
+            pieces = rows.pieces(block_k)
+            k, of_expert = step // steps_per_expert, step % steps_per_expert
+            for index, piece in enumerate(pieces):
+                scale = scales.at(down_gmem, k, of_expert * len(pieces) + index, scales_smem)
+                hidden_piece = rows.load_vector(hidden_smem.at[stage, piece])
+                sums += rows.products(down_smem.at[stage, :, piece], hidden_piece, scale)
+            return sums  # [block_m, piece]
 
         sums = pipeline(
             K * steps_per_expert,
@@ -264,10 +290,11 @@ def _down(
             full=full,
             load=load,
             compute=compute,
-            init=_zeros(block_m),
+            init=rows.zeros(block_m),
             active=active,
+            between=load_scales if rows.quantised else None,
         )
-        out_gmem[token, pl.ds(part * block_m, block_m)] = _along_rows(sums).astype(out_dtype)
+        out_gmem[token, pl.ds(part * block_m, block_m)] = rows.along_rows(sums).astype(out_dtype)
 
     return launch(
         kernel,
@@ -275,32 +302,13 @@ def _down(
         num_blocks=T * (H // block_m),
         out_type=jax.ShapeDtypeStruct((T, H), out_dtype),
         scratch_types=[
-            plgpu.SMEM((num_stages, block_m, block_k), jnp.bfloat16),
+            plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
             plgpu.SMEM((num_stages, block_k), jnp.float32),
+            scales.shared_type(),
             plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
         ],
         interpret=interpret,
     )(ids, hidden, down)
-
-
-def _pieces(block_k: int) -> list:
-    return [pl.ds(start, _PIECE) for start in range(0, block_k, _PIECE)]
-
-
-def _zeros(block_m: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((block_m, _PIECE), jnp.float32), _TILE)
-
-
-def _products(rows_smem, vector: jax.Array) -> jax.Array:
-    """[M, _PIECE] bf16 in shared memory times [_PIECE] in registers: [M, _PIECE] float32."""
-    rows = plgpu.load(rows_smem, layout=_TILE).astype(jnp.float32)
-    spread = lax.broadcast_in_dim(vector.astype(jnp.float32), rows.shape, (1,))
-    return rows * plgpu.layout_cast(spread, _TILE)
-
-
-def _along_rows(sums: jax.Array) -> jax.Array:
-    """[M, _PIECE] to [M]."""
-    return plgpu.layout_cast(jnp.sum(sums, axis=1), _ALONG_ROWS)
 
 
 OUTPUT_MAJOR = Layout(

@@ -6,15 +6,25 @@ The scripts compare and tune the layouts at these sizes, and the kernels' tests 
 import dataclasses
 from typing import NamedTuple
 
+from pallas_kernels.block_scaled_fp8 import BLOCK
+from pallas_kernels.mosaic.operands import round_up
+
+WEIGHT_FORMATS = ("bf16", "fp8")  # a plain array of bfloat16, and BlockScaledFp8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertShapes:
-    """The sizes of one MoE layer: E experts, K of them for each token, H hidden, I intermediate."""
+    """The sizes of one MoE layer: E experts, K of them for each token, H hidden, I intermediate.
+
+    Attributes:
+      weights: the format of its weights, of WEIGHT_FORMATS.
+    """
 
     E: int
     K: int
     H: int
     I: int
+    weights: str = "bf16"
 
 
 class PublishedLayer(NamedTuple):
@@ -86,3 +96,12 @@ SHAPES: dict[str, ExpertShapes] = {
     "tiny": ExpertShapes(E=8, K=2, H=128, I=64),
     **{name: layer.shapes for name, layer in PUBLISHED_LAYERS.items()},
 }
+
+
+def shapes_of(preset: str, weights: str) -> ExpertShapes:
+    """A preset's layer with weights of that format; "tiny" has whole scale blocks in FP8."""
+    shapes = dataclasses.replace(SHAPES[preset], weights=weights)
+    if weights == "bf16":
+        return shapes
+    whole = {name: round_up(getattr(shapes, name), BLOCK[0]) for name in ("H", "I")}
+    return dataclasses.replace(shapes, **whole)

@@ -21,7 +21,7 @@ NEURONS = BLOCK_M // 2
 _BY_TOKEN = plgpu.Layout.TILED(
     plgpu.Tiling(((8, NEURONS), (2, 2))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
 )
-_TOKENS = _BY_TOKEN.reduce(1)
+TOKENS = _BY_TOKEN.reduce(1)  # [N], as swiglu_epilogue takes the routing weights
 
 
 def exchange_type(N: int):
@@ -29,15 +29,15 @@ def exchange_type(N: int):
     return plgpu.SMEM((N, BLOCK_M), jnp.float32)
 
 
-def load_weights(weight_gmem) -> jax.Array:
-    """[N] float32: the routing weights of a tile's tokens, as swiglu_epilogue takes them."""
-    return plgpu.load(weight_gmem, layout=_TOKENS, optimized=False)
+def load_weights(weight_gmem, layout=TOKENS) -> jax.Array:
+    """[N] float32: the routing weights of a tile's tokens."""
+    return plgpu.load(weight_gmem, layout=layout, optimized=False)
 
 
-def spread_weights(weights: list[jax.Array], N: int) -> jax.Array:
+def spread_weights(weights: list[jax.Array], N: int, layout=TOKENS) -> jax.Array:
     """[N] as load_weights gives them, from up to N scalars; zeros behind them."""
-    columns = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=_TOKENS)
-    spread = plgpu.layout_cast(jnp.zeros((N,), jnp.float32), _TOKENS)
+    columns = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=layout)
+    spread = plgpu.layout_cast(jnp.zeros((N,), jnp.float32), layout)
     for column, weight in enumerate(weights):
         spread = jnp.where(columns == column, weight, spread)
     return spread

@@ -9,8 +9,9 @@
       "runs": [{"commit": ..., "command": ..., "date": ..., "driver": ..., "jaxlib": ...,
                 "read_ceiling_tbps": ..., ...}],
       "fastest": [
-        {"of": "qwen3_30b_a3b", "E": 128, "K": 8, "H": 2048, "I": 768, "T": 1,
-         "layout": "output_major", "config": {...}, "us": 31.8, "rel_error": 0.00165, "run": 0}
+        {"of": "qwen3_30b_a3b", "E": 128, "K": 8, "H": 2048, "I": 768,
+         "weights": "bf16", "T": 1, "layout": "output_major", "config": {...}, "us": 31.8,
+         "rel_error": 0.00165, "run": 0}
       ],
       "invariant": [...the same, one order of sums for all T of a shape...]
     }
@@ -38,12 +39,15 @@ from typing import Any, NamedTuple
 import jax
 
 from pallas_kernels.decode_experts.layouts import LAYOUTS
-from pallas_kernels.decode_experts.shapes import ExpertShapes
+from pallas_kernels.decode_experts.shapes import WEIGHT_FORMATS, ExpertShapes
 
 # Raise it whenever the meaning of a field changes: older tables are then ignored.
 FORMAT = 2
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 _SIZES = ("E", "K", "H", "I")
+# What an older table leaves out, of an entry and of a layout's config.
+_OLDER = {"weights": "bf16"}
+_OLDER_CONFIG = {"expert_major": {"gate_up_neurons": 32}}
 # Where the tables lie; a test may point it elsewhere.
 FOLDER = pathlib.Path(__file__).parent / "data"
 
@@ -150,7 +154,8 @@ def make_config(layout: str, fields: dict[str, Any], shapes: ExpertShapes) -> An
         raise TableError(f"layout is {layout!r}; expected one of {sorted(LAYOUTS)}")
     chosen = LAYOUTS[layout]
     types = {field.name: field.type for field in dataclasses.fields(chosen.Config)}
-    _expect_fields("config", _expect("config", fields, dict), set(types))
+    fields = _OLDER_CONFIG.get(layout, {}) | _expect("config", fields, dict)
+    _expect_fields("config", fields, set(types))
     for name, value in fields.items():
         _expect(f"config.{name}", value, types[name])
     config = chosen.Config(**fields)
@@ -164,7 +169,10 @@ def make_config(layout: str, fields: dict[str, Any], shapes: ExpertShapes) -> An
 def _entry(where: str, row: Any, num_runs: int) -> Entry:
     try:
         names = {field.name for field in dataclasses.fields(Entry)} - {"shapes"} | set(_SIZES)
-        _expect_fields("the entry", _expect("the entry", row, dict), names)
+        row = _OLDER | _expect("the entry", row, dict)
+        _expect_fields("the entry", row, names | set(_OLDER))
+        if row["weights"] not in WEIGHT_FORMATS:
+            raise TableError(f"weights is {row['weights']!r}; expected one of {WEIGHT_FORMATS}")
         for name in _SIZES:
             if _expect(name, row[name], int) < 1:
                 raise TableError(f"{name} is {row[name]}; expected at least 1")
@@ -176,7 +184,7 @@ def _entry(where: str, row: Any, num_runs: int) -> Entry:
             value = _expect(name, row[name], float)
             if not (math.isfinite(value) and value > 0):
                 raise TableError(f"{name} is {value}; expected a positive number")
-        shapes = ExpertShapes(**{name: row[name] for name in _SIZES})
+        shapes = ExpertShapes(**{name: row[name] for name in (*_SIZES, "weights")})
         config = make_config(row["layout"], row["config"], shapes)
     except TableError as error:
         raise TableError(f"{where}: {error}") from None

@@ -24,6 +24,17 @@ class ExpertWeights:
     def quantised(self) -> bool:
         return any(isinstance(weight, BlockScaledFp8) for weight in (self.gate_up, self.down))
 
+    def as_rows(self) -> "ExpertWeights":
+        """The same as matrices: gate_up [E*2*I, H] and down [E*H, I]; scales likewise."""
+        return jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), self)
+
+    def as_halves(self) -> "ExpertWeights":
+        """As as_rows, but gate_up's values [E*2, I, H]; of FP8 weights."""
+        rows = self.as_rows()
+        values = self.gate_up.values.reshape(-1, *self.gate_up.shape[2:])
+        gate_up = dataclasses.replace(rows.gate_up, values=values)
+        return dataclasses.replace(rows, gate_up=gate_up)
+
 
 def gate_and_up_rows(expert, block, neurons: int, I: int):
     """First row of the gate half and of the up half of a block of neurons, in [E*2*I, H].

@@ -208,19 +208,19 @@ INPUTS = {
         "bfloat16",
         "reference_experts",
     ),
-    "gate_up in FP8": (
+    "gate_up alone in FP8": (
         lambda c: weights(c, gate_up=in_fp8(c.weights.gate_up)),
-        NotImplementedError,
-        "weights.gate_up",
-        "BlockScaledFp8",
-        "bfloat16",
-    ),
-    "down in FP8": (
-        lambda c: weights(c, down=in_fp8(c.weights.down)),
-        NotImplementedError,
+        TypeError,
         "weights.down",
-        "BlockScaledFp8",
         "bfloat16",
+        "BlockScaledFp8",
+    ),
+    "down alone in FP8": (
+        lambda c: weights(c, down=in_fp8(c.weights.down)),
+        TypeError,
+        "weights.gate_up",
+        "bfloat16",
+        "BlockScaledFp8",
     ),
 }
 

@@ -119,6 +119,20 @@ def test_a_cpu_is_not_warned_of_its_speed(folder, caplog):
 # --- corrupt and stale tables
 
 
+def test_what_older_tables_leave_out():
+    older = make_table([make_row(1)])
+    expected = parse(json.dumps(older), jax.__version__).fastest
+    del older["fastest"][0]["weights"], older["fastest"][0]["config"]["gate_up_neurons"]
+    assert parse(json.dumps(older), jax.__version__).fastest == expected
+
+
+def test_each_format_of_weights_has_entries_of_its_own(folder):
+    write_table(folder, make_table([make_row(1), make_row(1, us=30.0, weights="fp8")]))
+    fp8 = dataclasses.replace(SHAPES, weights="fp8")
+    times = [tuned_tables.find(DEVICE, of, 1, invariant=False).entry.us for of in (SHAPES, fp8)]
+    assert times == [50.0, 30.0]
+
+
 def _changed(path: str, value):
     """A sound table with the field at `path` (keys by dots) set to value, or taken out if None."""
     table = copy.deepcopy(make_table([make_row(1)], [make_row(1)]))
@@ -150,6 +164,7 @@ BAD = {
     "bool": (_changed("fastest.0.K", True), "K is True; expected int"),
     "zero": (_changed("fastest.0.E", 0), "E is 0; expected at least 1"),
     "no size": (_changed("fastest.0.I", None), "the entry lacks I"),
+    "weights": (_changed("fastest.0.weights", "int4"), "weights is 'int4'; expected one of"),
     "bucket": (_changed("fastest.0.T", 3), r"T is 3; expected one of \(1, 2, 4"),
     "us": (_changed("fastest.0.us", float("nan")), "us is nan; expected a positive number"),
     "error": (_changed("fastest.0.rel_error", "low"), "rel_error is 'low'; expected float"),

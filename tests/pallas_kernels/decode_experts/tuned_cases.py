@@ -11,12 +11,15 @@ DEVICE = "NVIDIA H100 80GB HBM3"
 SHAPES = ExpertShapes(E=4, K=2, H=128, I=128)
 
 
-def make_row(T: int, layout: str = "expert_major", us: float = 50.0, **fields) -> dict:
+def make_row(
+    T: int, layout: str = "expert_major", us: float = 50.0, weights: str = "bf16", **fields
+) -> dict:
     """One entry; `fields` replace some of the layout's default config."""
-    config = dataclasses.asdict(LAYOUTS[layout].default_config(SHAPES, T)) | fields
+    shapes = dataclasses.replace(SHAPES, weights=weights)
+    config = dataclasses.asdict(LAYOUTS[layout].default_config(shapes, T)) | fields
     return {
         "of": "made up",
-        **dataclasses.asdict(SHAPES),
+        **dataclasses.asdict(shapes),
         "T": T,
         "layout": layout,
         "config": config,
