@@ -2,14 +2,17 @@
 
     python -m experiments.compare_layouts --preset=qwen3_30b_a3b --tokens=1,2,4,8,16,32,64
     python -m experiments.compare_layouts --routing=uniform,zipf,hotspot --budget_s=540
+    python -m experiments.compare_layouts --weights=bf16,fp8 --tokens=1,8,64,128
 
 On a GPU: the error and the time of every layout and baseline at the preset's true shape. On a CPU:
 every layout is checked in interpret mode at a tiny shape, plain XLA is timed there, and the bytes
-that the true shape needs are printed. Both write a JSONL, row by row, and a PNG.
+that the true shape needs are printed. Both write a JSONL, row by row, and a PNG; with FP8 weights
+their names end in _fp8.
 """
 
 import dataclasses
 import functools
+import gc
 import pathlib
 import sys
 import time
@@ -25,7 +28,7 @@ from experiments.bench.inputs import draw_layers
 from experiments.bench.script import flag
 from experiments.bench.timing import STEPS
 from pallas_kernels.decode_experts import ExpertShapes
-from pallas_kernels.decode_experts.shapes import SHAPES
+from pallas_kernels.decode_experts.shapes import SHAPES, WEIGHT_FORMATS, shapes_of
 
 DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 
@@ -56,6 +59,12 @@ class Settings:
         "Layouts, each with its default config, and modes, with what the tuned table says.",
         of=candidates.LAYOUT_NAMES,
     )
+    weights: tuple[str, ...] = flag(
+        ("bf16",),
+        "Formats of the weights, one after the other.",
+        of=WEIGHT_FORMATS,
+        needs="a format",
+    )
     routing: tuple[str, ...] = flag(
         ("uniform",),
         f"Of {routings.ACCEPTED}; the first at all tokens.",
@@ -69,7 +78,7 @@ class Settings:
         "Those that cannot run here are left out.",
         of=candidates.BASELINES,
     )
-    dtype: str = flag("bf16", "The output's; inputs and weights are bf16.", of=DTYPES)
+    dtype: str = flag("bf16", "The output's; inputs are bf16.", of=DTYPES)
     repeats: int = flag(
         20,
         "How often each time is taken, at most; the median counts. Fewer where samples agree or "
@@ -78,7 +87,9 @@ class Settings:
     )
     seed: int = flag(0, "Of weights, tokens and routings.", least=0)
     device_times: bool = flag(
-        True, "Take also the sum of each layer's kernels, by CUPTI, for 90 s at most."
+        True,
+        "Take also the sum of each layer's kernels, by CUPTI, for 90 s at most; of the last of "
+        "--weights, because a profiler slows what is timed after it.",
     )
     budget_s: float = flag(0.0, "Seconds after which no row is begun; 0 for no limit.", least=0)
     add: bool = flag(False, "Keep the rows of --out's record that this run does not measure.")
@@ -100,14 +111,22 @@ def main(settings: Settings) -> str | None:
     script.make_interpreter_safe()
     console = script.make_console()
     deadline = time.monotonic() + settings.budget_s if settings.budget_s else None
-    if jax.default_backend() == "gpu":
-        return compare_on_gpu(settings, console, deadline)
-    return check_on_cpu(settings, console, deadline)
+    run_one = compare_on_gpu if jax.default_backend() == "gpu" else check_on_cpu
+    problems = []
+    for weights in settings.weights:
+        last = weights == settings.weights[-1]
+        of_one = dataclasses.replace(
+            settings, weights=(weights,), device_times=settings.device_times and last
+        )
+        problems.append(run_one(of_one, console, deadline))
+        gc.collect()  # or one format's layers would lie beside the next one's
+    return "\n".join(filter(None, problems)) or None
 
 
 def compare_on_gpu(settings: Settings, console: Console, deadline: float | None) -> str | None:
-    """The preset's true shape, timed with L2 cold."""
-    shapes = SHAPES[settings.preset]
+    """The preset's true shape in the one format of settings.weights, timed with L2 cold."""
+    (weights,) = settings.weights
+    shapes = shapes_of(settings.preset, weights)
     with script.progress(console) as bar:
         bar.start("read ceiling", 1)
         ceiling = environment.measure_read_ceiling()
@@ -117,7 +136,7 @@ def compare_on_gpu(settings: Settings, console: Console, deadline: float | None)
         layouts = candidates.make_layouts(
             settings.layouts, shapes, DTYPES[settings.dtype], interpret=False
         )
-        bar.say("drawing the weights")
+        bar.say(f"drawing the weights in {weights}")
         layers = draw_layers(shapes, settings.seed)
         plan = _plan(
             settings,
@@ -128,7 +147,8 @@ def compare_on_gpu(settings: Settings, console: Console, deadline: float | None)
             ceiling_tbps=ceiling.tbps,
             deadline=deadline,
         )
-        comparison = _run(settings, settings.preset, plan, bar)
+        preset = _named(settings.preset, settings)
+        comparison = _run(settings, preset, plan, bar)
         if settings.device_times:
             bar.start("device times", sum(row.chain_us is not None for row in comparison.rows))
             comparison.run_device_times()
@@ -137,12 +157,13 @@ def compare_on_gpu(settings: Settings, console: Console, deadline: float | None)
         f"read ceiling by {ceiling.by}",
         highlight=False,
     )
-    return _finish(settings, settings.preset, comparison, console)
+    return _finish(settings, preset, comparison, console)
 
 
 def check_on_cpu(settings: Settings, console: Console, deadline: float | None) -> str | None:
-    """Without a GPU: layouts in interpret mode, plain XLA timed, bytes modelled."""
-    shapes = SHAPES[_CHECKED_PRESET]
+    """Without a GPU: layouts in interpret mode, plain XLA timed, bytes modelled; of one format."""
+    (weights,) = settings.weights
+    shapes = shapes_of(_CHECKED_PRESET, weights)
     # A trace is of one model's experts; the tiny layer has others.
     routing = settings.routing[0] if settings.routing[0] in routings.MADE_UP else "uniform"
     tokens = tuple(T for T in settings.tokens if T <= _MOST_CHECKED_TOKENS) or _CHECKED_TOKENS
@@ -169,9 +190,10 @@ def check_on_cpu(settings: Settings, console: Console, deadline: float | None) -
             num_steps=_CHECKED_STEPS,
             num_cases=_CHECKED_CASES,
         )
-        comparison = _run(settings, _CHECKED_PRESET, plan, bar)
+        preset = _named(_CHECKED_PRESET, settings)
+        comparison = _run(settings, preset, plan, bar)
     console.print(_byte_model(settings))
-    return _finish(settings, _CHECKED_PRESET, comparison, console)
+    return _finish(settings, preset, comparison, console)
 
 
 def _plan(
@@ -187,7 +209,7 @@ def _plan(
     num_cases: int = _ACCURACY_CASES,
 ) -> ComparisonPlan:
     out_dtype = DTYPES[settings.dtype]
-    baselines, left_out = candidates.make_baselines(settings.baselines, out_dtype)
+    baselines, left_out = candidates.make_baselines(settings.baselines, out_dtype, shapes.weights)
     for line in left_out:
         bar.say(line)
     if not layouts and not baselines:
@@ -232,6 +254,12 @@ def _run(
     return comparison
 
 
+def _named(preset: str, settings: Settings) -> str:
+    """The record's name: the preset, and the format of its weights where that is not bf16."""
+    (weights,) = settings.weights
+    return preset if weights == "bf16" else f"{preset}_{weights}"
+
+
 def _path(settings: Settings, preset: str, device: str) -> pathlib.Path:
     return settings.out / f"{device}_{preset}.jsonl"
 
@@ -261,9 +289,10 @@ def _finish(
 
 def _byte_model(settings: Settings) -> Table:
     """What the asked preset's weights cost to read on a GPU, for each asked number of tokens."""
-    shapes, routing = SHAPES[settings.preset], settings.routing[0]
+    (weights,) = settings.weights
+    shapes, routing = shapes_of(settings.preset, weights), settings.routing[0]
     table = Table(
-        title=f"{settings.preset}, {routing} routing: bytes of bf16 expert weights of one "
+        title=f"{settings.preset}, {routing} routing: bytes of {weights} expert weights of one "
         f"layer (E={shapes.E} K={shapes.K} H={shapes.H} I={shapes.I}, "
         f"{routings.expert_bytes(shapes) / 1e6:.2f} MB an expert)",
         title_justify="left",

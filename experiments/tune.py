@@ -1,6 +1,7 @@
 """Which layout and config of decode_experts are the fastest on this device? Writes the tuned table.
 
     python -m experiments.tune --preset=qwen3_30b_a3b --tokens=1,8,64
+    python -m experiments.tune --preset=qwen3_30b_a3b --weights=bf16,fp8
     python -m experiments.tune --preset=qwen3_235b_a22b,qwen3_coder_480b --tokens=1,8,64 \
         --expert_shards=2,4,8 --tensor_shards=2,4,8 --budget_s=540
 
@@ -31,9 +32,10 @@ from experiments.bench.script import flag
 from experiments.bench.tuning_bench import Layer, LayerBench
 from experiments.bench.tuning_store import Store
 from experiments.bench.tuning_sweep import Bench, OutOfTime, Sweep
+from pallas_kernels.block_scaled_fp8 import BLOCK
 from pallas_kernels.decode_experts import LAYOUTS, tuned_tables
 from pallas_kernels.decode_experts.api import SIZE_MULTIPLE
-from pallas_kernels.decode_experts.shapes import SHAPES
+from pallas_kernels.decode_experts.shapes import SHAPES, WEIGHT_FORMATS, shapes_of
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS, Entry, Table
 
 INTERPRETED_PRESET = "tiny"
@@ -51,6 +53,9 @@ class Settings:
         BUCKETS, "Of the table's buckets.", of=BUCKETS, needs=f"some of {BUCKETS}"
     )
     layouts: tuple[str, ...] = flag(tuple(LAYOUTS), "Layouts.", of=LAYOUTS, needs="a layout")
+    weights: tuple[str, ...] = flag(
+        ("bf16",), "Formats of the weights.", of=WEIGHT_FORMATS, needs="a format"
+    )
     expert_shards: tuple[int, ...] = flag((), "Also shards of E / n experts, as 2,4,8.", least=2)
     tensor_shards: tuple[int, ...] = flag((), "Also shards of I / n neurons, as 2,4,8.", least=2)
     most_configs: int = flag(0, "Of each layout; 0 for all of its candidates.", least=0)
@@ -106,15 +111,20 @@ class Settings:
         Raises:
           ValueError: a layer cannot be cut so; names the flag and what is accepted.
         """
-        layers = [Layer(name, SHAPES[name], SHAPES[name].E) for name in self.presets]
-        for name in self.presets:
-            layers += [_expert_shard(name, n) for n in self.expert_shards]
-            layers += [_tensor_shard(name, n) for n in self.tensor_shards]
+        whole = [
+            Layer(name, shapes_of(name, weights), SHAPES[name].E)
+            for weights in self.weights
+            for name in self.presets
+        ]
+        layers = list(whole)
+        for layer in whole:
+            layers += [_expert_shard(layer, n) for n in self.expert_shards]
+            layers += [_tensor_shard(layer, n) for n in self.tensor_shards]
         return layers
 
 
-def _expert_shard(preset: str, n: int) -> Layer:
-    shapes = SHAPES[preset]
+def _expert_shard(whole: Layer, n: int) -> Layer:
+    preset, shapes = whole.of, whole.shapes
     if shapes.E % n or shapes.E // n < shapes.K:
         raise ValueError(
             f"--expert_shards has {n}: E = {shapes.E} of {preset} makes shards of "
@@ -125,12 +135,13 @@ def _expert_shard(preset: str, n: int) -> Layer:
     )
 
 
-def _tensor_shard(preset: str, n: int) -> Layer:
-    shapes = SHAPES[preset]
-    if shapes.I % n or shapes.I // n % SIZE_MULTIPLE:
+def _tensor_shard(whole: Layer, n: int) -> Layer:
+    preset, shapes = whole.of, whole.shapes
+    multiple = SIZE_MULTIPLE if shapes.weights == "bf16" else BLOCK[0]
+    if shapes.I % n or shapes.I // n % multiple:
         raise ValueError(
             f"--tensor_shards has {n}: I = {shapes.I} of {preset} makes shards of "
-            f"{shapes.I / n:g} neurons; expected a multiple of {SIZE_MULTIPLE}"
+            f"{shapes.I / n:g} neurons; expected a multiple of {multiple}"
         )
     return Layer(
         f"{preset}, tensor shard 1/{n}", dataclasses.replace(shapes, I=shapes.I // n), shapes.E
@@ -216,7 +227,7 @@ def fill(
     for layer in settings.layers():
         bench = None
         for T in settings.batches():
-            name = f"{layer.of}, T = {T}"
+            name = f"{_named(layer)}, T = {T}"
             if store.has(layer.shapes, T) and not settings.again:
                 bar.say(f"{name}: in the table already")
                 continue
@@ -236,6 +247,10 @@ def fill(
     return missing
 
 
+def _named(layer: Layer) -> str:
+    return layer.of if layer.shapes.weights == "bf16" else f"{layer.of} in {layer.shapes.weights}"
+
+
 def _sweep(settings, layer: Layer, T: int, bench: Bench, store: Store, bar, deadline) -> bool:
     """One layer at T tokens, into the store; whether any candidate came through.
 
@@ -243,7 +258,7 @@ def _sweep(settings, layer: Layer, T: int, bench: Bench, store: Store, bar, dead
     """
     asked = configs_to_tune(settings.layouts, layer.shapes, T, settings.most_configs or None)
     # The defaults and the other configs have a first round each; two orders of sums are checked.
-    bar.start(f"{layer.of}, T = {T}", len(asked) + settings.rounds + 3)
+    bar.start(f"{_named(layer)}, T = {T}", len(asked) + settings.rounds + 3)
     begun = time.monotonic()
     sweep = Sweep(
         bench.at(T),
@@ -257,7 +272,7 @@ def _sweep(settings, layer: Layer, T: int, bench: Bench, store: Store, bar, dead
     if measured:
         best = min(measured, key=lambda m: m.us)
         bar.say(
-            f"{layer.of}, T = {T}: {best.us:.1f} us by {best.candidate}; "
+            f"{_named(layer)}, T = {T}: {best.us:.1f} us by {best.candidate}; "
             f"{len(measured)} of {len(asked)} candidates timed, {len(sweep.dropped)} dropped, "
             f"{time.monotonic() - begun:.0f} s"
         )
@@ -270,7 +285,7 @@ def summary(table: Table) -> rich.table.Table:
         title=f"{table.device_kind}, jax {table.jax}: microseconds of a layer, L2 cold",
         title_justify="left",
     )
-    for title in ("layer", "T", "auto", "us", "invariant", "us", "relative error"):
+    for title in ("layer", "weights", "T", "auto", "us", "invariant", "us", "relative error"):
         right = title in ("T", "us", "relative error")
         shown.add_column(title, justify="right" if right else "left")
     invariant = {(entry.shapes, entry.T): entry for entry in table.invariant}
@@ -280,6 +295,7 @@ def summary(table: Table) -> rich.table.Table:
         same = invariant.get((entry.shapes, entry.T))
         shown.add_row(
             entry.of if entry.shapes != before else "",
+            entry.shapes.weights if entry.shapes != before else "",
             str(entry.T),
             _in_short(entry),
             f"{entry.us:.1f}",

@@ -151,11 +151,15 @@ def make_layouts(
     ]
 
 
-def make_baselines(names: Sequence[str], out_dtype) -> tuple[list[Candidate], list[str]]:
+def make_baselines(
+    names: Sequence[str], out_dtype, weights: str = "bf16"
+) -> tuple[list[Candidate], list[str]]:
     """The baselines that can run here, and for each of the others a line that says why not."""
     found, left_out = [], []
     for name in names:
-        if name not in baselines.XLA_BASELINES and (why := baselines.missing(name)):
+        if weights != "bf16":
+            left_out.append(f"baseline {name} is left out: it takes bf16 weights, not {weights}")
+        elif name not in baselines.XLA_BASELINES and (why := baselines.missing(name)):
             left_out.append(f"baseline {name} is left out: {why}")
         else:
             found.append(_baseline(name, out_dtype))

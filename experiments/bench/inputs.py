@@ -16,13 +16,14 @@ import numpy as np
 from experiments.bench import routings as routings_module
 from experiments.bench.routings import DrawnRouting, Traffic
 from experiments.bench.timing import Step, restarts_at
+from pallas_kernels.block_scaled_fp8 import quantise
 from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
 
 # After this number of steps a chain starts again from its first tokens. The layer squares its
 # input's size, so a candidate's own rounding doubles with each step: calibrated routing weights
 # hold the activations' size for 8 steps and not for 16.
 RESTART_EVERY = 8
-_LAYERS = 4
+_LAYERS = {"bf16": 4, "fp8": 8}  # as many bytes
 # What the weights may take of the device's memory; the rest is for the baselines' temporaries.
 _WEIGHTS_SHARE = 0.6
 # Twice the L2 cache of an H100 or H200.
@@ -54,19 +55,30 @@ class Case(NamedTuple):
 
 
 def draw_case(shapes: ExpertShapes, T: int, seed: int) -> Case:
-    """Normal x and weights, distinct experts for each token, routing weights in [0.1, 1)."""
+    """Normal x and weights, distinct experts for each token, routing weights in [0.1, 1).
+
+    Weights are in the shapes' format.
+    """
     E, K, H, I = shapes.E, shapes.K, shapes.H, shapes.I
     keys = jax.random.split(jax.random.key(seed), 5)
     normal, bfloat16 = jax.random.normal, jnp.bfloat16
     return Case(
         x=normal(keys[0], (T, H), bfloat16),
-        weights=ExpertWeights(
-            gate_up=normal(keys[1], (E, 2, I, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
-            down=normal(keys[2], (E, H, I), bfloat16) * jnp.asarray(I**-0.5, bfloat16),
+        weights=_in_format(
+            shapes,
+            normal(keys[1], (E, 2, I, H), bfloat16) * jnp.asarray(H**-0.5, bfloat16),
+            normal(keys[2], (E, H, I), bfloat16) * jnp.asarray(I**-0.5, bfloat16),
         ),
         expert_ids=jnp.argsort(jax.random.uniform(keys[3], (T, E)))[:, :K].astype(jnp.int32),
         expert_weights=jax.random.uniform(keys[4], (T, K), minval=0.1),
     )
+
+
+def _in_format(shapes: ExpertShapes, gate_up: jax.Array, down: jax.Array) -> ExpertWeights:
+    """The weights as the shapes' format has them."""
+    if shapes.weights == "fp8":
+        return ExpertWeights(gate_up=quantise(gate_up), down=quantise(down))
+    return ExpertWeights(gate_up=gate_up.astype(jnp.bfloat16), down=down.astype(jnp.bfloat16))
 
 
 def case_specs(shapes: ExpertShapes, T: int) -> Case:
@@ -76,7 +88,7 @@ def case_specs(shapes: ExpertShapes, T: int) -> Case:
 
 @functools.partial(jax.jit, static_argnames="shapes")
 def draw_weights(key: jax.Array, shapes: ExpertShapes) -> ExpertWeights:
-    """Random bf16 weights that keep activations near 1, drawn on the device.
+    """Random weights that keep activations near 1, in the shapes' format, drawn on the device.
 
     One expert at a time is in float32, so that the largest layers fit.
     """
@@ -86,14 +98,13 @@ def draw_weights(key: jax.Array, shapes: ExpertShapes) -> ExpertWeights:
         gate_up_key, down_key = jax.random.split(expert_key)
         gate_up = jax.random.normal(gate_up_key, (2, I, H), jnp.float32) * H**-0.5
         down = jax.random.normal(down_key, (H, I), jnp.float32) * I**-0.5
-        return gate_up.astype(jnp.bfloat16), down.astype(jnp.bfloat16)
+        return _in_format(shapes, gate_up, down)
 
-    gate_up, down = jax.lax.map(one_expert, jax.random.split(key, shapes.E))
-    return ExpertWeights(gate_up=gate_up, down=down)
+    return jax.lax.map(one_expert, jax.random.split(key, shapes.E))
 
 
 def draw_layers(shapes: ExpertShapes, seed: int, count: int | None = None) -> list[ExpertWeights]:
-    """The weights of `count` layers; by default 4, fewer where they do not fit, at least 1."""
+    """The weights of `count` layers; by default 4 (8 in FP8), or as many as fit, at least 1."""
     if count is None:
         memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
         count = num_layers(shapes, memory)
@@ -103,10 +114,11 @@ def draw_layers(shapes: ExpertShapes, seed: int, count: int | None = None) -> li
 
 def num_layers(shapes: ExpertShapes, memory_bytes: int | None) -> int:
     """How many layers to rotate over on a device of so much memory."""
+    most = _LAYERS[shapes.weights]
     if memory_bytes is None:
-        return _LAYERS
+        return most
     layer_bytes = shapes.E * routings_module.expert_bytes(shapes)
-    return max(1, min(_LAYERS, int(_WEIGHTS_SHARE * memory_bytes) // layer_bytes))
+    return max(1, min(most, int(_WEIGHTS_SHARE * memory_bytes) // layer_bytes))
 
 
 def draw_tokens(seed: int, T: int, H: int) -> jax.Array:

@@ -13,18 +13,19 @@ Activations and routing are left out: at decode they are less than a hundredth o
 """
 
 import dataclasses
+import math
 import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pallas_kernels.block_scaled_fp8 import scales_shape
 from pallas_kernels.decode_experts import ExpertShapes
 
 MADE_UP = ("uniform", "zipf", "hotspot", "one_expert")
 ACCEPTED = f"{', '.join(MADE_UP)} or trace:FILE.npz"
 _TRACE_PREFIX = "trace:"
-_BYTES_OF_BF16 = 2
 
 
 class DrawnRouting(NamedTuple):
@@ -149,8 +150,11 @@ class Traffic:
 
 
 def expert_bytes(shapes: ExpertShapes) -> int:
-    """Bytes of one expert's gate, up and down projections in bfloat16."""
-    return 3 * shapes.H * shapes.I * _BYTES_OF_BF16
+    """Bytes of one expert's gate, up and down projections; in FP8 with their float32 scales."""
+    values = 3 * shapes.H * shapes.I
+    if shapes.weights == "bf16":
+        return 2 * values
+    return values + 3 * 4 * math.prod(scales_shape((shapes.H, shapes.I)))
 
 
 def traffic(routings: Sequence[DrawnRouting], shapes: ExpertShapes) -> Traffic:

@@ -14,7 +14,7 @@ from experiments.bench.candidates import configs_to_tune
 from experiments.bench.tuning_bench import LayerBench
 from experiments.bench.tuning_store import Store
 from pallas_kernels.decode_experts import reference_experts, tuned_tables
-from pallas_kernels.decode_experts.shapes import SHAPES
+from pallas_kernels.decode_experts.shapes import SHAPES, shapes_of
 from pallas_kernels.decode_experts.tuned_tables import BUCKETS, parse
 from tests.experiments.fake_bench import FakeBench
 
@@ -214,10 +214,20 @@ def test_without_a_gpu_it_measures_nothing(tmp_path):
         tune.run([f"--out={tmp_path}"])
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_the_real_bench_with_a_layer_that_runs_anywhere(monkeypatch, which):
+WHOLE = tuning_bench.Layer("tiny", TINY, TINY.E)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        WHOLE,
+        tune._expert_shard(WHOLE, 4),
+        tuning_bench.Layer("tiny", shapes_of("tiny", "fp8"), TINY.E),
+    ],
+    ids=["whole", "shard", "fp8"],
+)
+def test_the_real_bench_with_a_layer_that_runs_anywhere(monkeypatch, layer):
     """The GPU's way through it, chain and all; the shard has no expert of most tokens."""
-    layer = [tuning_bench.Layer("tiny", TINY, TINY.E), tune._expert_shard("tiny", 4)][which]
     factor = [1.0]
 
     def anywhere(what, out_dtype, interpret):
