@@ -39,6 +39,7 @@ class ExpertsRequest(Request):
       latent: whether there are latent projections.
       shared: whether there are shared experts.
       quantised: whether the experts' weights are BlockScaledFp8.
+      whole_blocks: whether their blocks are of 128 x 128, and none is cut off.
     """
 
     op: ClassVar[str] = "experts"
@@ -50,6 +51,7 @@ class ExpertsRequest(Request):
     latent: bool = False
     shared: bool = False
     quantised: bool = False
+    whole_blocks: bool = True
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -57,11 +59,17 @@ class ExpertsRequest(Request):
 
     @property
     def features(self) -> tuple[str, ...]:
-        asked = {_LATENT: self.latent, _SHARED: self.shared, _QUANTISED: self.quantised}
+        asked = {
+            _LATENT: self.latent,
+            _SHARED: self.shared,
+            _QUANTISED: self.quantised,
+            _OTHER_BLOCKS: self.quantised and not self.whole_blocks,
+        }
         return tuple(feature for feature, is_asked in asked.items() if is_asked)
 
 
 _LATENT, _SHARED, _QUANTISED = "latent projections", "shared experts", "quantised weights"
+_OTHER_BLOCKS = "FP8 weights in other blocks than whole ones of 128 x 128"
 
 
 def _reference(x, weights, ids, expert_weights, activation):
@@ -72,12 +80,12 @@ def _reference(x, weights, ids, expert_weights, activation):
 # The sum of what is rounded to bf16: two products, the output, and around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
 _AROUND = (_LATENT, _SHARED)  # with_latent_and_shared gives both to every backend
-_PLAIN_XLA = (*_AROUND, _QUANTISED)
+_PLAIN_XLA = (*_AROUND, _QUANTISED, _OTHER_BLOCKS)
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": 64,
-    "features": _AROUND,
+    "features": (*_AROUND, _QUANTISED),
 }
 
 EXPERTS_BACKENDS: dict[str, Backend] = {
@@ -189,6 +197,7 @@ def experts(
         latent=fc1_latent_proj is not None,
         shared=shared_experts is not None,
         quantised=weights.quantised and not dequantize,
+        whole_blocks=weights.in_whole_blocks,
     )
     choice = resolve_backend(request, EXPERTS_BACKENDS, backend)
     if weights.quantised and _QUANTISED not in EXPERTS_BACKENDS[choice.backend].features:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, Weight
+from pallas_kernels.block_scaled_fp8 import BLOCK, BlockScaledFp8, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +23,18 @@ class ExpertWeights:
     @property
     def quantised(self) -> bool:
         return any(isinstance(weight, BlockScaledFp8) for weight in (self.gate_up, self.down))
+
+    @property
+    def in_whole_blocks(self) -> bool:
+        """Whether FP8 weights are as the kernels take them: no block of another size, none cut off.
+
+        True of plain weights.
+        """
+        scaled = [w for w in (self.gate_up, self.down) if isinstance(w, BlockScaledFp8)]
+        return all(
+            weight.block == BLOCK and not any(size % BLOCK[0] for size in weight.shape[-2:])
+            for weight in scaled
+        )
 
     def as_rows(self) -> "ExpertWeights":
         """The same as matrices: gate_up [E*2*I, H] and down [E*H, I]; scales likewise."""

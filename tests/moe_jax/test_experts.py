@@ -171,7 +171,11 @@ def test_the_portable_backend_gathers_or_multiplies_all():
         ({}, None),
         ({"I": 96}, "H, I = (64, 96) (it takes multiples of 64)"),
         ({"width": 96, "latent": True}, "L, I = (96, 128) (it takes multiples of 64)"),
-        ({"quantised": True}, "quantised weights"),
+        ({"quantised": True}, None),
+        (
+            {"quantised": True, "whole_blocks": False},
+            "FP8 weights in other blocks than whole ones of 128 x 128",
+        ),
         ({"platform": "ascend"}, "platform 'ascend' (it runs on cuda)"),
     ],
 )

@@ -83,3 +83,14 @@ def test_what_is_wrong_with_scaled_weights_is_named():
     for message, change in cases.items():
         with pytest.raises((TypeError, ValueError), match=message):
             experts(x, dataclasses.replace(scaled, **change), ids, w)
+
+
+def test_other_blocks_are_not_the_kernels():
+    def whole(block, I=256):
+        shapes = ((2, 2, I, 128), (2, 128, I))
+        gate_up, down = (quantised(np.ones(shape), block) for shape in shapes)
+        return ExpertWeights(gate_up=gate_up, down=down).in_whole_blocks
+
+    assert whole((128, 128))
+    assert not whole((64, 128))
+    assert not whole((128, 128), I=192)
