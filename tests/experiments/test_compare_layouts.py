@@ -38,6 +38,8 @@ def parse(*flags):
         ("--layouts= --baselines=", "both empty"),
         ("--routing=uniform,normal", "routing is 'normal'; expected uniform, zipf"),
         ("--routing=trace:nowhere.npz", "trace:nowhere.npz: there is no such file"),
+        ("--weights=int4", "--weights has 'int4'; expected one of bf16, fp8"),
+        ("--weights=", "--weights is empty; expected a format"),
         ("--dtype=fp8", "--dtype is 'fp8'; expected one of bf16, fp32"),
         ("--repeats=0", "--repeats is 0; expected 1 to"),
         ("--seed=2147483648", "--seed is 2147483648; expected 0 to"),
@@ -216,6 +218,22 @@ def test_gpu_flow_outlives_a_machine_without_a_gpu(tmp_path, monkeypatch):
         2,
     ]
     assert "T=1" not in (tmp_path / "log").read_text()
+
+
+def test_each_format_has_a_run_and_a_record_of_its_own(tmp_path, monkeypatch):
+    asked = []
+
+    def run_one(settings, console, deadline):
+        name = compare_layouts._named(settings.preset, settings)
+        asked.append((name, settings.weights, settings.device_times))
+        return f"{name} failed"
+
+    monkeypatch.setattr(compare_layouts, "check_on_cpu", run_one)
+    monkeypatch.setattr(compare_layouts, "compare_on_gpu", run_one)
+    settings = parse("--preset=tiny", "--weights=bf16,fp8", f"--out={tmp_path}")
+    assert compare_layouts.main(settings) == "tiny failed\ntiny_fp8 failed"
+    # A profiler slows what is timed after it.
+    assert asked == [("tiny", ("bf16",), False), ("tiny_fp8", ("fp8",), True)]
 
 
 @on_a_cpu

@@ -1,5 +1,7 @@
 """Routings are what they say, bytes are counted as by hand, a bad trace is refused by name."""
 
+import dataclasses
+
 import chex
 import numpy as np
 import pytest
@@ -137,6 +139,9 @@ def test_presets_have_the_published_sizes():
     assert bench.expert_bytes(PRESETS["qwen3_30b_a3b"]) == 9_437_184
     layer = PRESETS["qwen3_coder_480b"]
     assert layer.E * bench.expert_bytes(layer) == 15_099_494_400
+    # A byte a value, and 3 x 16 x 6 scales of 4.
+    fp8 = dataclasses.replace(PRESETS["qwen3_30b_a3b"], weights="fp8")
+    assert bench.expert_bytes(fp8) == 4_718_592 + 1152
 
 
 def test_uniform_routing_meets_its_expectation():
