@@ -42,7 +42,7 @@ from moe_jax.experts.portable import form_of
 from moe_jax.model import Qwen3Moe
 from moe_jax.platforms import resolve_platform
 from moe_jax.presets import PRESETS
-from pallas_kernels.decode_experts import ExpertShapes, choose_layout
+from pallas_kernels.decode_experts import choose_layout
 
 _ALL = "all"
 # Op -> its backends.
@@ -333,8 +333,7 @@ def _layout(choice: BackendChoice, request: Request, device: str) -> str:
         return form_of(request.T, request.K, request.E)
     if not choice.backend.startswith("pallas"):
         return "-"
-    shapes = ExpertShapes(E=request.E, K=request.K, H=request.width, I=request.I)
-    return choose_layout(device, shapes, request.T).layout
+    return choose_layout(device, request.shapes, request.T).layout
 
 
 def _table(title: str, columns: list[str], more: list[str]) -> rich.table.Table:

@@ -25,7 +25,7 @@ from pallas_kernels.block_scaled_fp8 import (
     check_block_scaled_fp8,
     dequantise,
 )
-from pallas_kernels.decode_experts import ExpertWeights, reference_experts
+from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,12 @@ class ExpertsRequest(Request):
     shared: bool = False
     quantised: bool = False
     whole_blocks: bool = True
+
+    @property
+    def shapes(self) -> ExpertShapes:
+        """The layer as the kernels see it."""
+        weights = "fp8" if self.quantised else "bf16"
+        return ExpertShapes(E=self.E, K=self.K, H=self.width, I=self.I, weights=weights)
 
     @property
     def sizes(self) -> dict[str, int]:

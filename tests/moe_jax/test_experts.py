@@ -278,3 +278,8 @@ def test_what_was_chosen_is_on_record():
         ("ascend", "decode", "portable"),
         (HERE, "prefill", "reference"),
     ]
+
+
+def test_a_request_says_the_format_that_the_kernels_read():
+    assert ask(quantised=True).shapes.weights == "fp8"
+    assert ask().shapes.weights == "bf16"
