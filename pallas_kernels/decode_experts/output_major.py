@@ -172,7 +172,7 @@ def _gate_up(
 
     def kernel(
         block_id, ids_gmem, weights_gmem, x_gmem, gate_up_gmem, hidden_gmem,
-        gate_smem, up_smem, x_smem, scales_smem, full,
+        gate_smem, up_smem, x_smem, full, scales_smem=None,
     ):  # fmt: skip
         assignment, part = gate_up_block(block_id, TK)
         token = assignment // K
@@ -226,8 +226,8 @@ def _gate_up(
             plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
             plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
             plgpu.SMEM((num_stages, block_k), jnp.bfloat16),
-            scales.shared_type(),
             plgpu.Barrier(num_arrivals=3, num_barriers=num_stages),
+            *scales.shared_types(gate_up),
         ],
         interpret=interpret,
     )(ids, routing_weights, x, gate_up)
@@ -246,7 +246,7 @@ def _down(
 
     def kernel(
         block_id, ids_gmem, hidden_gmem, down_gmem, out_gmem,
-        down_smem, hidden_smem, scales_smem, full,
+        down_smem, hidden_smem, full, scales_smem=None,
     ):  # fmt: skip
         token, part = down_block(block_id, T)
         values = values_of(down_gmem)
@@ -304,8 +304,8 @@ def _down(
         scratch_types=[
             plgpu.SMEM((num_stages, block_m, block_k), rows.dtype),
             plgpu.SMEM((num_stages, block_k), jnp.float32),
-            scales.shared_type(),
             plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+            *scales.shared_types(down),
         ],
         interpret=interpret,
     )(ids, hidden, down)

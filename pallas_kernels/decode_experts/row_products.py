@@ -98,8 +98,11 @@ class RowScales:
     def _stride(self) -> int:
         return round_up(-(-self.columns // BLOCK[1]), 4)
 
-    def shared_type(self) -> Any:
-        return plgpu.SMEM((self.count * self._stride,), jnp.float32)
+    def shared_types(self, weight: Any) -> list:
+        """What `load` fills, if there is anything."""
+        if not isinstance(weight, BlockScaledFp8):
+            return []
+        return [plgpu.SMEM((self.count * self._stride,), jnp.float32)]
 
     def load(self, weight: Any, rows: Sequence[Any], smem: Any) -> None:
         """Loads the scales of the blocks that hold these rows of the weight; all lanes wait."""
