@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.device import launch
@@ -121,10 +122,13 @@ def test_what_is_missing_is_found():
         del block_id
         (out[...],) = collect([Piece(mailbox, one_per_lane(128))])
 
-    with pytest.raises(Exception, match="collects what no block has posted"):
-        jax.block_until_ready(
-            launch_pair(body, empty_mailbox((128,)), empty_mailbox((128,)), (128,))
-        )
+    try:
+        with pytest.raises(Exception, match="collects what no block has posted"):
+            jax.block_until_ready(
+                launch_pair(body, empty_mailbox((128,)), empty_mailbox((128,)), (128,))
+            )
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 def test_fresh_ones_are_empty():
