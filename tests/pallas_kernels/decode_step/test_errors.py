@@ -127,7 +127,10 @@ CASES = {
     "block_k": (with_config(gate_up_block_k=96), ValueError, "gate_up_block_k is 96", "[64, 128"),
     "block_m": (with_config(down_block_m=32), ValueError, "down_block_m is 32", "[64, 128]"),
     "one stage": (with_config(down_num_stages=1), ValueError, "down_num_stages is 1", "from 2 to"),
-    "stages": (with_config(gate_up_num_stages=7), ValueError, "gate_up_num_stages is 7", "to 6"),
+    "stages": (
+        with_config(gate_up_num_stages=7, gate_up_block_k=256),
+        ValueError, "gate_up_num_stages is 7", "to 6",
+    ),
     "B": (with_shapes(65), NotImplementedError, "B is 65", "1 to 64", INSTEAD),
     "D": (with_shapes(D=64), NotImplementedError, "D is 64", "128", INSTEAD),
     "C": (with_shapes(C=100), NotImplementedError, "C is 100", "a multiple of 64", INSTEAD),
