@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,11 @@ def save_trace(path: str | pathlib.Path, trace: RoutingTrace) -> None:
     arrays = {"expert_ids": _as_int32(np.asarray(trace.expert_ids))}
     if trace.expert_weights is not None:
         arrays["expert_weights"] = np.asarray(trace.expert_weights, np.float32)
-    path = pathlib.Path(path)
+    save_arrays(pathlib.Path(path), arrays)
+
+
+def save_arrays(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an .npz of arrays by name, which appears whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with unfinished.open("wb") as file:

@@ -8,7 +8,6 @@ The file around them is that of records.py. With several texts, a row of each an
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,6 +19,7 @@ from experiments.bench import records
 from experiments.bench.environment import Environment
 from experiments.bench.tables import runs_of
 from moe_jax.scoring import TextScores, perplexity
+from moe_jax.traces import save_arrays
 
 ALL = "all texts"
 
@@ -205,13 +205,7 @@ def save_tokens(
         parts = [getattr(scores, name) for scores in found]
         if parts[0] is not None:
             arrays[name] = np.concatenate(parts, axis=-1)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_arrays(path, arrays)
 
 
 def read_record(path: pathlib.Path) -> records.Record:
