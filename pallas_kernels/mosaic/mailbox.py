@@ -1,7 +1,7 @@
 """Values that say themselves whether they have been written: how a task hands on little data.
 
     post       stores values; the same places of the other mailbox become empty
-    collect    loads values, again and again until no one is empty
+    collect    loads values, again and again until none is empty
 
 A signal (grid_sync.py) waits until all that its block wrote can be seen, and its reader loads only
 after it has seen the signal: some 2 us together. A word of a mailbox is its own signal, because an
