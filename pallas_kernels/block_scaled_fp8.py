@@ -56,6 +56,12 @@ def holds_fp8(tree: Any) -> bool:
     return any(map(is_fp8, jax.tree.leaves(tree, is_leaf=is_fp8)))
 
 
+def in_whole_blocks(weight: BlockScaledFp8) -> bool:
+    """Whether a weight is in blocks of BLOCK, and none is cut off: what the kernels take."""
+    sizes = zip(weight.shape[-2:], BLOCK, strict=True)
+    return tuple(weight.block) == BLOCK and not any(size % of for size, of in sizes)
+
+
 def scales_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, ...]:
     """[..., ceil(out / rows), ceil(in / columns)] of a weight [..., out, in]."""
     *stack, rows, columns = shape

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from pallas_kernels.block_scaled_fp8 import BLOCK, BlockScaledFp8, Weight
+from pallas_kernels.block_scaled_fp8 import Weight, in_whole_blocks, is_fp8
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +22,7 @@ class ExpertWeights:
 
     @property
     def quantised(self) -> bool:
-        return any(isinstance(weight, BlockScaledFp8) for weight in (self.gate_up, self.down))
+        return any(map(is_fp8, (self.gate_up, self.down)))
 
     @property
     def in_whole_blocks(self) -> bool:
@@ -30,11 +30,7 @@ class ExpertWeights:
 
         True of plain weights.
         """
-        scaled = [w for w in (self.gate_up, self.down) if isinstance(w, BlockScaledFp8)]
-        return all(
-            weight.block == BLOCK and not any(size % BLOCK[0] for size in weight.shape[-2:])
-            for weight in scaled
-        )
+        return all(in_whole_blocks(w) for w in (self.gate_up, self.down) if is_fp8(w))
 
     def as_rows(self) -> "ExpertWeights":
         """The same as matrices: gate_up [E*2*I, H] and down [E*H, I]; scales likewise."""

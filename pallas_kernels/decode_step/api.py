@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.block_scaled_fp8 import Weight
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from pallas_kernels.decode_step.input_checks import INSTEAD, check_config, check_inputs
@@ -24,7 +25,10 @@ from pallas_kernels.mosaic.mailbox import fresh_mailboxes
 
 
 class LayerWeights(NamedTuple):
-    """A layer's weights, all bfloat16, [out, in].
+    """A layer's weights, [out, in]: bfloat16, or BlockScaledFp8 in blocks of 128 x 128.
+
+    The norms and the gate are bfloat16. Of q_proj, k_proj and v_proj all three are FP8 or none,
+    and of gate_up and down both or none; H, and with FP8 experts I, are then multiples of 128.
 
     Attributes:
       input_layernorm, post_attention_layernorm: [H].
@@ -37,16 +41,16 @@ class LayerWeights(NamedTuple):
     """
 
     input_layernorm: jax.Array
-    q_proj: jax.Array
-    k_proj: jax.Array
-    v_proj: jax.Array
+    q_proj: Weight
+    k_proj: Weight
+    v_proj: Weight
     q_norm: jax.Array
     k_norm: jax.Array
-    o_proj: jax.Array
+    o_proj: Weight
     post_attention_layernorm: jax.Array
     gate: jax.Array
-    gate_up: jax.Array
-    down: jax.Array
+    gate_up: Weight
+    down: Weight
 
 
 class Residual(NamedTuple):
@@ -149,7 +153,7 @@ def decode_layer(
       norm_topk_prob: whether the K weights are divided by their sum.
       launches: "layer", one grid up to 8 rows; or "blocks", one for attention and the router's
         product, one for top-k and the experts.
-      config: None takes default_config of B.
+      config: None takes default_config of B and of the experts' format.
       interpret: as in decode_experts.
 
     Raises:
@@ -199,8 +203,9 @@ def _checked_run(
     if launches not in LAUNCHES:
         raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
     shapes = check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
-    config = default_config(shapes.B) if config is None else config
-    check_config(config)
+    quantised = "experts" in shapes.fp8
+    config = default_config(shapes.B, quantised) if config is None else config
+    check_config(config, quantised)
     device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
     return _run(
         residual, weights, keys, values, positions, shapes=shapes, launches=launches,
@@ -218,7 +223,9 @@ def _run(
     s, stamps = shapes, {}
     known = {"x": residual.x, "keys": _rows(keys), "values": _rows(values)}
     known |= weights._asdict() | positions._asdict()
-    known |= {"gate_up": weights.gate_up.reshape(-1, s.H), "down": weights.down.reshape(-1, s.I)}
+    experts = ExpertWeights(gate_up=weights.gate_up, down=weights.down)
+    rows = experts.as_halves() if experts.quantised else experts.as_rows()
+    known |= {"gate_up": rows.gate_up, "down": rows.down}
     if residual.parts is not None:
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
@@ -234,7 +241,7 @@ def _run(
         padding = ((0, s.N - s.B), (0, 0))
         outputs = decode_experts(
             known["moe_input"],
-            ExpertWeights(gate_up=weights.gate_up, down=weights.down),
+            experts,
             jnp.pad(ids, padding, constant_values=-1),
             jnp.pad(chosen_weights, padding),
             out_dtype=jnp.float32,

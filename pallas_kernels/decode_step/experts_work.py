@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_scaled_fp8 import BLOCK, Weight, dequantise, is_fp8
+from pallas_kernels.decode_experts.expert_major_fp8 import DownFp8, GateUpFp8
 from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp
 from pallas_kernels.decode_experts.token_tiles import Tile, WholeBatchTiles
 from pallas_kernels.mosaic.mailbox import Piece, collect
@@ -54,6 +56,19 @@ def slot_major_tiles(T: int, K: int, E: int, H: int) -> SlotMajorTiles:
     )
 
 
+def _bytes_of(count: int, fp8: bool) -> int:
+    """Of so many weights, with their scales."""
+    return count + 4 * count // (BLOCK[0] * BLOCK[1]) if fp8 else 2 * count
+
+
+def _plain(weights: Weight, columns: int) -> jax.Array:
+    """The weights as rows of that many columns, float32."""
+    if is_fp8(weights):
+        values = weights.values.reshape(-1, columns)
+        weights = dataclasses.replace(weights, values=values)
+    return dequantise(weights)
+
+
 def _with_ids(groups: tuple, tiles: SlotMajorTiles, mailed: bool) -> tuple:
     """A product's shared memory; mailed, the ids stand behind the stages."""
     if not mailed:
@@ -75,10 +90,12 @@ def _ids(ids: Any, shared: tuple, mailed: bool) -> tuple[Any, tuple]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateUpWork:
-    """Reads ids, weights [T * K], tokens [8, H] and gate_up [E * 2 * I, H]; writes hidden.
+    """Reads ids, weights [T * K], tokens [8, H] and gate_up; writes hidden.
+
+    The product says what gate_up is: [E * 2 * I, H], or FP8 as ExpertWeights.as_halves has it.
 
     Attributes:
-      product: what its blocks do.
+      product: what its blocks do; a GateUpFp8 for FP8 weights.
       after: the kind of task that writes the ids.
       mailed: whether the ids are in a mailbox, as words, before the rest is written.
     """
@@ -101,7 +118,8 @@ class GateUpWork:
 
     @property
     def bytes_read(self) -> int:
-        return self.num_counters * 4 * self.product.I * self.product.H
+        fp8 = isinstance(self.product, GateUpFp8)
+        return self.num_counters * _bytes_of(2 * self.product.I * self.product.H, fp8)
 
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -129,11 +147,10 @@ class GateUpWork:
         """[T * K, I] float32 of each assignment by itself; zeros where it is padding."""
         I, H = self.product.I, self.product.H
         T, K = self.product.tiles.expert_ids.shape
-        gate_up = arrays["gate_up"].reshape(-1, 2, I, H)[jnp.maximum(arrays["ids"], 0)]
+        gate_up = _plain(arrays["gate_up"], H).reshape(-1, 2, I, H)
+        gate_up = gate_up[jnp.maximum(arrays["ids"], 0)]
         tokens = jnp.repeat(arrays["tokens"][:T], K, axis=0).astype(jnp.float32)
-        gate, up = jnp.einsum(
-            "ah,azih->zai", tokens, gate_up.astype(jnp.float32), precision=lax.Precision.HIGHEST
-        )
+        gate, up = jnp.einsum("ah,azih->zai", tokens, gate_up, precision=lax.Precision.HIGHEST)
         hidden = jax.nn.silu(gate) * up * arrays["weights"][:, None]
         return {"hidden": jnp.where(arrays["ids"][:, None] >= 0, hidden, 0)}
 
@@ -145,7 +162,7 @@ class DownWork:
     Row k * 8 + t is token t's k-th expert's. Rows of padding stay unwritten.
 
     Attributes:
-      product: what its blocks do.
+      product: what its blocks do; a DownFp8 for FP8 weights.
       after_ids, after: the kinds of tasks that write ids and hidden.
       mailed: as GateUpWork's.
     """
@@ -164,7 +181,8 @@ class DownWork:
 
     @property
     def bytes_read(self) -> int:
-        return self.product.tiles.num_tiles * 2 * self.product.I * self.product.H
+        fp8 = isinstance(self.product, DownFp8)
+        return self.product.tiles.num_tiles * _bytes_of(self.product.I * self.product.H, fp8)
 
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -191,11 +209,11 @@ class DownWork:
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """From a reference's hidden; zeros where an assignment is padding."""
         I, H = self.product.I, self.product.H
-        down = arrays["down"].reshape(-1, H, I)[jnp.maximum(arrays["ids"], 0)]
+        down = _plain(arrays["down"], I).reshape(-1, H, I)[jnp.maximum(arrays["ids"], 0)]
         outputs = jnp.einsum(
             "ai,ahi->ah",
             arrays["hidden"],
-            down.astype(jnp.float32),
+            down,
             precision=lax.Precision.HIGHEST,
         )
         T, K = self.product.tiles.expert_ids.shape

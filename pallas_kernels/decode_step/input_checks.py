@@ -4,12 +4,14 @@ import numbers
 
 import jax.numpy as jnp
 
+from pallas_kernels.block_scaled_fp8 import BLOCK, VALUES_DTYPE, check_block_scaled_fp8, is_fp8
 from pallas_kernels.decode_attention.split_attention import MAX_GROUP
 from pallas_kernels.decode_experts.configs import check_num_stages
+from pallas_kernels.decode_experts.expert_major_fp8 import FP8_BLOCK_KS, fp8_stage_bytes
 from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, stage_bytes
 from pallas_kernels.decode_experts.swiglu_epilogue import BLOCK_M
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
-from pallas_kernels.decode_step.layer import LayerConfig, LayerShapes
+from pallas_kernels.decode_step.layer import PRODUCTS, LayerConfig, LayerShapes
 from pallas_kernels.mosaic.operands import expect_array, round_up
 
 MAX_ROWS = 64
@@ -27,9 +29,12 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
         "post_attention_layernorm": "[H]", "gate": "[E, H]", "gate_up": "[E, 2, I, H]",
         "down": "[E, H, I]",
     }  # fmt: skip
+    fp8 = tuple(product for product in PRODUCTS if _is_quantised(product, weights, letters))
+    scaled = {field for product in fp8 for field in PRODUCTS[product]}
     for field, shape in letters.items():
-        value = getattr(weights, field)
-        expect_array(f"weights.{field}", value, shape, jnp.bfloat16, instead=INSTEAD)
+        if field not in scaled:
+            value = getattr(weights, field)
+            expect_array(f"weights.{field}", value, shape, jnp.bfloat16, instead=INSTEAD)
     expect_array("residual.x", residual.x, "[N, H]", jnp.bfloat16, instead=INSTEAD)
     for name, value in (("keys", keys), ("values", values)):
         expect_array(name, value, "[B, kv, C, D]", jnp.bfloat16, instead=INSTEAD)
@@ -66,12 +71,16 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
     for name, shape in expected.items():
         if given[name].shape != shape:
             raise ValueError(f"{name} has shape {given[name].shape}; expected {shape}")
+    of_H, of_I = (
+        f"a multiple of {BLOCK[0]} with FP8 weights" if has_fp8 else "a multiple of 64"
+        for has_fp8 in (bool(fp8), "experts" in fp8)
+    )
     for name, value, accepted, fits in (
         ("B", B, f"1 to {MAX_ROWS}", B <= MAX_ROWS),
         ("D", D, f"{HEAD_DIM}", D == HEAD_DIM),
         ("C", C, f"a multiple of {SLOTS_MULTIPLE}", C % SLOTS_MULTIPLE == 0),
-        ("H", H, "a multiple of 64", H % 64 == 0),
-        ("I", I, "a multiple of 64", I % 64 == 0),
+        ("H", H, of_H, H % (BLOCK[0] if fp8 else 64) == 0),
+        ("I", I, of_I, I % (BLOCK[0] if "experts" in fp8 else 64) == 0),
         ("E", E, "a multiple of 8 up to 512", E % 8 == 0 and E <= 512),
         ("heads", heads, f"a multiple of kv = {kv}, {MAX_GROUP} times at most",
          heads % kv == 0 and heads <= MAX_GROUP * kv),
@@ -87,12 +96,40 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
         raise ValueError(f"eps is {eps!r}; expected a number that is not negative")
     return LayerShapes(
         B=B, H=H, heads=heads, kv=kv, D=D, C=C, E=E, K=int(K), I=I, eps=float(eps),
-        norm_topk_prob=bool(norm_topk_prob),
+        norm_topk_prob=bool(norm_topk_prob), fp8=fp8,
     )  # fmt: skip
 
 
-def check_config(config: LayerConfig) -> None:
-    """Raises a TypeError or a ValueError that names the field, if a config cannot be."""
+def _is_quantised(product: str, weights, letters) -> bool:
+    """Whether all of a product's weights are FP8; an error where some are, or are not as taken."""
+    given = {field: getattr(weights, field) for field in PRODUCTS[product]}
+    if not any(map(is_fp8, given.values())):
+        return False
+    for field, weight in given.items():
+        name = f"weights.{field}"
+        if not is_fp8(weight):
+            others = " and ".join(f"weights.{other}" for other in given if is_fp8(given[other]))
+            dtype = getattr(weight, "dtype", type(weight).__name__)
+            raise NotImplementedError(
+                f"{name} is {dtype} and {others} BlockScaledFp8; decode_layer takes all of "
+                f"{', '.join(given)} in one format, {INSTEAD} any"
+            )
+        expect_array(f"{name}.values", weight.values, letters[field], VALUES_DTYPE)
+        check_block_scaled_fp8(name, weight)
+        if weight.block != BLOCK:
+            raise NotImplementedError(
+                f"{name} has blocks of {weight.block}; decode_layer takes {BLOCK}, {INSTEAD} any"
+            )
+    return True
+
+
+def check_config(config: LayerConfig, quantised: bool = False) -> None:
+    """Raises a TypeError or a ValueError that names the field, if a config cannot be.
+
+    Args:
+      config: of a layer.
+      quantised: whether its experts' weights are FP8.
+    """
     if not isinstance(config, LayerConfig):
         raise TypeError(f"config is {config!r}; decode_layer takes a LayerConfig")
     for field in ("qkv_spread_ns", "o_spread_ns"):
@@ -100,17 +137,20 @@ def check_config(config: LayerConfig) -> None:
         is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= MAX_SPREAD_NS:
             raise ValueError(f"config.{field} is {value!r}; expected 0 to {MAX_SPREAD_NS}")
+    block_ks = FP8_BLOCK_KS if quantised else BLOCK_KS
     for field, accepted in (
-        ("gate_up_neurons", (16, 32)),
-        ("gate_up_block_k", BLOCK_KS),
+        ("gate_up_neurons", (32, 64) if quantised else (16, 32)),
+        ("gate_up_block_k", block_ks),
         ("down_block_m", (64, 128)),
-        ("down_block_k", BLOCK_KS),
+        ("down_block_k", block_ks),
     ):
         value = getattr(config, field)
         if value not in accepted:
             raise ValueError(f"config.{field} is {value!r}; expected one of {list(accepted)}")
     N = WholeBatchTiles.N
-    gate_up_bytes = stage_bytes(config.gate_up_block_k, BLOCK_M + N)
-    down_bytes = stage_bytes(config.down_block_k, config.down_block_m + 2 * N)
-    check_num_stages("gate_up_num_stages", config.gate_up_num_stages, gate_up_bytes, least=2)
-    check_num_stages("down_num_stages", config.down_num_stages, down_bytes, least=2)
+    of_stage = {
+        "gate_up_num_stages": stage_bytes(config.gate_up_block_k, BLOCK_M + N),
+        "down_num_stages": stage_bytes(config.down_block_k, config.down_block_m + 2 * N),
+    }
+    for field, size in (fp8_stage_bytes(config) if quantised else of_stage).items():
+        check_num_stages(field, getattr(config, field), size, least=2)

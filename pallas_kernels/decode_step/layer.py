@@ -20,14 +20,23 @@ import dataclasses
 from pallas_kernels.decode_attention.merge_splits import MergeSplits
 from pallas_kernels.decode_attention.split_attention import SplitAttention
 from pallas_kernels.decode_experts.configs import largest_divisor
+from pallas_kernels.decode_experts.expert_major_fp8 import FP8_BLOCK_KS, DownFp8, GateUpFp8
 from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, Down, GateUp
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
 from pallas_kernels.decode_step.attention_work import AttendWork, MergeWork
 from pallas_kernels.decode_step.experts_work import DownWork, GateUpWork, slot_major_tiles
 from pallas_kernels.decode_step.split_product import SplitProduct
+from pallas_kernels.decode_step.split_product_fp8 import SplitProductFp8
 from pallas_kernels.decode_step.tasks import Task
 from pallas_kernels.decode_step.top_k import TopK
 from pallas_kernels.mosaic.operands import round_up
+
+# The products whose weights may be FP8, each by itself, and their fields of LayerWeights.
+PRODUCTS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "experts": ("gate_up", "down"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class LayerShapes:
       E, K, I: of the experts.
       eps: of the RMSNorms.
       norm_topk_prob: as in the config.
+      fp8: which products' weights are FP8, of PRODUCTS.
     """
 
     B: int
@@ -54,6 +64,7 @@ class LayerShapes:
     I: int
     eps: float
     norm_topk_prob: bool
+    fp8: tuple[str, ...] = ()
 
     @property
     def N(self) -> int:
@@ -64,6 +75,8 @@ class LayerShapes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """How a layer's tasks are cut and paced; nothing here changes a bit of a result on a GPU.
+
+    Experts in FP8 take gate_up_neurons of 32 or 64, and block_k of 128 or 256.
 
     Attributes:
       qkv_spread_ns, o_spread_ns: see SplitProduct.
@@ -86,10 +99,24 @@ class LayerConfig:
 
 
 _FEW_ROWS = LayerConfig(gate_up_neurons=16, o_spread_ns=4000)
+# Half the bytes take half the time. Stages are as many as let three blocks share a core.
+_FP8 = LayerConfig(
+    qkv_spread_ns=2000,
+    gate_up_block_k=256,
+    gate_up_num_stages=3,
+    down_block_m=128,
+    down_num_stages=3,
+)
+_FP8_FEW_ROWS = dataclasses.replace(_FP8, o_spread_ns=2000, down_block_m=64, down_num_stages=5)
 
 
-def default_config(B: int) -> LayerConfig:
-    """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md)."""
+def default_config(B: int, quantised: bool = False) -> LayerConfig:
+    """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md).
+
+    That of FP8 weights is derived from the bytes, and not timed yet.
+    """
+    if quantised:
+        return _FP8_FEW_ROWS if B <= 2 else _FP8
     return _FEW_ROWS if B <= 2 else LayerConfig()
 
 
@@ -109,7 +136,7 @@ def attention_tasks(
     add_1 = AddResidual(
         T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked, mailed=mailed, keeps=not mailed
     )
-    qkv = SplitProduct(
+    qkv = _split_product(s, "qkv")(
         T=s.B, N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, mailed=mailed,
         spread_ns=config.qkv_spread_ns,
     )  # fmt: skip
@@ -118,7 +145,7 @@ def attention_tasks(
     )
     attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv")
     merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend", mailed=mailed)
-    o = SplitProduct(
+    o = _split_product(s, "o")(
         T=s.B, N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", mailed=mailed,
         spread_ns=config.o_spread_ns,
     )  # fmt: skip
@@ -184,6 +211,10 @@ def attention_tasks(
     return [_in_mailboxes(task) for task in tasks] if mailed else tasks
 
 
+def _split_product(s: LayerShapes, name: str) -> type[SplitProduct]:
+    return SplitProductFp8 if name in s.fp8 else SplitProduct
+
+
 def _in_mailboxes(task: Task) -> Task:
     """The same, which waits for nothing, and posts all but what the next grid reads."""
     posts = {role: name for role, name in task.writes.items() if name != "residual"}
@@ -233,20 +264,21 @@ def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> 
     """
     ids = "ids_words" if mailed else "ids"
     tiles = slot_major_tiles(s.B, s.K, s.E, s.H)
-    gate_up = GateUp(
+    fp8 = "experts" in s.fp8
+    gate_up = (GateUpFp8 if fp8 else GateUp)(
         tiles=tiles,
         H=s.H,
         I=s.I,
-        block_k=largest_divisor(s.H, _up_to(config.gate_up_block_k)),
+        block_k=largest_divisor(s.H, _up_to(config.gate_up_block_k, fp8)),
         num_stages=config.gate_up_num_stages,
         neurons=config.gate_up_neurons,
     )
-    down = Down(
+    down = (DownFp8 if fp8 else Down)(
         tiles=tiles,
         H=s.H,
         I=s.I,
         block_m=config.down_block_m,
-        block_k=largest_divisor(s.I, _up_to(config.down_block_k)),
+        block_k=largest_divisor(s.I, _up_to(config.down_block_k, fp8)),
         num_stages=config.down_num_stages,
     )
     return [
@@ -273,5 +305,6 @@ def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> 
     ]
 
 
-def _up_to(block_k: int) -> tuple[int, ...]:
-    return tuple(accepted for accepted in BLOCK_KS if accepted <= block_k)
+def _up_to(block_k: int, fp8: bool) -> tuple[int, ...]:
+    accepted = FP8_BLOCK_KS if fp8 else BLOCK_KS
+    return tuple(columns for columns in accepted if columns <= block_k)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.block_scaled_fp8 import dequantise, is_fp8
+
 
 def reference_decode_layer(
     residual: Any,
@@ -29,13 +31,13 @@ def reference_decode_layer(
     eps: float,
     norm_topk_prob: bool = True,
 ) -> Any:
-    """Arguments as decode_layer's, of any float dtype and size.
+    """Arguments as decode_layer's, of any float dtype and size; FP8 is dequantised.
 
     Returns:
       A dict: x [B, H] float32 after attention, y [B, H] float32 what the experts add, ids, weights
       [B, K], logits [B, E], keys and values.
     """
-    w = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
+    w = jax.tree.map(dequantise, weights, is_leaf=is_fp8)
     B, kv, C, D = keys.shape
     x = residual.x[:B].astype(jnp.float32)
     if residual.parts is not None:

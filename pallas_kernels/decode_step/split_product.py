@@ -14,7 +14,8 @@ A block starts to load its weights before it waits for the tokens.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_scaled_fp8 import dequantise
 from pallas_kernels.mosaic.grid_sync import pause
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.mailbox import Piece, collect, post
@@ -137,22 +139,12 @@ class SplitProduct:
             return pl.ds(split * (steps * block_k) + step * block_k, block_k)
 
         def load_weights(step, stage):
-            first = 0
-            for index, rows in enumerate(self.rows):
-                blocks = rows // BLOCK_M
-                local = row_block - first
+            def load(index, first_row):
+                rows = pl.ds(first_row, BLOCK_M)
+                piece = arrays[f"weights_{index}"].at[rows, columns(step)]
+                copy_evict_first(piece, weights_smem.at[stage], full.at[stage])
 
-                def load(index=index, local=local):
-                    piece = arrays[f"weights_{index}"].at[
-                        pl.ds(local * BLOCK_M, BLOCK_M), columns(step)
-                    ]
-                    copy_evict_first(piece, weights_smem.at[stage], full.at[stage])
-
-                if len(self.rows) == 1:
-                    load()
-                else:
-                    pl.when((local >= 0) & (local < blocks))(load)
-                first += blocks
+            self._of_own_weights(row_block, load)
 
         def load_tokens(step, stage):
             if self.mailed:
@@ -170,8 +162,7 @@ class SplitProduct:
                 plgpu.wgmma(acc, weights_smem.at[stage], tokens_smem.at[stage].transpose((1, 0)))
                 return carry
 
-            if self.spread_ns:
-                pause(block_id * (self.spread_ns // self.num_blocks))
+            self._pause(block_id)
             # Weights depend on no other block, so they are on their way before the wait.
             prologue(steps, num_stages, load_weights)
             wait(self.after)
@@ -185,6 +176,22 @@ class SplitProduct:
         out = self._place(arrays["partials"], split, row_block)
         post(out, sums, plgpu.Layout.WGMMA, limit=self.T, transposed=True)
         signal()
+
+    def _pause(self, block_id) -> None:
+        if self.spread_ns:
+            pause(block_id * (self.spread_ns // self.num_blocks))
+
+    def _of_own_weights(self, row_block, do: Callable[[int, Any], None]) -> None:
+        """Calls do(index, first row) of the array of weights that has a block's rows."""
+        first = 0
+        for index, rows in enumerate(self.rows):
+            blocks, local = rows // BLOCK_M, row_block - first
+            of_this = functools.partial(do, index, local * BLOCK_M)
+            if len(self.rows) == 1:
+                of_this()
+            else:
+                pl.when((local >= 0) & (local < blocks))(of_this)
+            first += blocks
 
     def _collect_tokens(self, tokens, split, tokens_smem) -> None:
         """Brings a split's columns from the mailbox to the stages, which hold all of them."""
@@ -211,6 +218,7 @@ class SplitProduct:
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """All partial sums in float32."""
         partials = self.out_types["partials"]
+        weights = [dequantise(arrays[f"weights_{index}"]) for index in range(len(self.rows))]
         found = []
         for split in range(self.num_splits):
             part = slice(split * SPLIT_COLUMNS, (split + 1) * SPLIT_COLUMNS)
@@ -219,7 +227,7 @@ class SplitProduct:
                 jnp.einsum(
                     "tk,rk->tr",
                     tokens,
-                    arrays[f"weights_{index}"][:, part].astype(jnp.float32),
+                    weights[index][:, part],
                     precision=lax.Precision.HIGHEST,
                 )
                 for index in range(len(self.rows))

@@ -168,7 +168,7 @@ def run_as_grid(
 
     Args:
       tasks: in topological order.
-      arrays: what they read, by name.
+      arrays: what they read, by name; a BlockScaledFp8 is one array.
       results: which of the arrays that they write or change are wanted.
       name: of the kernel.
       interpret: as in mosaic.device.launch.
@@ -183,7 +183,10 @@ def run_as_grid(
     arrays = dict(arrays)
     for array, pair in mailboxes.items():
         arrays |= dict(zip(_mailbox_names(array), pair, strict=True))
-    inputs = list(arrays)
+    # A quantised array is two leaves.
+    operands, tree = jax.tree.flatten(list(arrays.values()))
+    counts = [len(jax.tree.leaves(array)) for array in arrays.values()]
+    firsts = dict(zip(arrays, itertools.accumulate(counts, initial=0), strict=False))
     types = {
         name: task.work.out_types[role] for task in tasks for role, name in task.writes.items()
     }
@@ -199,9 +202,10 @@ def run_as_grid(
     outputs = list(types)
 
     def kernel(block_id, *refs):
-        refs, counters = list(refs), refs[len(inputs)]
-        known = dict(zip(inputs, refs, strict=False))
-        known |= dict(zip(outputs, refs[len(inputs) + 1 :], strict=True))
+        counters = refs[len(operands)]
+        given = jax.tree.unflatten(tree, refs[: len(operands)])
+        known = dict(zip(arrays, given, strict=True))
+        known |= dict(zip(outputs, refs[len(operands) + 1 :], strict=True))
         for array in mailboxes:
             known[array] = Mailbox(*(known[part] for part in _mailbox_names(array)))
         stamps = known.get("stamps")
@@ -230,11 +234,11 @@ def run_as_grid(
             name=name,
             num_blocks=first_block[-1],
             out_type=tuple(types.values()),
-            in_place={inputs.index(name): outputs.index(name) for name in changed},
+            in_place={firsts[name]: outputs.index(name) for name in changed},
             interpret=interpret,
         )(*operands, zeroed_counters(num_counters))
 
-    found = dict(zip(outputs, call(*arrays.values()), strict=True))
+    found = dict(zip(outputs, call(*operands), strict=True))
     wanted = (*results, *(["stamps"] if stamped else []))
     # What was posted is stale for the next grid, and what was emptied is empty.
     turned = {

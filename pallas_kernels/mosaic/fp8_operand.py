@@ -35,10 +35,10 @@ from pallas_kernels.mosaic.lane_code import (
 COLUMNS = 128  # of a scale block
 
 # [N, COLUMNS] in registers: 4 warps by 2 tokens, 32 lanes by 4 neighbouring columns.
-_BY_COLUMN = plgpu.Layout.TILED(
+BY_COLUMN = plgpu.Layout.TILED(
     plgpu.Tiling(((8, COLUMNS), (2, 4))), warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1
 )
-_BY_TOKEN = _BY_COLUMN.reduce(1)
+_BY_TOKEN = BY_COLUMN.reduce(1)
 
 _EXPONENT = 23  # a float32's exponent field begins at this bit
 # The field of the largest number's exponent, at least; a smaller one needs no larger factor.
@@ -53,17 +53,18 @@ def operand_types(buffers: int, terms: int, N: int) -> tuple[Any, Any]:
     )
 
 
-def store_operands(blocks: Sequence[tuple[Any, Any, Any]]) -> None:
+def store_operands(blocks: Sequence[tuple[jax.Array, Any, Any]]) -> None:
     """Converts blocks of [N, COLUMNS]; lanes may read them once all lanes have stored theirs.
 
     Args:
-      blocks: of each (tokens, operand, undo) in shared memory:
-        tokens: [N, COLUMNS] bf16 or float32.
-        operand: [terms, N, COLUMNS] f16, see operand_types; 1 term for bf16, 2 for float32.
-        undo: [N] float32; what products of a token are to be multiplied with.
+      blocks: of each (tokens, operand, undo):
+        tokens: [N, COLUMNS] bf16 or float32 in the layout BY_COLUMN. All blocks' are loaded before
+          the first store, because no load would be moved up over one.
+        operand: [terms, N, COLUMNS] f16 in shared memory, see operand_types; 1 term for values of
+          bf16, 2 for float32.
+        undo: [N] float32 there; what products of a token are to be multiplied with.
     """
-    # All loads before the first store, because none would be moved up over one.
-    loaded = [_load_by_column(tokens).astype(jnp.float32) for tokens, _, _ in blocks]
+    loaded = [tokens.astype(jnp.float32) for tokens, _, _ in blocks]
     largest = [
         _largest(lax.bitcast_convert_type(tokens, jnp.int32) & jnp.int32(0xFF << _EXPONENT))
         for tokens in loaded
@@ -75,7 +76,7 @@ def store_operands(blocks: Sequence[tuple[Any, Any, Any]]) -> None:
         factor = lax.broadcast_in_dim(
             lax.bitcast_convert_type(factor, jnp.float32), tokens.shape, (0,)
         )
-        rest = tokens * plgpu.layout_cast(factor, _BY_COLUMN)
+        rest = tokens * plgpu.layout_cast(factor, BY_COLUMN)
         for term in range(operand.shape[0]):
             converted = rest.astype(jnp.float16)
             _store_term(converted, operand.at[term])
@@ -91,7 +92,7 @@ def _largest(exponents: jax.Array) -> jax.Array:
     shape = exponents.shape[:1]
 
     @plgpu.inline_mgpu(
-        arg_types=(_BY_COLUMN,),
+        arg_types=(BY_COLUMN,),
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=_BY_TOKEN),
     )
     def reduce(_, exponents):
@@ -114,8 +115,8 @@ def _largest(exponents: jax.Array) -> jax.Array:
     return reduce(exponents)
 
 
-def _load_by_column(tokens_smem: Any) -> jax.Array:
-    """[N, COLUMNS] of bf16 or float32 in the layout _BY_COLUMN.
+def load_by_column(tokens_smem: Any) -> jax.Array:
+    """[N, COLUMNS] of bf16 or float32 in shared memory, in the layout BY_COLUMN.
 
     Pallas's own load would let the copy engine swizzle the rows, which other lanes' loads then
     have to undo.
@@ -126,7 +127,7 @@ def _load_by_column(tokens_smem: Any) -> jax.Array:
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=_BY_COLUMN),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=BY_COLUMN),
     )
     def load(_, smem):
         lane, warp = lane_and_warp()
@@ -136,7 +137,7 @@ def _load_by_column(tokens_smem: Any) -> jax.Array:
         at = arith.muli(shift_left(warp, 1), constant(stride))
         at = arith.addi(at, arith.muli(lane, constant(4 * size)))
         at = arith.addi(shared_pointer(smem), at)
-        layout = _BY_COLUMN.to_mgpu()
+        layout = BY_COLUMN.to_mgpu()
         registers = np.empty(layout.registers_shape(shape), dtype=object)
         vector_type = ir.VectorType.get((4,), type_.element_type)
         for index in range(registers.size):
@@ -160,7 +161,7 @@ def _store_term(values: jax.Array, term: Any) -> None:
         term[...] = values
         return
 
-    @plgpu.inline_mgpu(arg_types=(_BY_COLUMN, plgpu.RefType()))
+    @plgpu.inline_mgpu(arg_types=(BY_COLUMN, plgpu.RefType()))
     def store(_, values, term):
         lane, warp = lane_and_warp()
         q, j = shift_right(lane, 3), bits_and(shift_right(lane, 1), 3)

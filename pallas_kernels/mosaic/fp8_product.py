@@ -23,7 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.fp8_mma import GROUP, ROWS_BY_TOKEN, add_products, weights_type
-from pallas_kernels.mosaic.fp8_operand import COLUMNS, operand_types, store_operands
+from pallas_kernels.mosaic.fp8_operand import (
+    COLUMNS,
+    load_by_column,
+    operand_types,
+    store_operands,
+)
 from pallas_kernels.mosaic.operands import round_up
 from pallas_kernels.mosaic.warpgroup import load_few
 
@@ -100,10 +105,11 @@ class Fp8Product:
         """
         _, tokens_smem, operand, undo, _ = shared
         first = self._first(step)
+        loaded = [load_by_column(tokens_smem.at[stage, :, part]) for part in self._parts]
         store_operands(
             [
-                (tokens_smem.at[stage, :, part], operand.at[first + block], undo.at[first + block])
-                for block, part in enumerate(self._parts)
+                (tokens, operand.at[first + block], undo.at[first + block])
+                for block, tokens in enumerate(loaded)
             ]
         )
 

@@ -171,17 +171,17 @@ def post(
       target: of value's shape; if transposed, of that turned around. With a limit it may be
         shorter.
       value: float32.
-      layout: of value, or what it is brought to; WGMMA's if transposed.
+      layout: of value, or what it is brought to.
       limit: None, or how many of a mailbox's first dimension are posted, an int or int32. A ref
         gets all.
       transposed: whether target[j, i] becomes value[i, j].
     """
-    if not isinstance(target, Mailbox):
+    refs, limit = (list(target), limit) if isinstance(target, Mailbox) else ([target], None)
+    if len(refs) == 1 and (not transposed or layout is plgpu.Layout.WGMMA):
         target = target.transpose((1, 0)) if transposed else target
         layout = plgpu.Layout.WGMMA_TRANSPOSED if transposed else layout
         target[...] = plgpu.layout_cast(value, layout)
         return
-    refs = list(target)
     if interpreting():
         _interpreted_post(refs, value.T if transposed else value, limit)
         return

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.block_scaled_fp8 import quantise
 from pallas_kernels.decode_step import (
     LayerStep,
     LayerWeights,
@@ -17,7 +18,7 @@ from pallas_kernels.decode_step import (
     decode_layer,
     reference_decode_layer,
 )
-from pallas_kernels.decode_step.layer import LayerShapes
+from pallas_kernels.decode_step.layer import PRODUCTS, LayerShapes
 from tests.pallas_kernels.machine import INTERPRET
 
 EPS = 1e-5
@@ -49,9 +50,9 @@ def layer_shapes(B: int, **changes) -> LayerShapes:
     return LayerShapes(**({"B": B, "eps": EPS, "norm_topk_prob": True} | sizes | changes))
 
 
-def qwen3_shapes(B: int, C: int = 512) -> LayerShapes:
+def qwen3_shapes(B: int, C: int = 512, fp8: tuple[str, ...] = ()) -> LayerShapes:
     """A layer of Qwen3-30B-A3B."""
-    return layer_shapes(B, H=2048, heads=32, kv=4, C=C, E=128, K=8, I=768)
+    return layer_shapes(B, H=2048, heads=32, kv=4, C=C, E=128, K=8, I=768, fp8=fp8)
 
 
 def make_case(
@@ -96,6 +97,8 @@ def _draw(key, lengths, valid, s: LayerShapes, num_parts: int) -> Case:
         gate_up=normal(E, 2, I, H, scale=H**-0.5),
         down=normal(E, H, I, scale=I**-0.5),
     )
+    scaled = [field for product in s.fp8 for field in PRODUCTS[product]]
+    weights = weights._replace(**{name: quantise(getattr(weights, name)) for name in scaled})
     rows = jnp.arange(s.N) < B
     parts = None
     if num_parts:

@@ -1,9 +1,12 @@
 """Each wrong input raises the documented error, which names field, value and what is accepted."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, scales_shape
 from pallas_kernels.decode_step import decode_layer
 from pallas_kernels.decode_step.layer import LayerConfig
 from tests.pallas_kernels.decode_step.cases import EPS, layer_shapes, struct_case
@@ -14,6 +17,18 @@ INSTEAD = "reference_decode_layer"
 
 def struct(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def scaled(*shape, block=(128, 128)):
+    values = struct(*shape, dtype=jnp.float8_e4m3fn)
+    scales = struct(*scales_shape(shape, block), dtype=jnp.float32)
+    return BlockScaledFp8(values=values, scales=scales, block=block)
+
+
+SCALED = struct_case(SHAPES).weights._replace(
+    q_proj=scaled(512, 128), k_proj=scaled(256, 128), v_proj=scaled(256, 128),
+    o_proj=scaled(128, 512), gate_up=scaled(16, 2, 128, 128), down=scaled(16, 128, 128),
+)  # fmt: skip
 
 
 def with_weights(**changes):
@@ -130,6 +145,47 @@ CASES = {
     "stages": (
         with_config(gate_up_num_stages=7, gate_up_block_k=256),
         ValueError, "gate_up_num_stages is 7", "to 6",
+    ),
+    "FP8 in k alone": (
+        with_weights(k_proj=SCALED.k_proj), NotImplementedError,
+        "weights.q_proj is bfloat16", "weights.k_proj BlockScaledFp8", "one format", INSTEAD,
+    ),
+    "FP8 in down alone": (
+        with_weights(down=SCALED.down), NotImplementedError,
+        "weights.gate_up is bfloat16", "weights.down BlockScaledFp8", INSTEAD,
+    ),
+    "FP8 in the router": (
+        with_weights(gate=SCALED.o_proj), NotImplementedError, "weights.gate", "bfloat16", INSTEAD,
+    ),
+    "FP8 in other blocks": (
+        with_weights(o_proj=scaled(128, 512, block=(64, 64))), NotImplementedError,
+        "weights.o_proj has blocks of (64, 64)", "(128, 128)", INSTEAD,
+    ),
+    "FP8 scales": (
+        with_weights(o_proj=dataclasses.replace(SCALED.o_proj, scales=SCALED.down.scales)),
+        ValueError, "weights.o_proj.scales has shape (16, 1, 1)", "(1, 4)",
+    ),
+    "FP8 values": (
+        with_weights(o_proj=dataclasses.replace(SCALED.o_proj, values=struct(128, 512))),
+        TypeError, "weights.o_proj.values", "bfloat16", "float8_e4m3fn",
+    ),
+    "FP8 and I": (
+        with_weights(gate_up=scaled(16, 2, 64, 128), down=scaled(16, 128, 64)),
+        NotImplementedError, "I is 64", "128 with FP8 weights", INSTEAD,
+    ),
+    "FP8 and H": (
+        with_shapes(H=192)
+        | {"weights": struct_case(layer_shapes(2, H=192)).weights._replace(
+            o_proj=scaled(192, 512))},
+        NotImplementedError, "H is 192", "128 with FP8 weights", INSTEAD,
+    ),
+    "FP8 and neurons": (
+        {"weights": SCALED} | with_config(gate_up_neurons=16),
+        ValueError, "gate_up_neurons is 16", "[32, 64]",
+    ),
+    "FP8 and block_k": (
+        {"weights": SCALED} | with_config(down_block_k=64),
+        ValueError, "down_block_k is 64", "[128, 256]",
     ),
     "B": (with_shapes(65), NotImplementedError, "B is 65", "1 to 64", INSTEAD),
     "D": (with_shapes(D=64), NotImplementedError, "D is 64", "128", INSTEAD),

@@ -14,8 +14,9 @@ LAYER, BLOCKS = ["fresh_mailboxes", "decode_layer"], ["decode_attention", "decod
 EXPERTS = ["gather_rows", "expert_major"]
 
 
-def lower(B: int, launches: str) -> str:
-    s = qwen3_shapes(B)
+def lower(B: int, launches: str, fp8: tuple[str, ...] = ()) -> str:
+    """A layer of Qwen3-30B-A3B for CUDA; fp8 names the products whose weights are FP8."""
+    s = qwen3_shapes(B, fp8=fp8)
 
     def layer(*arguments):
         return run(Case(*arguments), s, launches=launches, interpret=False)

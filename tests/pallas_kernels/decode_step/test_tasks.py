@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
+from pallas_kernels.decode_experts import ExpertWeights
 from pallas_kernels.decode_step import LayerStep, Residual, tasks
 from pallas_kernels.decode_step.add_residual import AddResidual
 from pallas_kernels.decode_step.layer import (
@@ -43,14 +44,13 @@ def layer_tasks(s: LayerShapes, num_parts: int) -> list[Task]:
 
 def arrays_of(case: Case) -> dict[str, jax.Array]:
     """What a layer's tasks read, by name."""
-    D, (E, _, I, H) = case.keys.shape[-1], case.weights.gate_up.shape
+    D = case.keys.shape[-1]
+    experts = ExpertWeights(gate_up=case.weights.gate_up, down=case.weights.down)
+    rows = experts.as_halves() if experts.quantised else experts.as_rows()
     found = {"x": case.residual.x, "parts": case.residual.parts}
     found |= case.weights._asdict() | case.positions._asdict()
     found |= {"keys": case.keys.reshape(-1, D), "values": case.values.reshape(-1, D)}
-    return found | {
-        "gate_up": case.weights.gate_up.reshape(E * 2 * I, H),
-        "down": case.weights.down.reshape(E * H, I),
-    }
+    return found | {"gate_up": rows.gate_up, "down": rows.down}
 
 
 def step_of(known: dict[str, jax.Array], case: Case, s: LayerShapes) -> LayerStep:
