@@ -19,12 +19,26 @@ import jax.numpy as jnp
 
 from moe_jax.cache import LayerCache
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.decoder import Caches, LayerParams, StepOptions, TokenPositions, run_layers, scoped
+from moe_jax.decoder import (
+    Caches,
+    LayerParams,
+    MoeParams,
+    StepOptions,
+    TokenPositions,
+    run_layers,
+    scoped,
+)
 from moe_jax.dispatch import Backend, Request, backend_named, resolve_backend
 from moe_jax.routing import Routing
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
-from pallas_kernels.block_scaled_fp8 import holds_fp8, is_fp8
+from pallas_kernels.block_scaled_fp8 import (
+    BLOCK,
+    BlockScaledFp8,
+    holds_fp8,
+    in_whole_blocks,
+    is_fp8,
+)
 from pallas_kernels.decode_step import (
     LayerStep,
     LayerWeights,
@@ -78,15 +92,39 @@ class _Call(NamedTuple):
         return any(weight.dtype != self.x.dtype for weight in weights if not is_fp8(weight))
 
     @property
+    def fp8_weights(self) -> list[BlockScaledFp8]:
+        return [w for w in jax.tree.leaves(self.params, is_leaf=is_fp8) if is_fp8(w)]
+
+    @property
+    def has_whole_blocks(self) -> bool:
+        """Whether all FP8 weights are as the kernels take them."""
+        return all(map(in_whole_blocks, self.fp8_weights))
+
+    @property
+    def mixes_formats(self) -> bool:
+        """Whether weights that the kernels multiply as one are of two formats."""
+        groups = [layer.self_attn[:3] for layer in self.params]
+        groups += [layer.mlp.experts for layer in self.params if isinstance(layer.mlp, MoeParams)]
+        formats = [[is_fp8(w) for w in jax.tree.leaves(group, is_leaf=is_fp8)] for group in groups]
+        return any(any(found) and not all(found) for found in formats)
+
+    @property
     def names_backends(self) -> bool:
         return backend_named("experts", self.options.experts_backend) or backend_named(
             "attention", self.options.attention_backend
         )
 
 
-# Likewise, of one call.
-_OF_CALL: dict[str, Callable[[_Call], bool]] = {
+# Of one call, what the kernels have too.
+_QUANTISED: dict[str, Callable[[_Call], bool]] = {
     "quantised weights": lambda call: holds_fp8(call.params),
+}
+# Likewise, what only the blocks take.
+_OF_CALL: dict[str, Callable[[_Call], bool]] = {
+    f"FP8 weights in other blocks than whole ones of {BLOCK[0]} x {BLOCK[1]}": lambda call: (
+        not call.has_whole_blocks
+    ),
+    "FP8 in some, not all, of q, k and v, or of gate_up and down": lambda call: call.mixes_formats,
     "a replay": lambda call: call.replay is not None,
     "a backend named for its experts or attention": lambda call: call.names_backends,
     "parameters or a cache of another dtype than its inputs": lambda call: call.mixes_dtypes,
@@ -100,7 +138,7 @@ class LayersRequest(Request):
     Attributes:
       H, I: the model's size and an expert's.
       C: slots of a cache's row; 0 without a cache.
-      needs: words in _OF_MODEL and _OF_CALL that hold.
+      needs: words in _OF_MODEL, _QUANTISED and _OF_CALL that hold.
     """
 
     op: ClassVar[str] = "layers"
@@ -168,7 +206,7 @@ def layers(
         T=x.shape[0] * x.shape[1],
         C=0 if caches is None else caches[0].keys.shape[2],
         dtype=jnp.dtype(x.dtype).name,
-        needs=tuple(word for word, has in _OF_CALL.items() if has(call)),
+        needs=tuple(word for word, has in (_QUANTISED | _OF_CALL).items() if has(call)),
     )
     choice = resolve_backend(request, LAYERS_BACKENDS, options.layers_backend)
     return LAYERS_BACKENDS[choice.backend].run(*call)
@@ -268,6 +306,7 @@ _KERNELS = {
     "phases": ("decode",),
     "activations": ("silu", "swish"),
     "size_multiple": _MULTIPLE,
+    "features": tuple(_QUANTISED),
     "gradients": False,
 }
 
@@ -277,7 +316,7 @@ LAYERS_BACKENDS: dict[str, Backend] = {
         run=_by_blocks,
         what="the blocks of decoder.py, one after the other; experts and attention as chosen",
         rel_error={"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3},
-        features=(*_OF_MODEL, *_OF_CALL),
+        features=(*_OF_MODEL, *_QUANTISED, *_OF_CALL),
     ),
     "pallas": Backend(
         what="the decode step of pallas_kernels: a layer in one launch up to 8 rows",

@@ -1,11 +1,27 @@
 """FP8 weights for tests, by NumPy and ml_dtypes, because JAX would compile a program for each."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
+from moe_jax.quantization import block_of, is_quantised
 from pallas_kernels.block_scaled_fp8 import BlockScaledFp8
 
 E4M3 = ml_dtypes.float8_e4m3fn
+
+
+def in_format_of(config, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain model's arrays in the format that a config's quantization_config says."""
+    found = {}
+    for name, array in arrays.items():
+        if is_quantised(name, config.quantization_config):
+            weight = quantised(array, block_of(config.quantization_config))
+            found |= {f"{name}.values": weight.values, f"{name}.scales": weight.scales}
+        else:
+            found[name] = array
+    return found
 
 
 def quantised(weight, block) -> BlockScaledFp8:

@@ -21,6 +21,7 @@ from moe_jax.quantization import fp8_config
 from moe_jax.rope import RopeConfig
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.decode_step import LayerStep, Residual
+from tests.moe_jax.scaled_weights import in_format_of
 from tests.moe_jax.tiny import TINY, model_of, random_arrays
 from tests.pallas_kernels.machine import ON_GPU
 
@@ -32,7 +33,11 @@ SIZES = {
 CONFIG = dataclasses.replace(TINY, **SIZES, num_hidden_layers=2)
 ONE_LAYER = dataclasses.replace(CONFIG, num_hidden_layers=1)
 YARN = RopeConfig(kind="yarn", factor=4.0, original_max_position_embeddings=64)
-RING = dataclasses.replace(ONE_LAYER, use_sliding_window=True, sliding_window=64, rope=YARN)
+# Its linears and experts are FP8.
+RING = dataclasses.replace(
+    ONE_LAYER, use_sliding_window=True, sliding_window=64, rope=YARN, moe_intermediate_size=128,
+    quantization_config=fp8_config((0,)),
+)  # fmt: skip
 
 C = 64
 # Config, tokens in each row, and which rows are valid: the second one of "full" has ended. The
@@ -50,7 +55,8 @@ def inputs(case):
         lambda held: jnp.asarray(draw(size=held.shape), held.dtype), init_cache(config, 2, C)
     )
     cache = dataclasses.replace(cache, lengths=jnp.array(lengths, jnp.int32))
-    return random_arrays(config, "bfloat16"), cache
+    plain = random_arrays(dataclasses.replace(config, quantization_config=None), "bfloat16")
+    return in_format_of(config, plain), cache
 
 
 @functools.cache
@@ -93,7 +99,9 @@ def test_logits_are_as_near_to_float32_as_the_blocks(case):
     kernels, blocks, truth = (out.logits for out in three(case))
     assert kernels.dtype == blocks.dtype == jnp.bfloat16
     assert relative_error(kernels, truth) < BOUND
-    assert relative_error(blocks, truth) < BOUND
+    # The blocks round FP8 weights to bfloat16 once more, as they dequantise them.
+    scaled = CASES[case][0].quantization_config is not None
+    assert relative_error(blocks, truth) < (2 * BOUND if scaled else BOUND)
     for row in np.flatnonzero(CASES[case][2]):
         chosen, best = np.argmax(kernels[row, 0]), np.argmax(truth[row, 0])
         rounding = np.abs(np.asarray(blocks[row, 0], np.float32) - truth[row, 0]).max()
@@ -188,6 +196,13 @@ def changed(**fields):
     return dataclasses.replace(ONE_LAYER, **fields)
 
 
+def scaled_but_for(*modules):
+    """In FP8 and whole blocks, without some modules."""
+    scaled = fp8_config((0,))
+    scaled["modules_to_not_convert"] += modules
+    return changed(moe_intermediate_size=128, quantization_config=scaled)
+
+
 def cache_of(dtype="bfloat16"):
     return jax.eval_shape(lambda: init_cache(ONE_LAYER, 1, C, jnp.dtype(dtype)))
 
@@ -223,7 +238,12 @@ ONLY_BLOCKS = {
     "dtype float32 (it takes bfloat16)": {"dtype": "float32"},
     "dtype float16 (it takes bfloat16)": {"dtype": "float16"},
     "parameters or a cache of another dtype than its inputs": {"cache": cache_of("float32")},
-    "quantised weights": {"config": changed(quantization_config=fp8_config((0,)))},
+    "FP8 weights in other blocks than whole ones of 128 x 128": {
+        "config": changed(quantization_config=fp8_config((0,)))  # I is 64
+    },
+    "FP8 in some, not all, of q, k and v, or of gate_up and down": {
+        "config": scaled_but_for("k_proj")
+    },
     "a replay": {"replay": REPLAY},
     "a backend named for its experts or attention": {"attention_backend": "xla"},
 }  # fmt: skip
@@ -231,7 +251,8 @@ ONLY_BLOCKS = {
 
 def test_every_word_has_a_case():
     words = set(LAYERS_BACKENDS["blocks"].features)
-    assert words - set(ONLY_BLOCKS) == {"a GPU that is no Hopper"}
+    of_kernels = LAYERS_BACKENDS["pallas"].features
+    assert words - set(ONLY_BLOCKS) == {"a GPU that is no Hopper", *of_kernels}
 
 
 @pytest.mark.parametrize("lack", ONLY_BLOCKS)
@@ -272,6 +293,12 @@ def test_who_runs_the_rest(chosen, monkeypatch):
     assert chosen(CONFIG).backend == "blocks"
     with pytest.raises(ValueError, match="backend is 'triton'; expected 'auto' or one of"):
         chosen(CONFIG, layers_backend="triton")
+
+
+@pytest.mark.parametrize("plain", [(), ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("experts",)])
+def test_fp8_weights_are_the_kernels(chosen, plain):
+    assert chosen(scaled_but_for(*plain)).backend == "pallas"
+    assert chosen(scaled_but_for(*plain), B=64).backend == "pallas"
 
 
 def test_a_decode_backend_named_to_stream_is_the_blocks(monkeypatch):

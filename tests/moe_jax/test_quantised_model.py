@@ -13,7 +13,7 @@ from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import from_arrays, parameter_count, parameter_shapes, to_arrays
 from moe_jax.quantization import fp8_config, is_quantised, naming_plain
 from moe_jax.sharding import scales_sharding
-from tests.moe_jax.scaled_weights import dequantised, quantised
+from tests.moe_jax.scaled_weights import dequantised, in_format_of, quantised
 from tests.moe_jax.tiny import TINY, random_arrays
 
 BLOCK = (24, 40)  # cuts off both edges of most weights
@@ -25,14 +25,11 @@ SCALED = dataclasses.replace(PLAIN, quantization_config=fp8_config((1,), BLOCK))
 
 def scaled_and_dequantised(config) -> tuple[dict, dict]:
     """Arrays of a model in the config's format, and those of the plain model that it means."""
-    scaled, plain = {}, dict(random_arrays(dataclasses.replace(config, quantization_config=None)))
+    plain = random_arrays(dataclasses.replace(config, quantization_config=None))
+    scaled = in_format_of(config, plain)
     for name, array in plain.items():
-        if is_quantised(name, config.quantization_config):
-            weight = quantised(array, BLOCK)
-            scaled |= {f"{name}.values": weight.values, f"{name}.scales": weight.scales}
-            plain[name] = dequantised(weight)
-        else:
-            scaled[name] = array
+        if f"{name}.values" in scaled:
+            plain[name] = dequantised(quantised(array, BLOCK))
     return scaled, plain
 
 
