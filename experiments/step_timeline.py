@@ -1,6 +1,7 @@
 """Where does the time of a layer's decode step go, task by task?
 
     python -m experiments.step_timeline --preset=qwen3_30b_a3b --batch=1 --context=512
+    python -m experiments.step_timeline --weights=fp8
 
 Each thread block of the layer's grids writes the time as it begins, has waited for the last time,
 and ends. The table has these times by kind of task, in microseconds after the grid's first block
@@ -25,9 +26,11 @@ from experiments.bench.script import flag
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.presets import PRESETS
 from moe_jax.rope import rope_tables
+from pallas_kernels.block_scaled_fp8 import quantise
+from pallas_kernels.decode_experts.shapes import WEIGHT_FORMATS
 from pallas_kernels.decode_step import LayerWeights, Residual, RowPositions, stamp_layer
 from pallas_kernels.decode_step.api import LAUNCHES, grids
-from pallas_kernels.decode_step.layer import LayerShapes, default_config
+from pallas_kernels.decode_step.layer import PRODUCTS, LayerShapes, default_config
 from pallas_kernels.mosaic.stamps import BEGIN, CORE, END, WAITED
 
 _LAYERS = 3
@@ -40,6 +43,7 @@ class Settings:
     """The flags."""
 
     preset: str = flag("qwen3_30b_a3b", "Whose sizes.", of=PRESETS)
+    weights: str = flag("bf16", "Of its linear layers and experts.", of=WEIGHT_FORMATS)
     batch: int = flag(1, "Rows.", least=1, most=64)
     context: int = flag(512, "Tokens in each row's cache.", least=1)
     launches: str = flag("layer", "How a layer is cut into grids.", of=LAUNCHES)
@@ -53,7 +57,7 @@ def main(settings: Settings) -> str | None:
     console = script.make_console(width=130)
     read = bytes_read(settings)
     for grid, kinds in measure(settings).items():
-        title = f"{grid}, batch {settings.batch}, context {settings.context}"
+        title = f"{grid}, {settings.weights}, batch {settings.batch}, context {settings.context}"
         show(console, title, kinds, read)
     seen = environment.describe(seed=settings.seed, repeats=1, commit="", read_ceiling_tbps=None)
     console.print(f"{seen.device_kind}, jax {seen.jax}, commit {seen.commit}", highlight=False)
@@ -63,7 +67,9 @@ def main(settings: Settings) -> str | None:
 def measure(settings: Settings) -> dict[str, dict[str, np.ndarray]]:
     """For each grid and kind of task the [blocks, 4] stamps of the second of three layers."""
     config = PRESETS[settings.preset]
-    layers = [draw_layer(config, settings.seed + index) for index in range(_LAYERS)]
+    layers = [
+        draw_layer(config, settings.weights, settings.seed + index) for index in range(_LAYERS)
+    ]
     shape = (
         settings.batch, config.num_key_value_heads, slots(settings.context), config.head_dim,
     )  # fmt: skip
@@ -111,8 +117,10 @@ def bytes_read(settings: Settings) -> dict[str, int]:
         I=config.moe_intermediate_size,
         eps=config.rms_norm_eps,
         norm_topk_prob=config.norm_topk_prob,
+        fp8=tuple(PRODUCTS) if settings.weights == "fp8" else (),
     )
-    lists = grids(shapes, default_config(shapes.B), 1, settings.launches).values()
+    default = default_config(shapes.B, settings.weights == "fp8")
+    lists = grids(shapes, default, 1, settings.launches).values()
     return {task.kind: task.work.bytes_read for tasks in lists for task in tasks}
 
 
@@ -121,9 +129,15 @@ def slots(context: int) -> int:
     return -(-(context + 1) // 64) * 64
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def draw_layer(config: Qwen3MoeConfig, seed: int) -> LayerWeights:
-    """Random bf16 weights of one layer, of the size that keeps activations near 1."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def draw_layer(config: Qwen3MoeConfig, weights: str, seed: int) -> LayerWeights:
+    """Random weights of one layer, of the size that keeps activations near 1.
+
+    Args:
+      config: the model's.
+      weights: of WEIGHT_FORMATS, of what is not a norm or the router.
+      seed: of all.
+    """
     H, D, E, I = (
         config.hidden_size, config.head_dim, config.num_experts, config.moe_intermediate_size,
     )  # fmt: skip
@@ -134,18 +148,21 @@ def draw_layer(config: Qwen3MoeConfig, seed: int) -> LayerWeights:
         scale = jnp.bfloat16(shape[-1] ** -0.5)
         return jax.random.normal(next(keys), shape, jnp.bfloat16) * scale
 
+    def weight(*shape):
+        return quantise(normal(*shape)) if weights == "fp8" else normal(*shape)
+
     return LayerWeights(
         input_layernorm=jnp.ones(H, jnp.bfloat16),
-        q_proj=normal(heads, H),
-        k_proj=normal(kv, H),
-        v_proj=normal(kv, H),
+        q_proj=weight(heads, H),
+        k_proj=weight(kv, H),
+        v_proj=weight(kv, H),
         q_norm=jnp.ones(D, jnp.bfloat16),
         k_norm=jnp.ones(D, jnp.bfloat16),
-        o_proj=normal(H, heads),
+        o_proj=weight(H, heads),
         post_attention_layernorm=jnp.ones(H, jnp.bfloat16),
         gate=normal(E, H),
-        gate_up=normal(E, 2, I, H),
-        down=normal(E, H, I),
+        gate_up=weight(E, 2, I, H),
+        down=weight(E, H, I),
     )
 
 
