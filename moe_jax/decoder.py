@@ -38,6 +38,7 @@ class StepOptions:
       phase: "prefill", "decode" or "training".
       experts_backend, attention_backend: as in moe_jax.experts and moe_jax.attention.
       layers_backend: as in moe_jax.decode_step.
+      remat: whether a gradient computes each layer anew, so that of a layer only its input is kept.
     """
 
     config: Qwen3MoeConfig
@@ -46,6 +47,7 @@ class StepOptions:
     experts_backend: str = "auto"
     attention_backend: str = "auto"
     layers_backend: str = "auto"
+    remat: bool = False
 
 
 class TokenPositions(NamedTuple):
@@ -130,6 +132,9 @@ def run_layers(
       Each layer's output [B, S, H], the caches with these tokens, and each MoE layer's Routing.
     """
     outputs, updated, routings = [], [], []
+    run_layer = functools.partial(decoder_layer, options=options)
+    if options.remat:
+        run_layer = jax.checkpoint(run_layer)
     for index, layer in enumerate(params):
         if holds_fp8(layer) and has_all_of_xla(options.platform):
             # Tied to x, because XLA would dequantise all layers first: it moves what does not
@@ -137,13 +142,12 @@ def run_layers(
             x, layer = jax.lax.optimization_barrier((x, layer))
         replays = replay is not None and isinstance(layer.mlp, MoeParams)
         with jax.named_scope(f"layer_{index}"):
-            x, cache, routing = decoder_layer(
+            x, cache, routing = run_layer(
                 layer,
                 x,
                 positions,
                 None if caches is None else caches[index],
                 replay.layer(len(routings)) if replays else None,
-                options,
             )
         outputs.append(x)
         updated.append(cache)

@@ -34,20 +34,41 @@ def cross_entropy(
     Returns:
       A float32 scalar.
     """
+    targets = next_token_targets(labels, valid=valid, segments=segments)[:, :-1]
+    summed = summed_cross_entropy(logits[:, :-1], targets)
+    return summed / jnp.sum(targets != IGNORED_LABEL)
+
+
+def next_token_targets(
+    labels: jax.Array, *, valid: jax.Array | None = None, segments: jax.Array | None = None
+) -> jax.Array:
+    """[B, S] int: the label of the token after each token, -100 where nothing is to be predicted.
+
+    The last column is -100. Arguments as in `cross_entropy`.
+    """
     labels = at_least_int32(labels)
     if valid is None and segments is None:
-        targets = labels[:, 1:]
-    else:
-        valid = jnp.ones(labels.shape, bool) if valid is None else valid > 0
-        column = next_tokens(valid, segments)[:, :-1]
-        targets = jnp.take_along_axis(labels, column, axis=1, mode="clip")
-        targets = jnp.where(column < labels.shape[1], targets, IGNORED_LABEL)
-    log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    counted = targets != IGNORED_LABEL
+        return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    valid = jnp.ones(labels.shape, bool) if valid is None else valid > 0
+    column = next_tokens(valid, segments)
+    targets = jnp.take_along_axis(labels, column, axis=1, mode="clip")
+    return jnp.where(column < labels.shape[1], targets, IGNORED_LABEL)
+
+
+def summed_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The sum of -log p(target) over the targets that are not -100: 0 if there are none.
+
+    In float32. A target outside [0, V) that is not -100 gives NaN.
+
+    Args:
+      logits: [B, S, V], each compared with the target in its own place.
+      targets: [B, S] integers.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     inside = (targets >= 0) & (targets < logits.shape[-1])
     picked = jnp.take_along_axis(log_p, jnp.where(inside, targets, 0)[..., None], axis=-1)[..., 0]
     losses = -jnp.where(inside, picked, jnp.nan)
-    return jnp.sum(jnp.where(counted, losses, 0)) / jnp.sum(counted)
+    return jnp.sum(jnp.where(targets != IGNORED_LABEL, losses, 0))
 
 
 def load_balancing_loss(
@@ -72,7 +93,7 @@ def load_balancing_loss(
     """
     sums = [_shares(layer, K, valid) for layer in _at_least_one(logits)]
     chosen, probability, tokens = (sum(parts) for parts in zip(*sums, strict=True))
-    return _balance(chosen, probability, tokens)
+    return balance_of_sums(chosen, probability, tokens)
 
 
 def load_balancing_loss_per_layer(
@@ -83,7 +104,27 @@ def load_balancing_loss_per_layer(
     Pooling hides a bad layer behind the others: two layers that each use one half of the experts
     balance when pooled. The mean of this is the per-layer variant of the loss.
     """
-    return jnp.stack([_balance(*_shares(layer, K, valid)) for layer in _at_least_one(logits)])
+    return jnp.stack(
+        [balance_of_sums(*_shares(layer, K, valid)) for layer in _at_least_one(logits)]
+    )
+
+
+def balance_of_sums(chosen: jax.Array, probability: jax.Array, tokens: jax.Array) -> jax.Array:
+    """E * sum over e of f_e * P_e from sums over `tokens` tokens, those of one layer or of several.
+
+    It is linear in `probability`, so for given `chosen` the parts of a batch may be added up.
+
+    Args:
+      chosen: [..., E], how many tokens chose each expert; it has no gradient.
+      probability: [..., E] float32, the sums of their probabilities.
+      tokens: [...], valid tokens.
+
+    Returns:
+      [...] float32.
+    """
+    return chosen.shape[-1] * jnp.sum(
+        chosen / tokens[..., None] * probability / tokens[..., None], axis=-1
+    )
 
 
 def router_z_loss(logits: Sequence[jax.Array], valid: jax.Array | None = None) -> jax.Array:
@@ -122,7 +163,3 @@ def _shares(logits, K, valid):
         jnp.sum(jnp.where(counted, probabilities, 0), axis=0),
         jnp.sum(mask),
     )
-
-
-def _balance(chosen, probability, tokens):
-    return chosen.shape[0] * jnp.sum(chosen / tokens * probability / tokens)

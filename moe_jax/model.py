@@ -114,6 +114,8 @@ class Qwen3Moe(nnx.Module):
         attention_backend: str = "auto",
         layers_backend: str = "auto",
         platform: str | None = None,
+        phase: str | None = None,
+        remat: bool = False,
         replay: RoutingTrace | None = None,
     ) -> CausalLMOutput:
         """Runs the model on new tokens.
@@ -138,13 +140,16 @@ class Qwen3Moe(nnx.Module):
           output_router_logits: None takes the config's.
           output_routings: whether to return each MoE layer's Routing.
           output_hidden_states: whether to return every layer's output.
-          experts_backend: as in moe_jax.experts.experts. With labels a call is of the phase
-            "training"; with a cache and S = 1 it is a "decode" step.
+          experts_backend: as in moe_jax.experts.experts.
           attention_backend: as in moe_jax.attention.attention.
           layers_backend: a name in moe_jax.decode_step.LAYERS_BACKENDS, or "auto": the environment
             variable MOE_JAX_LAYERS_BACKEND, and without that the table of moe_jax.dispatch. A
             backend named for experts or attention is one of the blocks'.
           platform: what to write the computation for, as in moe_jax.platforms.resolve_platform.
+          phase: a name in moe_jax.dispatch.PHASES, for the table. None: "training" with labels,
+            "decode" with a cache and S = 1, else "prefill".
+          remat: whether a gradient computes each layer anew, so that of a layer only its input is
+            kept.
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
         Raises:
@@ -173,10 +178,11 @@ class Qwen3Moe(nnx.Module):
         options = StepOptions(
             config=config,
             platform=resolve_platform(platform),
-            phase=_phase(labels, cache, S),
+            phase=_phase(labels, cache, S) if phase is None else phase,
             experts_backend=experts_backend,
             attention_backend=attention_backend,
             layers_backend=layers_backend,
+            remat=remat,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths

@@ -36,12 +36,12 @@ def routing_statistics(routing: Routing) -> RoutingStatistics:
     load = expert_load(routing.ids, E)
     total = jnp.maximum(jnp.sum(load), 1).astype(jnp.float32)
     valid = jnp.any(routing.ids >= 0, axis=-1)  # [T]
-    entropies = _entropy(routing.probabilities)  # [T]
+    entropies = entropy_of(routing.probabilities)  # [T]
     unique = jnp.sum(load > 0, dtype=jnp.int32)
     return RoutingStatistics(
         load=load,
-        imbalance=jnp.max(load) * E / total,
-        load_entropy=_entropy(load / total),
+        imbalance=imbalance_of(load),
+        load_entropy=entropy_of(load / total),
         router_entropy=jnp.sum(jnp.where(valid, entropies, 0)) / jnp.maximum(jnp.sum(valid), 1),
         unique_experts=unique,
         dead_experts=E - unique,
@@ -53,6 +53,13 @@ def expert_load(ids: jax.Array, E: int) -> jax.Array:
     return jnp.sum(ids[:, :, None] == jnp.arange(E), axis=(0, 1), dtype=jnp.int32)
 
 
-def _entropy(shares: jax.Array) -> jax.Array:
+def imbalance_of(load: jax.Array) -> jax.Array:
+    """[...] float32 from load [..., E]: the largest over the mean; 0 if all are 0."""
+    total = jnp.maximum(jnp.sum(load, axis=-1), 1).astype(jnp.float32)
+    return jnp.max(load, axis=-1) * load.shape[-1] / total
+
+
+def entropy_of(shares: jax.Array) -> jax.Array:
+    """[...] in nats, of shares [..., E] that add up to 1."""
     positive = jnp.where(shares > 0, shares, 1)  # 0 * log 0 is 0
     return -jnp.sum(positive * jnp.log(positive), axis=-1)
