@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup compare tune generate test parity lint clean
+.PHONY: help setup compare tune generate train test parity lint clean
 
 # What a target is given beyond its defaults: make test ARGS="tests/test_frame.py -k pins"
 ARGS ?=
@@ -37,6 +37,9 @@ tune: $(RUN_ENV) ## measure which layout and config are the fastest on this GPU;
 
 generate: $(RUN_ENV) ## generate text; ARGS are flags of experiments.generate, else a tiny random model's
 	$(PYTHON) -m experiments.generate $(or $(ARGS),--preset=tiny --random --prompt=hello --max_new_tokens=32)
+
+train: $(RUN_ENV) ## train a small model on text, by default Python's own library; ARGS are flags of experiments.train
+	$(PYTHON) -m experiments.train $(ARGS)
 
 test: $(DEV_ENV) ## run the tests; ARGS go to pytest (-m "" for the slow ones too)
 	JAX_PLATFORMS='$(JAX_PLATFORMS)' $(PYTHON) -m pytest -n $(WORKERS) --dist=worksteal $(ARGS)

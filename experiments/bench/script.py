@@ -330,6 +330,12 @@ class Progress:
         if not self._bar.console.is_terminal:  # in a log file, a line each instead of a bar
             self._bar.console.print(f"... {what}", highlight=False)
 
+    def report(self, done: int, what: str = "") -> None:
+        """Says how many steps are done, and what was found where there is something to say."""
+        self._bar.update(self._task, completed=done, **({"description": what} if what else {}))
+        if what and not self._bar.console.is_terminal:
+            self._bar.console.print(f"... {what}", highlight=False)
+
     def say(self, line: str) -> None:
         """Prints a line."""
         self._bar.console.print(line, highlight=False, markup=False)
