@@ -63,8 +63,6 @@ _SIZES = {
     "experts_per_token": 2,
     "moe_intermediate": 64,
 }
-_HEAD_DIM = 32
-_AUX_LOSS_COEF = 0.01
 _OF_A_NEW_MODEL = "Of a new model; {} by default."
 
 
@@ -88,13 +86,13 @@ class Settings:
     )
     vocab_size: int | None = _size("vocab_size", "Tokens of the BPE, at least 257.", least=257)
     layers: int | None = _size("layers", "Decoder layers.")
-    hidden: int | None = _size("hidden", f"The model's width, in steps of {_HEAD_DIM}.")
+    hidden: int | None = _size("hidden", f"The model's width, in steps of {training_run.HEAD_DIM}.")
     experts: int | None = _size("experts", "Experts of a layer.")
     experts_per_token: int | None = _size("experts_per_token", "Those that a token is sent to.")
     moe_intermediate: int | None = _size("moe_intermediate", "An expert's inner width.")
     aux_loss_coef: float | None = flag(
         None,
-        f"Of the load-balancing loss; {_AUX_LOSS_COEF} by default, or the checkpoint's own.",
+        f"Of the balance loss; {training_run.AUX_LOSS_COEF} by default, or the checkpoint's own.",
         least=0,
     )
     z_loss_coef: float | None = flag(
@@ -144,10 +142,10 @@ class Settings:
                         f"--{name} is {getattr(self, name)} with --from; expected it without, "
                         "because the checkpoint has its own"
                     )
-        elif self.sizes["hidden"] % _HEAD_DIM:
+        elif self.sizes["hidden"] % training_run.HEAD_DIM:
             raise ValueError(
-                f"--hidden is {self.hidden}; expected a multiple of {_HEAD_DIM}, an attention "
-                "head's size"
+                f"--hidden is {self.hidden}; expected a multiple of {training_run.HEAD_DIM}, the "
+                "size of an attention head"
             )
         elif self.sizes["experts_per_token"] > self.sizes["experts"]:
             raise ValueError(
@@ -310,23 +308,8 @@ def load(settings: Settings, texts: corpus.Corpus) -> tuple[Qwen3Moe, Tokenizer,
         return from_arrays(config, to_arrays(loaded.model)), loaded.tokenizer, settings.source
     sizes, folder = settings.sizes, settings.out / _TOKENIZER
     tokenizer = corpus.trained_tokenizer(folder, texts.train, sizes["vocab_size"])
-    heads = sizes["hidden"] // _HEAD_DIM
-    config = Qwen3MoeConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden"],
-        intermediate_size=4 * sizes["hidden"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        head_dim=_HEAD_DIM,
-        max_position_embeddings=settings.context,
-        num_experts=sizes["experts"],
-        num_experts_per_tok=sizes["experts_per_token"],
-        moe_intermediate_size=sizes["moe_intermediate"],
-        norm_topk_prob=True,
-        router_aux_loss_coef=_AUX_LOSS_COEF,
-        tie_word_embeddings=True,
-        extra={"eos_token_id": tokenizer.eos_id},
+    config = training_run.small_config(
+        **sizes, context=settings.context, eos_token_id=tokenizer.eos_id
     )
     config = with_coefficients(settings, config)
     return Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=jnp.float32), tokenizer, folder

@@ -1,4 +1,4 @@
-"""The loop over training steps, and what is looked at when it is done."""
+"""A small model's config, the loop over training steps, and what is looked at when it is done."""
 
 import math
 import time
@@ -9,13 +9,49 @@ import jax
 from experiments.bench.corpus import unigram_perplexity
 from experiments.bench.environment import Environment
 from experiments.bench.train_records import HeldOutRow, StepRow
+from moe_jax.config import Qwen3MoeConfig
 from moe_jax.generation import GenerationDefaults, generate
 from moe_jax.model import Qwen3Moe
 from moe_jax.scoring import Scorer, score
 from moe_jax.tokenization import Tokenizer
 from moe_jax.training import PackedDocuments, TrainOptions, TrainState, train_step
 
+HEAD_DIM = 32  # of a small model's attention
+AUX_LOSS_COEF = 0.01
+
 _compiled_step = jax.jit(train_step, static_argnames="options", donate_argnames="state")
+
+
+def small_config(
+    *,
+    vocab_size: int,
+    layers: int,
+    hidden: int,
+    experts: int,
+    experts_per_token: int,
+    moe_intermediate: int,
+    context: int,
+    eos_token_id: int,
+) -> Qwen3MoeConfig:
+    """A config of these sizes: heads of HEAD_DIM, two for a key, and a tied embedding."""
+    heads = hidden // HEAD_DIM
+    return Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=context,
+        num_experts=experts,
+        num_experts_per_tok=experts_per_token,
+        moe_intermediate_size=moe_intermediate,
+        norm_topk_prob=True,
+        router_aux_loss_coef=AUX_LOSS_COEF,
+        tie_word_embeddings=True,
+        extra={"eos_token_id": eos_token_id},
+    )
 
 
 def token_ids(tokenizer: Tokenizer, texts: Sequence[str], vocab_size: int) -> list[list[int]]:

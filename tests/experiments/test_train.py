@@ -8,7 +8,7 @@ import pytest
 
 from experiments import evaluate, generate, train
 from experiments.bench import corpus, evaluation_records, script, train_records
-from moe_jax.checkpoints import load_hugging_face, save_hugging_face
+from moe_jax.checkpoints import load_hugging_face, save_hugging_face, save_orbax
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import load_tokenizer
 
@@ -100,8 +100,16 @@ def test_a_run_from_a_checkpoint_beside_another(made, text, tmp_path, capsys):
     ]
     assert tokenizers[0] == tokenizers[1]
     assert "perplexity" in capsys.readouterr().out
+    # An Orbax checkpoint is another place for the same numbers.
+    model = load_hugging_face(made / "checkpoint")
+    save_orbax(tmp_path / "orbax", model, copy_from=made / "checkpoint")
+    flags = [f"--from={tmp_path / 'orbax'}", f"--text={text}", *RUN, "--sample_tokens=0"]
+    train.run([*flags, f"--out={tmp_path / 'second'}"])
+    again = train_records.read_record(tmp_path / "second" / "metrics.jsonl")
+    assert train_records.steps_of(again)[0].loss == begins.loss
+
     changed = to_arrays(load_hugging_face(tmp_path / "checkpoint"))
-    before = to_arrays(load_hugging_face(made / "checkpoint"))
+    before = to_arrays(model)
     assert all(np.any(changed[name] != before[name]) for name in before)
 
 
