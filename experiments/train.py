@@ -104,12 +104,12 @@ class Settings:
         "hide a layer behind the others.",
         of=("pooled", "per_layer"),
     )
-    steps: int = flag(240, "Updates.", least=1)
+    steps: int = flag(480, "Updates.", least=1)
     context: int = flag(128, "Tokens of a row.", least=2)
-    batch: int = flag(16, "Rows that run at once.", least=1)
+    batch: int = flag(8, "Rows that run at once.", least=1)
     accumulate: int = flag(1, "Micro-batches of --batch rows in a step.", least=1)
-    learning_rate: float = flag(3e-3, "The largest.", least=0)
-    warmup_steps: int = flag(20, "In which the learning rate rises.", least=0)
+    learning_rate: float = flag(4e-3, "The largest; a checkpoint may need less.", least=0)
+    warmup_steps: int = flag(40, "In which the learning rate rises.", least=0)
     schedule: str = flag("cosine", "How it falls to a tenth.", of=SCHEDULES)
     weight_decay: float = flag(0.1, "AdamW's; not of norms and biases.", least=0)
     clip_norm: float | None = flag(1.0, "The largest gradient norm; empty for none.", least=0)
@@ -123,7 +123,7 @@ class Settings:
         "auto", "What computes attention.", of=("auto", *ATTENTION_BACKENDS)
     )
     seed: int = flag(0, "Of the sample, the weights, the order of rows and the draws.", least=0)
-    log_every: int = flag(10, "Steps between two lines of metrics.", least=1)
+    log_every: int = flag(20, "Steps between two lines of metrics.", least=1)
     held_out_tokens: int = flag(20000, "Of the held-out text, the most that are scored.", least=2)
     prompt: tuple[str, ...] = flag(
         ("def ", "class ", "import "), "What the model continues at the end.", repeated=True
