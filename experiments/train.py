@@ -40,6 +40,7 @@ from moe_jax.checkpoints import save_hugging_face
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import read_generation_defaults
+from moe_jax.generation.arguments import position_limit
 from moe_jax.json_files import local_path
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import active_parameter_count, from_arrays, parameter_count, to_arrays
@@ -305,6 +306,12 @@ def load(settings: Settings, texts: corpus.Corpus) -> tuple[Qwen3Moe, Tokenizer,
             )
         )
         config = with_coefficients(settings, loaded.model.config)
+        limit = position_limit(config)
+        if limit is not None and settings.context > limit:
+            raise ValueError(
+                f"--context is {settings.context}; expected at most {limit}, the checkpoint's "
+                "max_position_embeddings"
+            )
         return from_arrays(config, to_arrays(loaded.model)), loaded.tokenizer, settings.source
     sizes, folder = settings.sizes, settings.out / _TOKENIZER
     tokenizer = corpus.trained_tokenizer(folder, texts.train, sizes["vocab_size"])

@@ -176,6 +176,12 @@ def test_flags_are_checked(flags, said, tmp_path):
         script.parse_settings(train.Settings, [*flags, f"--out={tmp_path}"])
 
 
+def test_more_context_than_the_checkpoint_has(made, text, tmp_path):
+    flags = [f"--from={made / 'checkpoint'}", f"--text={text}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit, match="--context is 17; expected at most 16, the checkpoint's"):
+        train.run([*flags, "--context=17"])
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(made, text, tmp_path):
     poisoned = load_hugging_face(made / "checkpoint")
     arrays = to_arrays(poisoned)
