@@ -125,7 +125,6 @@ class Settings:
     )
     seed: int = flag(0, "Of the sample, the weights, the order of rows and the draws.", least=0)
     log_every: int = flag(20, "Steps between two lines of metrics.", least=1)
-    held_out_tokens: int = flag(20000, "Of the held-out text, the most that are scored.", least=2)
     prompt: tuple[str, ...] = flag(
         ("def ", "class ", "import "), "What the model continues at the end.", repeated=True
     )
@@ -264,7 +263,7 @@ def main(settings: Settings) -> None:
         bar.say("scoring the held-out text")
         row = training_run.score_held_out(
             Scorer(model=model, experts_backend=settings.experts_backend),
-            tokenizer.encode(held_out, add_special_tokens=False)[: settings.held_out_tokens],
+            tokenizer.encode(held_out, add_special_tokens=False),
             train,
             context=settings.context,
             step=int(state.step),

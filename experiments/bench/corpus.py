@@ -15,7 +15,7 @@ from moe_jax.tokenization import Tokenizer, load_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 SUFFIXES = (".py", ".txt", ".md")  # of the files that a folder gives
-HELD_OUT_SHARE = 0.04
+HELD_OUT_SHARE = 0.02
 _TRAINED_ON = "trained_on.json"
 # Of the standard library's folders: packages that are installed into it, and its tests.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
