@@ -135,24 +135,17 @@ def test_losses_are_the_definition_in_float64(params, whole):
 
 def test_gradients_and_loss_are_those_of_transformers():
     """Routers' and experts', with padding on the left."""
-
-    def run(name):
-        found = golden(name)
-        # The oracle's loss is the whole one, its coefficient with it.
-        options = TrainOptions(config=found.config, compute_dtype="float32")
-        mask = found.inputs.get("attention_mask", np.ones_like(found.inputs["input_ids"]))
-        batch = Batch(
-            input_ids=found.inputs["input_ids"][None].astype(np.int32),
-            labels=found.inputs["labels"][None].astype(np.int32),
-            segment_ids=mask[None].astype(np.int32) - 1,
-        )
-        return gradients_of(to_arrays(golden_model(name)), batch, options)
-
-    found, metrics = jax.jit(run, static_argnums=0)(HARDEST)
-    outputs = golden(HARDEST).outputs
-    assert_close(metrics["loss"], outputs["loss"])
-    assert_close(metrics["aux_loss"], outputs["aux_loss"])
-    for key, value in expected_gradients(golden(HARDEST)).items():
+    case = golden(HARDEST)
+    ids, labels, mask = (
+        jnp.asarray(case.inputs[name][None], jnp.int32)
+        for name in ("input_ids", "labels", "attention_mask")
+    )
+    batch = Batch(input_ids=ids, labels=labels, segment_ids=mask - 1)
+    options = TrainOptions(config=case.config, compute_dtype="float32")
+    found, metrics = gradients(to_arrays(golden_model(HARDEST)), batch, options=options)
+    for name in ("loss", "aux_loss"):
+        assert_close(metrics[name], case.outputs[name])
+    for key, value in expected_gradients(case).items():
         scale = np.abs(value).max()
         assert_close(found[key] / scale, value / scale)
 
