@@ -167,9 +167,7 @@ def parse_settings(settings_class: type, argv: Sequence[str]) -> Any:
 
 
 def with_texts(settings: Any, texts: Mapping[str, str]) -> Any:
-    """The settings with other values of these fields, read and checked as flags are.
-
-    The text of a bool is true or false; no field is a tuple.
+    """The settings with other values of fields, none a tuple, read and checked as flags are.
 
     Raises:
       ValueError: names the flag, its value and what is accepted.
@@ -287,14 +285,12 @@ def writable_folder(name: str, path: pathlib.Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("it is read-only")
     except OSError as error:
         raise ValueError(
             f"--{name} is {str(path)!r}; expected a folder to write to: {error}"
         ) from None
-    if not os.access(path, os.W_OK):
-        raise ValueError(
-            f"--{name} is {str(path)!r}; expected a folder to write to: it is read-only"
-        )
 
 
 def make_interpreter_safe() -> None:
@@ -325,15 +321,13 @@ class Progress:
 
     def advance(self, what: str) -> None:
         """Says what runs next; the step before it is done."""
-        self._bar.update(self._task, completed=self._begun, description=what)
+        self.report(self._begun, what)
         self._begun += 1
-        if not self._bar.console.is_terminal:  # in a log file, a line each instead of a bar
-            self._bar.console.print(f"... {what}", highlight=False)
 
     def report(self, done: int, what: str = "") -> None:
         """Says how many steps are done, and what was found where there is something to say."""
         self._bar.update(self._task, completed=done, **({"description": what} if what else {}))
-        if what and not self._bar.console.is_terminal:
+        if what and not self._bar.console.is_terminal:  # in a log file, a line instead of a bar
             self._bar.console.print(f"... {what}", highlight=False)
 
     def say(self, line: str) -> None:

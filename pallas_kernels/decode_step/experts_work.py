@@ -57,7 +57,7 @@ def slot_major_tiles(T: int, K: int, E: int, H: int) -> SlotMajorTiles:
 
 
 def _bytes_of(count: int, fp8: bool) -> int:
-    """Of so many weights, with their scales."""
+    """Bytes of that many weights, with their scales."""
     return count + 4 * count // (BLOCK[0] * BLOCK[1]) if fp8 else 2 * count
 
 
