@@ -2,7 +2,7 @@
 
     tiles     an expert's tokens, gathered side by side                    (gather.py)
               or, up to 8 tokens, the whole batch for each expert          (token_tiles.py)
-    gate/up   block (tile, 32 neurons)        hidden[c] = silu(gate_e x[c]) * up_e x[c] * w[c]
+    gate/up   block (tile, some neurons)      hidden[c] = silu(gate_e x[c]) * up_e x[c] * w[c]
     down      block (tile, block_m neurons)   outputs[p] = down_e hidden[c]    column c is row p's
     combine   out[t] = sum over k, in order, of outputs[row_of[t, k]]          (XLA)
 
@@ -38,6 +38,7 @@ from pallas_kernels.decode_experts.configs import (
 from pallas_kernels.decode_experts.expert_major_fp8 import (
     FP8_BLOCK_KS,
     FP8_MAX_BLOCK_N,
+    GateUpFp8,
     fp8_products,
     fp8_stage_bytes,
 )
@@ -56,15 +57,27 @@ from pallas_kernels.decode_experts.expert_schedule import (
 )
 from pallas_kernels.decode_experts.gather import MAX_ASSIGNMENTS, gather_by_xla, gather_rows
 from pallas_kernels.decode_experts.shapes import ExpertShapes
-from pallas_kernels.decode_experts.swiglu_epilogue import BLOCK_M
+from pallas_kernels.decode_experts.swiglu_epilogue import product_rows
 from pallas_kernels.decode_experts.token_tiles import TokenTiles, WholeBatchTiles
 from pallas_kernels.decode_experts.weights import ExpertWeights
 from pallas_kernels.mosaic.device import HOPPER, launch
 from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
 
 _BLOCK_MS = (64, 128)
-_NEURONS = {"bf16": (16, 32), "fp8": (32, 64)}
+# Of blocks of gate/up and of down, by the weights' format.
+NEURONS = {"bf16": (16, 32, 64), "fp8": (32, 64)}
+DOWN_BLOCK_MS = {"bf16": (64, 128, 256), "fp8": (64, 128)}
 _MIN_I_TO_FUSE = 512
+
+# Where popular experts have several tiles, L2 and not memory is the limit. Tiles of 16 are fewer,
+# and tall blocks load their tokens and hidden less often.
+_TALL = {
+    "gate_up_neurons": 64,
+    "gate_up_block_k": 128,
+    "down_block_m": 256,
+    "block_n": 16,
+    "fused": True,
+}
 
 # The default's three blocks a core in other forms, then four of them, then two with larger stages.
 _FP8_CHANGES = [
@@ -87,11 +100,11 @@ class ExpertMajorConfig:
     FP8 weights take block_k of 128 or 256, and block_n up to 32.
 
     Attributes:
-      gate_up_neurons: neurons of a gate/up block; 16 or 32, with FP8 weights 32 or 64.
+      gate_up_neurons: neurons of a gate/up block; 16, 32 or 64, with FP8 weights 32 or 64.
       gate_up_block_k: columns of x and gate_up in a stage; 64, 128 or 256, divides H.
       gate_up_num_stages: stages of gate/up. Fewer are used, and half or a quarter of their columns,
         where two blocks would not fit on a core otherwise.
-      down_block_m: output neurons of a down block; 64 or 128, divides H.
+      down_block_m: output neurons of a down block; 64, 128 or, of bf16 weights, 256; divides H.
       down_block_k: columns of hidden and down in a stage; 64, 128 or 256, divides I.
       down_num_stages: stages of down, likewise.
       block_n: rows of gathered tiles, a multiple of 8 up to 64; None takes default_block_n.
@@ -154,7 +167,8 @@ def _candidates(shapes: ExpertShapes, T: int) -> list[ExpertMajorConfig]:
     if default_block_n(T, shapes.K, shapes.E) > MIN_BLOCK_N:
         changes = [{"block_n": MIN_BLOCK_N}, *changes]
     elif not WholeBatchTiles.fit(T, shapes.K):
-        changes = [{"fused": not default_fused(MIN_BLOCK_N, True, shapes.I)}, *changes]
+        tall = [] if shapes.weights == "fp8" else [_TALL]
+        changes = [{"fused": not default_fused(MIN_BLOCK_N, True, shapes.I)}, *tall, *changes]
     configs = [default, *(dataclasses.replace(default, **fields) for fields in changes)]
     return valid_configs(_check, configs, shapes)
 
@@ -164,9 +178,9 @@ def _check(config: ExpertMajorConfig, shapes: ExpertShapes) -> None:
     c, H, I = config, shapes.H, shapes.I
     fp8 = shapes.weights == "fp8"
     block_ks, most_block_n = (FP8_BLOCK_KS, FP8_MAX_BLOCK_N) if fp8 else (BLOCK_KS, MAX_BLOCK_N)
-    check_block("gate_up_neurons", c.gate_up_neurons, _NEURONS[shapes.weights], "I", I)
+    check_block("gate_up_neurons", c.gate_up_neurons, NEURONS[shapes.weights], "I", I)
     check_block("gate_up_block_k", c.gate_up_block_k, block_ks, "H", H)
-    check_block("down_block_m", c.down_block_m, _BLOCK_MS, "H", H)
+    check_block("down_block_m", c.down_block_m, DOWN_BLOCK_MS[shapes.weights], "H", H)
     check_block("down_block_k", c.down_block_k, block_ks, "I", I)
     bytes_of = fp8_stage_bytes if fp8 else _stage_bytes
     for name, of_stage in bytes_of(c).items():
@@ -183,7 +197,9 @@ def _check(config: ExpertMajorConfig, shapes: ExpertShapes) -> None:
 def _stage_bytes(c: ExpertMajorConfig) -> dict[str, int]:
     """Of bf16 weights and 8 tokens, by the field that says how many there are."""
     return {
-        "gate_up_num_stages": stage_bytes(c.gate_up_block_k, BLOCK_M + MIN_BLOCK_N),
+        "gate_up_num_stages": stage_bytes(
+            c.gate_up_block_k, product_rows(c.gate_up_neurons) + MIN_BLOCK_N
+        ),
         "down_num_stages": stage_bytes(c.down_block_k, c.down_block_m + 2 * MIN_BLOCK_N),
     }
 
@@ -235,7 +251,8 @@ def _tiles(x, expert_ids, expert_weights, E: int, block_n: int, interpret) -> To
 
 def _products(tiles: TokenTiles, H: int, I: int, config: ExpertMajorConfig) -> tuple[GateUp, Down]:
     block_m, N, neurons = config.down_block_m, tiles.N, config.gate_up_neurons
-    block_k, num_stages = fit_stages(config.gate_up_block_k, config.gate_up_num_stages, BLOCK_M + N)
+    rows = product_rows(neurons) + N
+    block_k, num_stages = fit_stages(config.gate_up_block_k, config.gate_up_num_stages, rows)
     gate_up = GateUp(tiles=tiles, H=H, I=I, block_k=block_k, num_stages=num_stages, neurons=neurons)
     block_k, num_stages = fit_stages(config.down_block_k, config.down_num_stages, block_m + 2 * N)
     down = Down(tiles=tiles, H=H, I=I, block_m=block_m, block_k=block_k, num_stages=num_stages)
@@ -269,7 +286,7 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         num_used = tiles.num_used(table)
 
         def signal_tile(tile):
-            signal(counters, tile, after_copies=True)
+            signal(counters, tile, after_copies=isinstance(gate_up, GateUpFp8))
 
         def wait_for_tile(tile):
             wait(counters, tile, gate_up.blocks_per_tile, down.blocks_per_tile)

@@ -112,11 +112,9 @@ class GateUpFp8(GateUp):
     def run(
         self, block_id, table, weight_of, x, gate_up, hidden, shared, full,
         signal: Callable[[Any], None] = nothing,
-        wait: Callable[[], None] = nothing,
     ) -> None:  # fmt: skip
         """All of one block: `hidden` is what it writes; then it calls signal(its tile's index).
 
-        Once wait() returns, x and weight_of may be read. A block without a tile calls it, too.
         `gate_up` has values [E * 2, I, H] and scales [E * 2 * I / 128, H / 128].
         """
         N, block_k, product = self.tiles.N, self.block_k, self.product
@@ -129,17 +127,11 @@ class GateUpFp8(GateUp):
             halves = pl.ds(2 * tile.expert, 2)
             rows = pl.ds(part * self.neurons, self.neurons)
 
-            def load_weights(step, stage):
-                piece = values.at[halves, rows, pl.ds(step * block_k, block_k)]
-                copy_evict_first(piece, stages[0].at[stage], full.at[stage])
-
-            def load_x(step, stage):
-                piece = x.at[pl.ds(tile.first_row, N), pl.ds(step * block_k, block_k)]
-                copy_evict_first(piece, stages[1].at[stage], full.at[stage])
-
             def load(step, stage):
-                load_weights(step, stage)
-                load_x(step, stage)
+                at = pl.ds(step * block_k, block_k)
+                copy_evict_first(values.at[halves, rows, at], stages[0].at[stage], full.at[stage])
+                piece = x.at[pl.ds(tile.first_row, N), at]
+                copy_evict_first(piece, stages[1].at[stage], full.at[stage])
 
             def prepare(step, stage):
                 plgpu.barrier_wait(full.at[stage])
@@ -147,10 +139,7 @@ class GateUpFp8(GateUp):
 
             staggered_start(block_id, self.num_blocks, 2 * self.neurons * self.H)
             num_steps = self.H // block_k
-            # Weights depend on the tile alone, so they are on their way before the wait.
-            prologue(num_steps, self.num_stages, load_weights)
-            wait()
-            prologue(num_steps, self.num_stages, load_x)
+            prologue(num_steps, self.num_stages, load)
             first_rows = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
             product.load_scales(stages, [scales.at[lax.div(row, BLOCK[0])] for row in first_rows])
             totals = mainloop(
@@ -179,7 +168,6 @@ class GateUpFp8(GateUp):
             signal(index)
 
         pl.when(tile.expert >= 0)(multiply)
-        pl.when(tile.expert < 0)(wait)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_experts.swiglu_epilogue import (
-    BLOCK_M,
-    NEURONS,
+    by_token,
     exchange_type,
+    product_rows,
     store_transposed,
     swiglu_epilogue,
 )
@@ -62,6 +62,13 @@ class GateUp:
     """Block (tile, some neurons): hidden = silu(gate_e x) * up_e x * weight of the tile's columns.
 
     Hidden is [tiles * 2N, I] in split bf16: tile by tile, N rows of the high half and N of the low.
+
+    Attributes:
+      tiles: the tokens.
+      H, I: of the experts.
+      block_k, num_stages: of the ring of weights and tokens.
+      neurons: of a block. 64 are two wgmmas, which share a load of the tokens; 32 are one. Of fewer
+        than 32 some rows of the wgmma are left out, and blocks are shorter.
     """
 
     tiles: TokenTiles
@@ -69,7 +76,7 @@ class GateUp:
     I: int
     block_k: int
     num_stages: int
-    neurons: int = NEURONS  # or fewer: then rows of the wgmma are left out, and blocks are shorter
+    neurons: int
 
     @property
     def blocks_per_tile(self) -> int:
@@ -80,19 +87,22 @@ class GateUp:
         return self.tiles.num_tiles * self.blocks_per_tile
 
     @property
+    def _rows(self) -> int:
+        return product_rows(self.neurons)
+
+    @property
     def out_type(self) -> jax.ShapeDtypeStruct:
         rows = self.tiles.num_tiles * 2 * self.tiles.N
         return jax.ShapeDtypeStruct((rows, self.I), jnp.bfloat16)
 
-    def shared_types(self) -> tuple[list, list]:
+    def shared_types(self) -> tuple[list, Any]:
         """The stages, and what takes their place once the last of them is computed."""
         N = self.tiles.N
         stages = [
-            wgmma_operand(self.num_stages, BLOCK_M, self.block_k),
+            wgmma_operand(self.num_stages, self._rows, self.block_k),
             wgmma_operand(self.num_stages, N, self.block_k),
         ]
-        # A row begins at a multiple of 128 bytes, as the copy engine wants it.
-        return stages, [exchange_type(N), plgpu.SMEM((2 * N, 2 * NEURONS), jnp.bfloat16)]
+        return stages, exchange_type(N)
 
     def full_type(self):
         return plgpu.Barrier(num_arrivals=3, num_barriers=self.num_stages)
@@ -100,34 +110,24 @@ class GateUp:
     def run(
         self, block_id, table, weight_of, x, gate_up, hidden, shared, full,
         signal: Callable[[Any], None] = nothing,
-        wait: Callable[[], None] = nothing,
     ) -> None:  # fmt: skip
-        """All of one block: `hidden` is what it writes; then it calls signal(its tile's index).
-
-        Once wait() returns, x and weight_of may be read. A block without a tile calls it, too.
-        """
-        N, block_k = self.tiles.N, self.block_k
-        (weights_smem, x_smem), (exchange_smem, hidden_smem) = shared
+        """All of one block: `hidden` is what it writes; then it calls signal(its tile's index)."""
+        N, block_k, half_rows = self.tiles.N, self.block_k, self._rows // 2
+        (weights_smem, x_smem), exchange_smem = shared
         index, part = tile_and_part(block_id, self.blocks_per_tile)
         tile = self.tiles.lookup(table, index)
 
         def multiply(acc):
             gate_row, up_row = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
 
-            def load_weights(step, stage):
+            def load(step, stage):
                 at = pl.ds(step * block_k, block_k)
                 for half, row in enumerate((gate_row, up_row)):
-                    half_smem = weights_smem.at[stage, pl.ds(half * NEURONS, self.neurons)]
+                    half_smem = weights_smem.at[stage, pl.ds(half * half_rows, self.neurons)]
                     piece = gate_up.at[pl.ds(row, self.neurons), at]
                     copy_evict_first(piece, half_smem, full.at[stage])
-
-            def load_x(step, stage):
-                piece = x.at[pl.ds(tile.first_row, N), pl.ds(step * block_k, block_k)]
+                piece = x.at[pl.ds(tile.first_row, N), at]
                 copy_evict_first(piece, x_smem.at[stage], full.at[stage])
-
-            def load(step, stage):
-                load_weights(step, stage)
-                load_x(step, stage)
 
             def compute(_, stage, carry):
                 plgpu.barrier_wait(full.at[stage])
@@ -136,30 +136,18 @@ class GateUp:
 
             staggered_start(block_id, self.num_blocks, stage_bytes(self.H, 2 * self.neurons))
             steps, num_stages = self.H // block_k, self.num_stages
-            # Weights depend on the tile alone, so they are on their way before the wait.
-            prologue(steps, num_stages, load_weights)
-            wait()
-            prologue(steps, num_stages, load_x)
+            prologue(steps, num_stages, load)
             mainloop(steps, num_stages, load=load, compute=compute, init=(), wgmmas_in_flight=1)
-            weights = self.tiles.load_weights(weight_of, tile)
-            split = swiglu_epilogue(acc[...], weights, exchange_smem)
-            for half, values in enumerate(split):
-                hidden_smem[pl.ds(half * N, N), pl.ds(0, NEURONS)] = values
-            plgpu.commit_smem()
+            weights = self.tiles.load_weights(weight_of, tile, by_token(self.neurons).reduce(1))
+            split = swiglu_epilogue(acc[...], weights, exchange_smem, self.neurons)
+            # Lanes store all N rows: copies of the valid ones would take longer to be seen.
             neurons = pl.ds(part * self.neurons, self.neurons)
-
-            def store(column, _):
-                for row in (column, N + column):
-                    half_smem = hidden_smem.at[:, pl.ds(0, self.neurons)]
-                    store_row(half_smem, row, hidden.at[:, neurons], index * (2 * N) + row)
-
-            self.tiles.for_each_valid(tile, store)
-            plgpu.wait_smem_to_gmem(0)
+            for half, values in enumerate(split):
+                hidden[pl.ds(index * (2 * N) + half * N, N), neurons] = values
             signal(index)
 
-        accumulator = plgpu.ACC((BLOCK_M, N), jnp.float32)
+        accumulator = plgpu.ACC((self._rows, N), jnp.float32)
         pl.when(tile.expert >= 0)(lambda: pl.run_scoped(multiply, accumulator))
-        pl.when(tile.expert < 0)(wait)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

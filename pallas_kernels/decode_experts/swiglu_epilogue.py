@@ -1,13 +1,18 @@
 """From a gate/up product on the tensor cores to hidden, in registers.
 
-One product of M = 64 has the gate rows of 32 neurons above their up rows, for block_n tokens:
+A product has the gate rows of some neurons above their up rows, for block_n tokens:
 
-    product [64, N]    rows 0..31   gate_e x     in two of the four warps
-                       rows 32..63  up_e x       in the other two
+    M = 64     [64, N]     rows 0..31   gate_e x     in two of the four warps
+                           rows 32..63  up_e x       in the other two
+    M = 128    [128, N]    rows 0..63   gate_e x     of one wgmma
+                           rows 64..127 up_e x       of another: in the same lanes
 
-A neuron's two values are in different warps, so they go through shared memory, transposed. Then a
-lane has both, and the routing weight of their token.
+With M = 64 a neuron's two values are in different warps, so they go through shared memory. With
+M = 128 their product does, because tokens are to be rows all the same. Then a lane has a neuron's
+value, and the routing weight of its token.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 BLOCK_M = 64  # rows of weights that one wgmma takes
-NEURONS = BLOCK_M // 2
-# [N, NEURONS] in registers: 4 warps by 2 tokens, 16 lanes along a token's neurons.
-_BY_TOKEN = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, NEURONS), (2, 2))), warp_dims=(-4,), lane_dims=(-2, -3), vector_dim=-1
-)
-TOKENS = _BY_TOKEN.reduce(1)  # [N], as swiglu_epilogue takes the routing weights
+_HALF = BLOCK_M // 2
+
+
+def by_token(neurons: int) -> Any:
+    """The layout of [N, neurons] in registers: 4 warps by 2 tokens, 16 lanes along the neurons."""
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((8, neurons), (2, neurons // 16))),
+        warp_dims=(-4,),
+        lane_dims=(-2, -3),
+        vector_dim=-1,
+    )
 
 
 def exchange_type(N: int):
@@ -29,12 +39,12 @@ def exchange_type(N: int):
     return plgpu.SMEM((N, BLOCK_M), jnp.float32)
 
 
-def load_weights(weight_gmem, layout=TOKENS) -> jax.Array:
+def load_weights(weight_gmem, layout) -> jax.Array:
     """[N] float32: the routing weights of a tile's tokens."""
     return plgpu.load(weight_gmem, layout=layout, optimized=False)
 
 
-def spread_weights(weights: list[jax.Array], N: int, layout=TOKENS) -> jax.Array:
+def spread_weights(weights: list[jax.Array], N: int, layout) -> jax.Array:
     """[N] as load_weights gives them, from up to N scalars; zeros behind them."""
     columns = plgpu.broadcasted_iota(jnp.int32, (N,), 0, layout=layout)
     spread = plgpu.layout_cast(jnp.zeros((N,), jnp.float32), layout)
@@ -43,33 +53,46 @@ def spread_weights(weights: list[jax.Array], N: int, layout=TOKENS) -> jax.Array
     return spread
 
 
+def product_rows(neurons: int) -> int:
+    """M of the product of some neurons: 64 up to 32 of them, else 128."""
+    return BLOCK_M if neurons <= _HALF else 2 * BLOCK_M
+
+
 def swiglu_epilogue(
-    product: jax.Array, weights: jax.Array, exchange
+    product: jax.Array, weights: jax.Array, exchange, neurons: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Weight * silu(gate) * up in split bf16: the high and the low half, each [N, NEURONS].
+    """Weight * silu(gate) * up in split bf16: the high and the low half, each [N, neurons].
 
     The two bf16 numbers have 16 bits of mantissa between them.
 
     Args:
-      product: [BLOCK_M, N] float32.
-      weights: [N], see load_weights and spread_weights.
+      product: [M, N] float32, M as product_rows has it.
+      weights: [N] in the layout by_token(neurons).reduce(1), see load_weights and spread_weights.
       exchange: see exchange_type.
+      neurons: of the product.
     """
-    store_transposed(exchange, product)
-    gate, up = (
-        plgpu.load(
-            exchange.at[:, pl.ds(half * NEURONS, NEURONS)], layout=_BY_TOKEN, optimized=False
-        )
-        for half in range(2)
-    )  # [N, NEURONS]
-    weights = lax.broadcast_in_dim(weights, gate.shape, (0,))
-    value = gate / (1 + jnp.exp(-gate)) * up * weights
+
+    def load(first):
+        part = exchange.at[:, pl.ds(first, neurons)]
+        return plgpu.load(part, layout=by_token(neurons), optimized=False)
+
+    if product.shape[0] == BLOCK_M:
+        store_transposed(exchange, product)
+        value = _swiglu(load(0), load(_HALF))
+    else:
+        store_transposed(exchange, _swiglu(product[:BLOCK_M], product[BLOCK_M:]))
+        value = load(0)
+    value *= lax.broadcast_in_dim(weights, value.shape, (0,))
     high = value.astype(jnp.bfloat16)
     return high, (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate / (1 + jnp.exp(-gate)) * up
+
+
 def store_transposed(smem, product: jax.Array) -> None:
-    """Stores [BLOCK_M, N] as [N, BLOCK_M], once no copy reads what is there any more."""
+    """Stores [M, N] as [N, M], once no copy reads what is there any more."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     product = plgpu.layout_cast(product, plgpu.Layout.WGMMA_TRANSPOSED)
     smem.transpose((1, 0))[...] = product

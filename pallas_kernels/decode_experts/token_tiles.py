@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_experts.swiglu_epilogue import TOKENS, load_weights, spread_weights
+from pallas_kernels.decode_experts.swiglu_epilogue import load_weights, spread_weights
 
 # Each block looks at all ids, in code without a loop.
 _MAX_ASSIGNMENTS_UNROLLED = 128
@@ -73,7 +73,7 @@ class TokenTiles(Protocol):
         """Calls do(column, row of outputs) for each valid column."""
         ...
 
-    def load_weights(self, weights: Any, tile: Tile, layout: Any = TOKENS) -> jax.Array:
+    def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         """[N]: the columns' routing weights in registers of that layout; padding's may be any."""
         ...
 
@@ -170,7 +170,7 @@ class WholeBatchTiles:
         for column, row in enumerate(tile.valid):
             pl.when(row >= 0)(functools.partial(do, column, row))
 
-    def load_weights(self, weights: Any, tile: Tile, layout: Any = TOKENS) -> jax.Array:
+    def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         of_columns = [weights[jnp.maximum(row, 0)] for row in tile.valid]
         return spread_weights(of_columns, self.N, layout)
 
@@ -217,5 +217,5 @@ class GatheredTiles:
     def for_each_valid(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
         lax.fori_loop(0, tile.valid, lambda column, _: do(column, tile.first_row + column), None)
 
-    def load_weights(self, weights: Any, tile: Tile, layout: Any = TOKENS) -> jax.Array:
+    def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         return load_weights(weights.at[pl.ds(tile.first_row, self.N)], layout)

@@ -69,23 +69,23 @@ def _plain(weights: Weight, columns: int) -> jax.Array:
     return dequantise(weights)
 
 
-def _with_ids(groups: tuple, tiles: SlotMajorTiles, mailed: bool) -> tuple:
-    """A product's shared memory; mailed, the ids stand behind the stages."""
-    if not mailed:
-        return groups
+def _with_words(groups: tuple, tiles: SlotMajorTiles, dtypes: tuple) -> tuple:
+    """A product's shared memory; behind the stages, what `_collected` keeps of each mailbox."""
+    size = (round_up(tiles.num_tiles, LANES),)
     stages, *others = groups
-    return ([*stages, plgpu.SMEM((round_up(tiles.num_tiles, LANES),), jnp.int32)], *others)
+    return ([*stages, *(plgpu.SMEM(size, dtype) for dtype in dtypes)], *others)
 
 
-def _ids(ids: Any, shared: tuple, mailed: bool) -> tuple[Any, tuple]:
-    """The ids that a product's blocks read, and its own shared memory."""
-    if not mailed:
-        return ids, shared
-    (*stages, ids_smem), *others = shared
-    size = ids_smem.shape[0]
-    (words,) = collect([Piece(ids, one_per_lane(size), shape=(size,), limit=ids.shape[0])])
-    ids_smem[...] = words.astype(jnp.int32)
-    return ids_smem, (stages, *others)
+def _collected(mailboxes: tuple, shared: tuple) -> tuple[tuple, tuple]:
+    """What is in mailboxes of assignments, in shared memory; and the product's own part of it."""
+    first, *others = shared
+    stages, kept = first[: -len(mailboxes)], first[-len(mailboxes) :]
+    size = kept[0].shape[0]
+    layout = one_per_lane(size)
+    pieces = [Piece(ref, layout, shape=(size,), limit=ref.shape[0]) for ref in mailboxes]
+    for smem, words in zip(kept, collect(pieces), strict=True):
+        smem[...] = words.astype(smem.dtype)
+    return tuple(kept), (stages, *others)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,11 +96,12 @@ class GateUpWork:
 
     Attributes:
       product: what its blocks do; a GateUpFp8 for FP8 weights.
-      after: the kind of task that writes the ids.
-      mailed: whether the ids are in a mailbox, as words, before the rest is written.
+      after_ids, after: the kinds of tasks that write ids and weights, and tokens.
+      mailed: whether ids and weights are in mailboxes, as float32.
     """
 
     product: GateUp
+    after_ids: str
     after: str
     mailed: bool = False
 
@@ -126,21 +127,25 @@ class GateUpWork:
         return {"hidden": self.product.out_type}
 
     def shared_types(self) -> tuple:
-        return _with_ids(self.product.shared_types(), self.product.tiles, self.mailed)
+        dtypes = (jnp.int32, jnp.float32) if self.mailed else ()
+        return _with_words(self.product.shared_types(), self.product.tiles, dtypes)
 
     def barrier_types(self) -> Any:
         return self.product.full_type()
 
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
         """Signals its tile's counter; a block without a tile signals nothing."""
-        a, wait_for_tokens = arrays, functools.partial(wait, self.after)
-        if not self.mailed:
-            wait_for_tokens()
-        ids, shared = _ids(a["ids"], shared, self.mailed)
+        a = arrays
+        # Tokens first, because they are there before the ids, and while memory is idle.
+        wait(self.after)
+        if self.mailed:
+            (ids, weights), shared = _collected((a["ids"], a["weights"]), shared)
+        else:
+            wait(self.after_ids)
+            ids, weights = a["ids"], a["weights"]
         self.product.run(
-            block_id, ids, a["weights"], a["tokens"], a["gate_up"], a["hidden"], shared, full,
-            functools.partial(signal, after_copies=True),
-            wait_for_tokens if self.mailed else lambda: None,
+            block_id, ids, weights, a["tokens"], a["gate_up"], a["hidden"], shared, full,
+            functools.partial(signal, after_copies=isinstance(self.product, GateUpFp8)),
         )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -189,7 +194,8 @@ class DownWork:
         return {"outputs": self.product.out_type}
 
     def shared_types(self) -> tuple:
-        return _with_ids(self.product.shared_types(), self.product.tiles, self.mailed)
+        dtypes = (jnp.int32,) if self.mailed else ()
+        return _with_words(self.product.shared_types(), self.product.tiles, dtypes)
 
     def barrier_types(self) -> Any:
         return self.product.full_type()
@@ -197,10 +203,11 @@ class DownWork:
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
         """The last task: it signals nothing, because the grid ends."""
         del signal
-        a = arrays
-        if not self.mailed:
+        a, ids = arrays, arrays["ids"]
+        if self.mailed:
+            (ids,), shared = _collected((ids,), shared)
+        else:
             wait(self.after_ids)
-        ids, shared = _ids(a["ids"], shared, self.mailed)
         self.product.run(
             block_id, ids, a["hidden"], a["down"], a["outputs"], shared, full,
             lambda tile: wait(self.after, tile),

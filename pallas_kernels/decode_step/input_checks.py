@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from pallas_kernels.block_scaled_fp8 import BLOCK, VALUES_DTYPE, check_block_scaled_fp8, is_fp8
 from pallas_kernels.decode_attention.split_attention import MAX_GROUP
 from pallas_kernels.decode_experts.configs import check_num_stages
+from pallas_kernels.decode_experts.expert_major import DOWN_BLOCK_MS, NEURONS
 from pallas_kernels.decode_experts.expert_major_fp8 import FP8_BLOCK_KS, fp8_stage_bytes
 from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, stage_bytes
-from pallas_kernels.decode_experts.swiglu_epilogue import BLOCK_M
+from pallas_kernels.decode_experts.swiglu_epilogue import product_rows
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from pallas_kernels.decode_step.layer import PRODUCTS, LayerConfig, LayerShapes
 from pallas_kernels.mosaic.operands import expect_array, round_up
@@ -139,9 +140,9 @@ def check_config(config: LayerConfig, quantised: bool = False) -> None:
             raise ValueError(f"config.{field} is {value!r}; expected 0 to {MAX_SPREAD_NS}")
     block_ks = FP8_BLOCK_KS if quantised else BLOCK_KS
     for field, accepted in (
-        ("gate_up_neurons", (32, 64) if quantised else (16, 32)),
+        ("gate_up_neurons", NEURONS["fp8" if quantised else "bf16"]),
         ("gate_up_block_k", block_ks),
-        ("down_block_m", (64, 128)),
+        ("down_block_m", DOWN_BLOCK_MS["fp8" if quantised else "bf16"]),
         ("down_block_k", block_ks),
     ):
         value = getattr(config, field)
@@ -149,7 +150,9 @@ def check_config(config: LayerConfig, quantised: bool = False) -> None:
             raise ValueError(f"config.{field} is {value!r}; expected one of {list(accepted)}")
     N = WholeBatchTiles.N
     of_stage = {
-        "gate_up_num_stages": stage_bytes(config.gate_up_block_k, BLOCK_M + N),
+        "gate_up_num_stages": stage_bytes(
+            config.gate_up_block_k, product_rows(config.gate_up_neurons) + N
+        ),
         "down_num_stages": stage_bytes(config.down_block_k, config.down_block_m + 2 * N),
     }
     for field, size in (fp8_stage_bytes(config) if quantised else of_stage).items():

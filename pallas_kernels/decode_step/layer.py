@@ -6,13 +6,14 @@
     merge        the splits of a row and head
     o            partial sums of the output projection
     add_2        total = total + o; partial sums of the router's product
-    top_k        softmax and top-k; the normed input of the experts
+    norm         RMSNorm: the experts' input
+    top_k        softmax and top-k
     gate_up      the experts' first product and its epilogue
     down         the second, one output for each assignment; the next add_1 adds them
 
-`attention_tasks` are the first six, `router_tasks` the next, `experts_tasks` the last two. Up to 8
-tokens all of them can be one grid. Divisions by a norm's root mean square are left to those who
-read a product (add_residual.py): attend and top_k.
+`attention_tasks` are the first six, `router_tasks` the next two, `experts_tasks` the last two. Up
+to 8 tokens all of them can be one grid. Divisions by a norm's root mean square are left to those
+who read a product (add_residual.py): attend and top_k.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, Down, G
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
 from pallas_kernels.decode_step.attention_work import AttendWork, MergeWork
 from pallas_kernels.decode_step.experts_work import DownWork, GateUpWork, slot_major_tiles
+from pallas_kernels.decode_step.norm_input import NormInput
 from pallas_kernels.decode_step.split_product import SplitProduct
 from pallas_kernels.decode_step.split_product_fp8 import SplitProductFp8
 from pallas_kernels.decode_step.tasks import Task
@@ -98,7 +100,7 @@ class LayerConfig:
     mailboxes: bool = True
 
 
-_FEW_ROWS = LayerConfig(gate_up_neurons=16, o_spread_ns=4000)
+_FEW_ROWS = LayerConfig(o_spread_ns=4000)
 # Half the bytes take half the time. Stages are as many as let three blocks share a core.
 _FP8 = LayerConfig(
     qkv_spread_ns=2000,
@@ -117,7 +119,9 @@ def default_config(B: int, quantised: bool = False) -> LayerConfig:
     """
     if quantised:
         return _FP8_FEW_ROWS if B <= 2 else _FP8
-    return _FEW_ROWS if B <= 2 else LayerConfig()
+    if B > 2:
+        return LayerConfig()
+    return dataclasses.replace(_FEW_ROWS, gate_up_neurons=16) if B == 1 else _FEW_ROWS
 
 
 def attention_tasks(
@@ -223,36 +227,42 @@ def _in_mailboxes(task: Task) -> Task:
 
 
 def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
-    """From the router's partial sums to logits, ids, weights, and the experts' normed input.
+    """From the router's partial sums to logits, ids, weights, and the experts' input.
 
     Arguments as those of attention_tasks.
     """
+    norm = NormInput(T=s.B, H=s.H, N=s.N, eps=s.eps, mailed=mailed, after="add_2")
     top_k = TopK(
         T=s.B,
         H=s.H,
         E=s.E,
         K=s.K,
-        N=s.N,
         eps=s.eps,
         num_splits=s.H // COLUMNS,
         norm_topk_prob=s.norm_topk_prob,
         mailed=mailed,
         after="add_2",
     )
+    waits_for = {} if mailed else {"add_2": s.B}
     return [
         Task(
-            kind="top_k",
-            work=top_k,
+            kind="norm",
+            work=norm,
             reads={
-                "partials": "logits_partials",
                 "squares": "squares_2",
                 "total": "residual_words" if mailed else "residual",
                 "norm_weight": "post_attention_layernorm",
-                "valid": "valid",
             },
-            writes={"normed": "moe_input"} | {name: name for name in ("logits", "ids", "weights")},
-            posts={"words": "ids_words"} if mailed else {},
-            waits_for={} if mailed else {"add_2": s.B},
+            writes={"normed": "moe_input"},
+            waits_for=waits_for,
+        ),
+        Task(
+            kind="top_k",
+            work=top_k,
+            reads={"partials": "logits_partials", "squares": "squares_2", "valid": "valid"},
+            writes={name: name for name in ("logits", "ids", "weights")},
+            posts={name: name for name in ("id_words", "weight_words") if mailed},
+            waits_for=waits_for,
         ),
     ]
 
@@ -262,7 +272,7 @@ def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> 
 
     Arguments as those of attention_tasks.
     """
-    ids = "ids_words" if mailed else "ids"
+    ids, weights = ("id_words", "weight_words") if mailed else ("ids", "weights")
     tiles = slot_major_tiles(s.B, s.K, s.E, s.H)
     fp8 = "experts" in s.fp8
     gate_up = (GateUpFp8 if fp8 else GateUp)(
@@ -284,15 +294,16 @@ def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> 
     return [
         Task(
             kind="gate_up",
-            work=GateUpWork(product=gate_up, after="top_k", mailed=mailed),
+            work=GateUpWork(product=gate_up, after_ids="top_k", after="norm", mailed=mailed),
             reads={
                 "ids": ids,
-                "weights": "weights",
+                "weights": weights,
                 "tokens": "moe_input",
                 "gate_up": "gate_up",
             },
             writes={"hidden": "hidden"},
-            waits_for={"top_k": gate_up.num_blocks},
+            waits_for=({} if mailed else {"top_k": gate_up.num_blocks})
+            | {"norm": gate_up.num_blocks},
         ),
         Task(
             kind="down",

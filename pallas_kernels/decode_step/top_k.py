@@ -11,9 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_step.add_residual import inverse_rms, padded_experts, squares_piece
-from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, post
+from pallas_kernels.mosaic.mailbox import Piece, collect, post
 from pallas_kernels.mosaic.operands import round_up
-from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, row_layout, scatter
+from pallas_kernels.mosaic.warpgroup import LANES, lane_indices, one_per_lane, scatter
 
 _INT32_MIN = -(2**31)
 # Few elements, in each warp the same.
@@ -25,9 +25,9 @@ class TopK:
     """Block t: logits[t] = partials added in the order of splits, and the K likeliest experts.
 
     Reads partials [num_splits, N, padded_E] float32, of which columns beyond E may hold anything,
-    squares, total and norm_weight as AddResidual has them, and valid [T] int32. Writes logits
-    [T, E] float32, ids [T * K] int32 and weights [T * K] float32, a token's one after the other,
-    and normed [N, H] bf16. A token that is not valid has ids of -1.
+    squares as AddResidual has them, and valid [T] int32. Writes logits [T, E] float32, ids [T * K]
+    int32 and weights [T * K] float32, a token's one after the other. A token that is not valid has
+    ids of -1. Mailed, it posts ids and weights as float32, too.
 
     Each lane has some experts, and counts those that come before its own: E comparisons, and no
     exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. Then an expert
@@ -38,19 +38,17 @@ class TopK:
 
     Attributes:
       T, H, E, K: tokens, their size, experts, experts a token.
-      N: rows of normed; those from T on stay unwritten.
       eps: of the norm before the router.
       num_splits: of the product with the router's gate.
       norm_topk_prob: whether the K weights are divided by their sum.
       after: the kind of task that writes the partials.
-      mailed: whether what it reads, and the experts' ids as words, are in mailboxes.
+      mailed: whether what it reads and posts is in mailboxes.
     """
 
     T: int
     H: int
     E: int
     K: int
-    N: int
     eps: float
     num_splits: int
     norm_topk_prob: bool
@@ -75,12 +73,12 @@ class TopK:
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         chosen = (self.T * self.K,)
-        words = {"words": jax.ShapeDtypeStruct(chosen, jnp.float32)} if self.mailed else {}
-        return words | {
+        words = jax.ShapeDtypeStruct(chosen, jnp.float32)
+        posted = {"id_words": words, "weight_words": words} if self.mailed else {}
+        return posted | {
             "logits": jax.ShapeDtypeStruct((self.T, self.E), jnp.float32),
             "ids": jax.ShapeDtypeStruct(chosen, jnp.int32),
-            "weights": jax.ShapeDtypeStruct(chosen, jnp.float32),
-            "normed": jax.ShapeDtypeStruct((self.N, self.H), jnp.bfloat16),
+            "weights": words,
         }
 
     def shared_types(self) -> tuple:
@@ -103,21 +101,13 @@ class TopK:
         del full
         (smem,), token = shared, block_id
         valid = arrays["valid"][token]
-        layout = row_layout(self.H)
-        norm_weight = plgpu.load(arrays["norm_weight"], layout=layout, optimized=False)
         wait(self.after)
         experts = one_per_lane(self.padded_E)
         pieces = [
             Piece(arrays["partials"].at[split, token], experts, limit=self.E)
             for split in range(self.num_splits)
         ]
-        pieces.append(squares_piece(arrays["squares"], token))
-        total = arrays["total"].at[token]
-        if isinstance(total, Mailbox):
-            *partials, squares, row = collect([*pieces, Piece(total, layout)])
-        else:
-            row = plgpu.load(total, layout=layout, optimized=False)
-            *partials, squares = collect(pieces)
+        *partials, squares = collect([*pieces, squares_piece(arrays["squares"], token)])
         inverse = inverse_rms(squares, self.H, self.eps)
         expert_logits = self._add_partials(partials) * inverse  # [padded_E]
         ranks = self._rank(expert_logits, smem["keys"])
@@ -125,11 +115,10 @@ class TopK:
         self._choose(expert_logits, ranks, valid, smem)
         chosen = pl.ds(token * self.K, self.K)
         if self.mailed:  # first, because the experts' weights are loaded by them
-            layout_of_ids = one_per_lane(smem["chosen_ids"].shape[0])
-            ids = plgpu.load(smem["chosen_ids"], layout=layout_of_ids).astype(jnp.float32)
-            post(arrays["words"].at[chosen], ids, layout_of_ids, limit=self.K)
-        row = row.astype(jnp.float32) * inverse * norm_weight.astype(jnp.float32)
-        arrays["normed"][token] = row.astype(jnp.bfloat16)
+            layout = one_per_lane(smem["chosen_ids"].shape[0])
+            for role, name in (("id_words", "chosen_ids"), ("weight_words", "chosen_weights")):
+                words = plgpu.load(smem[name], layout=layout).astype(jnp.float32)
+                post(arrays[role].at[chosen], words, layout, limit=self.K)
         _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
         _store(smem["chosen_ids"], arrays["ids"].at[chosen], self.K)
         _store(smem["chosen_weights"], arrays["weights"].at[chosen], self.K)
@@ -144,14 +133,12 @@ class TopK:
         if self.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         ids = jnp.where(arrays["valid"][:, None] > 0, ids, -1).astype(jnp.int32)
-        normed = arrays["total"].astype(jnp.float32) * inverse
-        normed = normed * arrays["norm_weight"].astype(jnp.float32)
         return {
             "logits": logits,
             "ids": ids.reshape(-1),
-            "words": ids.reshape(-1).astype(jnp.float32),
+            "id_words": ids.reshape(-1).astype(jnp.float32),
             "weights": weights.reshape(-1),
-            "normed": normed.astype(jnp.bfloat16),
+            "weight_words": weights.reshape(-1),
         }
 
     def _add_partials(self, partials) -> jax.Array:

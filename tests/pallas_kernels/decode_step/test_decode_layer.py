@@ -214,6 +214,7 @@ def _some_rows(case: Case, rows: np.ndarray) -> Case:
         *({"down_block_k": block_k} for block_k in (64, 256)),
         {"gate_up_neurons": 16},
         {"gate_up_neurons": 16, "gate_up_block_k": 128, "gate_up_num_stages": 4},
+        {"gate_up_neurons": 64, "gate_up_block_k": 64, "down_block_m": 256, "down_num_stages": 2},
         {"down_num_stages": 2, "down_block_m": 128},
         {"qkv_spread_ns": 0, "o_spread_ns": 9000},
         {"mailboxes": False},

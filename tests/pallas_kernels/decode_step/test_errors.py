@@ -138,9 +138,9 @@ CASES = {
     ),
     "config": ({"config": {}}, TypeError, "config is {}", "LayerConfig"),
     "spread": (with_config(o_spread_ns=-1), ValueError, "o_spread_ns is -1", "0 to 1000000"),
-    "neurons": (with_config(gate_up_neurons=8), ValueError, "gate_up_neurons is 8", "[16, 32]"),
+    "neurons": (with_config(gate_up_neurons=8), ValueError, "gate_up_neurons is 8", "[16, 32, 64]"),
     "block_k": (with_config(gate_up_block_k=96), ValueError, "gate_up_block_k is 96", "[64, 128"),
-    "block_m": (with_config(down_block_m=32), ValueError, "down_block_m is 32", "[64, 128]"),
+    "block_m": (with_config(down_block_m=32), ValueError, "down_block_m is 32", "[64, 128, 256]"),
     "one stage": (with_config(down_num_stages=1), ValueError, "down_num_stages is 1", "from 2 to"),
     "stages": (
         with_config(gate_up_num_stages=7, gate_up_block_k=256),

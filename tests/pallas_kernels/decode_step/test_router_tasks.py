@@ -1,4 +1,4 @@
-"""The router as a grid of its two tasks: logits against float64, and the choice by these."""
+"""The router as a grid of its three tasks: logits against float64, and the choice by these."""
 
 import functools
 import re
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode_step.add_residual import COLUMNS, AddResidual
+from pallas_kernels.decode_step.norm_input import NormInput
 from pallas_kernels.decode_step.tasks import Task, run_as_grid, run_in_python
 from pallas_kernels.decode_step.top_k import TopK
 from pallas_kernels.mosaic.operands import round_up
@@ -57,8 +58,9 @@ def tasks_of(size: Size) -> list[Task]:
     T, E, K, H, norm_topk_prob = size
     N = round_up(T, 8)
     product = AddResidual(T=T, H=H, N=N, E=E)
+    norm = NormInput(T=T, H=H, N=N, eps=EPS, after="add")
     top_k = TopK(
-        T=T, H=H, E=E, K=K, N=N, eps=EPS, num_splits=H // COLUMNS, norm_topk_prob=norm_topk_prob,
+        T=T, H=H, E=E, K=K, eps=EPS, num_splits=H // COLUMNS, norm_topk_prob=norm_topk_prob,
         after="add",
     )  # fmt: skip
     return [
@@ -69,11 +71,17 @@ def tasks_of(size: Size) -> list[Task]:
             writes={"squares": "squares", "partials": "partials"},
         ),
         Task(
+            kind="norm",
+            work=norm,
+            reads={"squares": "squares", "norm_weight": "norm_weight", "total": "x"},
+            writes={"normed": "normed"},
+            waits_for={"add": norm.num_blocks},
+        ),
+        Task(
             kind="top_k",
             work=top_k,
-            reads={name: name for name in ("partials", "squares", "norm_weight", "valid")}
-            | {"total": "x"},
-            writes={name: name for name in RESULTS},
+            reads={name: name for name in ("partials", "squares", "valid")},
+            writes={name: name for name in RESULTS if name != "normed"},
             waits_for={"add": top_k.num_blocks},
         ),
     ]
@@ -239,8 +247,9 @@ def test_lowers_for_cuda(size):
     case = jax.eval_shape(lambda: make_case(size, 0))
     text = lower_for_cuda(lambda case: _route(case, size, False), case)
     [module] = mosaic_modules(text)
-    # One signal, which has a wait to set it back to zero. No float32 sum is added to memory in
-    # whatever order they come.
+    # One signal, and two waits, the last of which sets it back to zero. No float32 sum is added to
+    # memory in whatever order they come.
     added = re.findall(r"\b(?:red|atom)\.[\w.:]+", module)
-    assert sorted(added) == ["atom.add.relaxed.gpu.global.u32", "red.add.release.gpu.global.u32"]
+    waits = 2 * ["atom.add.relaxed.gpu.global.u32"]
+    assert sorted(added) == [*waits, "red.add.release.gpu.global.u32"]
     assert "atomicrmw" not in module
