@@ -16,7 +16,8 @@ from pallas_kernels.mosaic.mailbox import Mailbox, Piece, collect, post
 from pallas_kernels.mosaic.warpgroup import one_per_lane, where
 
 _MAX_BLOCKS = 512
-_SPLITS_AT_ONCE = 16
+# 4096 keys and a new one are 33 splits: two rounds. With 22 only two blocks would fit on a core.
+_SPLITS_AT_ONCE = 17
 
 
 def _nothing(*_) -> None:
