@@ -86,6 +86,9 @@ class Settings:
     repeats: int = flag(7, "Samples of each time, at most; the median counts.", least=1)
     seed: int = flag(0, "Of weights, caches and tokens.", least=0)
     profile: bool = flag(False, "Take each row's kernels too.")
+    compile_threads: int = flag(
+        1, "Chains made and compiled at once; with more than 1 no compile time is taken.", least=1
+    )
     baseline: str = flag("none", "Timed first, where it is installed.", of=BASELINES)
     baseline_batches: tuple[int, ...] = flag(
         (1, 8, 32), "Of --batches, where the baseline is timed, at the first context.", least=1
@@ -201,6 +204,7 @@ def _plan(settings: Settings, ceiling_tbps: float | None) -> DecodePlan:
         generate_tokens=settings.generate_tokens,
         repeats=settings.repeats,
         profile=settings.profile,
+        compile_threads=settings.compile_threads,
     )
 
 

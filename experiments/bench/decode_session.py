@@ -5,9 +5,12 @@ others go on.
 """
 
 import dataclasses
+import functools
 import gc
+import itertools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -39,6 +42,8 @@ class DecodePlan:
       generate_tokens: new tokens of each row.
       repeats: samples of a time, at most.
       profile: whether to take the kernels.
+      compile_threads: how many chains are made and compiled at once, before the first of them is
+        timed. With several, no row has a compile_s.
     """
 
     run: Environment
@@ -51,6 +56,7 @@ class DecodePlan:
     generate_tokens: int
     repeats: int
     profile: bool
+    compile_threads: int = 1
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,15 +90,42 @@ class DecodeSession:
 
     def run(self, model: Qwen3Moe) -> None:
         """Fills `rows`."""
-        for B, context in self.plan.pairs:
+        for (B, context), make in self._chains(model):
             row = self._new_row("decode", B, context)
             self.rows.append(row)
-            self._try(row, "chain", lambda row=row: self._time_chain(model, row))
+            self._try(row, "chain", lambda row=row, make=make: self._time_chain(model, row, make()))
             if (B, context) in self.plan.generate_pairs:
                 self._try(row, "generate", lambda row=row: self._time_generate(model, row))
             stats = jax.local_devices()[0].memory_stats()
             row.peak_bytes = stats and stats.get("peak_bytes_in_use")
             self.save(self.rows)
+
+    def _chains(self, model: Qwen3Moe) -> Iterator[tuple[tuple[int, int], Callable]]:
+        """Each pair, and what returns its chain: made then, or already in a thread."""
+        plan = self.plan
+        if plan.compile_threads == 1:
+            for pair in plan.pairs:
+                yield pair, functools.partial(self._make_chain, model, *pair)
+            return
+        for pairs in itertools.batched(plan.pairs, plan.compile_threads):
+            self.advance(f"compiling {len(pairs)} chains")
+            with ThreadPoolExecutor(len(pairs)) as pool:
+                made = [pool.submit(self._make_chain, model, *pair) for pair in pairs]
+            for pair in pairs:  # no chain is kept here, because its cache may be large
+                yield pair, made.pop(0).result
+
+    def _make_chain(self, model: Qwen3Moe, B: int, context: int) -> DecodeChain:
+        plan = self.plan
+        return DecodeChain(
+            model,
+            B=B,
+            context=context,
+            steps=plan.steps,
+            feed=plan.feed,
+            seed=plan.run.seed,
+            experts_backend=plan.experts_backend,
+            attention_backend=plan.attention_backend,
+        )
 
     def _new_row(self, kind: str, B: int, context: int) -> DecodeRow:
         plan = self.plan
@@ -113,19 +146,11 @@ class DecodeSession:
             self.say(f"{where} FAILED: {found}")
         gc.collect()  # an error's frames hold arrays of the device
 
-    def _time_chain(self, model: Qwen3Moe, row: DecodeRow) -> str:
+    def _time_chain(self, model: Qwen3Moe, row: DecodeRow, chain: DecodeChain) -> str:
         plan = self.plan
-        chain = DecodeChain(
-            model,
-            B=row.batch,
-            context=row.context,
-            steps=plan.steps,
-            feed=plan.feed,
-            seed=plan.run.seed,
-            experts_backend=plan.experts_backend,
-            attention_backend=plan.attention_backend,
-        )
-        row.compile_s, row.program_bytes = chain.compile_s, chain.program_bytes
+        row.program_bytes = chain.program_bytes
+        if plan.compile_threads == 1:
+            row.compile_s = chain.compile_s
         row.backends = chain.backends
         taken = timing.measure_step(chain, plan.repeats)
         chain.chosen()  # fails if there are NaN
@@ -147,7 +172,8 @@ class DecodeSession:
                 f", {100 * row.limit_share:.1f}% of the limit of {row.limit_tokens_per_s:.0f} "
                 f"({row.step_bytes / 1e9:.2f} GB, {row.unique_experts:.1f} experts a layer)"
             )
-        said += f"; compiled in {row.compile_s:.1f} s"
+        if row.compile_s is not None:
+            said += f"; compiled in {row.compile_s:.1f} s"
         if plan.profile:
             said += "\n" + self._profile(chain, row)
         return said

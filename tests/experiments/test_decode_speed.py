@@ -300,3 +300,46 @@ def test_a_preset_in_fp8_has_half_the_bytes(tmp_path):
 def test_wrong_flags_are_named(flag, message, tmp_path):
     with pytest.raises(SystemExit, match=f"decode_speed: .*{message}"):
         decode_speed.run(["--preset=tiny", "--contexts=64", f"--out={tmp_path}", flag])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_chains_are_made_in_threads_before_the_first_of_them_is_timed(ran, monkeypatch, threads):
+    events = []
+
+    def make(session, model, B, context):
+        events.append(f"made {B}")
+        if B == 2:
+            raise MemoryError("no room")
+        return B
+
+    def time_chain(session, model, row, chain):
+        events.append(f"timed {chain}")
+        return "timed"
+
+    monkeypatch.setattr(decode_session.DecodeSession, "_make_chain", make)
+    monkeypatch.setattr(decode_session.DecodeSession, "_time_chain", time_chain)
+    [row] = decode_records.read_record(ran.path).rows
+    session = decode_session.DecodeSession(
+        plan=decode_session.DecodePlan(
+            run=row.run,
+            pairs=[(1, 8), (2, 8), (4, 8)],
+            generate_pairs=[],
+            steps=1,
+            feed="given",
+            experts_backend="auto",
+            attention_backend="auto",
+            generate_tokens=2,
+            repeats=1,
+            profile=False,
+            compile_threads=threads,
+        ),
+        say=lambda line: None,
+    )
+    session.run(ran.model)
+    assert [row.batch for row in session.rows] == [1, 2, 4]
+    assert ["no room" in (row.error or "") for row in session.rows] == [False, True, False]
+    if threads == 1:
+        assert events == ["made 1", "timed 1", "made 2", "made 4", "timed 4"]
+    else:
+        assert sorted(events[:2]) == ["made 1", "made 2"]
+        assert events[2:] == ["timed 1", "made 4", "timed 4"]
