@@ -133,14 +133,15 @@ def default_fused(N: int, gathered: bool, I: int) -> bool:
 def _default_config(shapes: ExpertShapes, T: int) -> ExpertMajorConfig:
     """The heuristic: stages of 32 KB of weights, few enough that two blocks share a core.
 
-    With FP8 weights a stage has half of that, and three blocks share a core, because a step's
-    conversions take as long as its loads.
+    With FP8 weights it is three blocks, with converted tokens beside smaller stages. A few tokens
+    leave room for larger ones.
     """
-    del T
     if shapes.weights == "fp8":
+        few = T <= 2
         return ExpertMajorConfig(
             gate_up_neurons=32,
-            gate_up_block_k=largest_divisor(shapes.H, FP8_BLOCK_KS),
+            gate_up_block_k=largest_divisor(shapes.H, FP8_BLOCK_KS if few else FP8_BLOCK_KS[:1]),
+            gate_up_num_stages=4 if few else 5,
             down_block_m=largest_divisor(shapes.H, _BLOCK_MS),
             down_block_k=128,
         )
@@ -278,6 +279,7 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
     done, because they have lower numbers and wait for no other (mosaic/grid_sync.py).
     """
     tiles = gate_up.tiles
+    num_gate_up = len(gate_up.shared_types())
 
     def kernel(
         block_id, table, weight_of, x, gate_up_gmem, down_gmem, counters, hidden, outputs,
@@ -286,7 +288,7 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         num_used = tiles.num_used(table)
 
         def signal_tile(tile):
-            signal(counters, tile, after_copies=isinstance(gate_up, GateUpFp8))
+            signal(counters, tile)
 
         def wait_for_tile(tile):
             wait(counters, tile, gate_up.blocks_per_tile, down.blocks_per_tile)
@@ -295,7 +297,7 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         def _():
             gate_up.run(
                 block_id, table, weight_of, x, gate_up_gmem, hidden,
-                shared[:2], gate_up_full, signal_tile,
+                shared[:num_gate_up], gate_up_full, signal_tile,
             )  # fmt: skip
 
         block_id -= num_used * gate_up.blocks_per_tile
@@ -303,8 +305,9 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         @pl.when((block_id >= 0) & (block_id < num_used * down.blocks_per_tile))
         def _():
             down.run(
-                block_id, table, hidden, down_gmem, outputs, shared[2:], down_full, wait_for_tile
-            )
+                block_id, table, hidden, down_gmem, outputs, shared[num_gate_up:], down_full,
+                wait_for_tile,
+            )  # fmt: skip
 
     @jax.custom_batching.sequential_vmap  # the counters are for one call at a time
     def call(*operands):

@@ -2,10 +2,10 @@
 
 They read the same tiles and write the same outputs as those of expert_major_kernels.py. The
 intermediate stays float32 between them: down's blocks split it in two f16 terms as they read it.
+Lanes load tokens and store results by themselves, so the copy engine reads weights alone.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +22,15 @@ from pallas_kernels.decode_experts.expert_major_kernels import (
     nothing,
     tile_and_part,
 )
-from pallas_kernels.decode_experts.expert_schedule import MIN_BLOCK_N
 from pallas_kernels.decode_experts.token_tiles import TokenTiles
 from pallas_kernels.decode_experts.weights import down_rows, gate_and_up_rows
 from pallas_kernels.mosaic.device import SHARED_MEMORY_BYTES
-from pallas_kernels.mosaic.fp8_mma import GROUP, TOKENS, store_by_token
+from pallas_kernels.mosaic.fp8_mma import GROUP, TOKENS, store_column
 from pallas_kernels.mosaic.fp8_operand import COLUMNS
 from pallas_kernels.mosaic.fp8_product import Fp8Product
 from pallas_kernels.mosaic.grid_sync import staggered_start
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
-from pallas_kernels.mosaic.pipeline import mainloop, prologue
-from pallas_kernels.mosaic.warpgroup import store_row, sync_lanes
+from pallas_kernels.mosaic.pipeline import prologue
 
 FP8_BLOCK_KS = (128, 256)  # whole scale blocks, up to the widest TMA box
 FP8_MAX_BLOCK_N = 32  # with more, down's two terms would not fit in registers
@@ -60,11 +58,11 @@ def fp8_products(tiles: TokenTiles, H: int, I: int, config: Any) -> tuple["GateU
 
 
 def fp8_stage_bytes(config: Any) -> dict[str, int]:
-    """Of weights and 8 tokens in bf16 or float32, by the field that says how many there are."""
+    """Of weights, by the field that says how many there are."""
     rows, columns = 2 * config.gate_up_neurons, config.gate_up_block_k
     return {
-        "gate_up_num_stages": columns * (rows + 2 * MIN_BLOCK_N),
-        "down_num_stages": config.down_block_k * (config.down_block_m + 4 * MIN_BLOCK_N),
+        "gate_up_num_stages": columns * rows,
+        "down_num_stages": config.down_block_k * config.down_block_m,
     }
 
 
@@ -96,18 +94,18 @@ class GateUpFp8(GateUp):
             rows=2 * self.neurons,
             columns=self.H,
             N=self.tiles.N,
+            T=self.tiles.num_columns,
             block_k=self.block_k,
             num_stages=self.num_stages,
             dtype=jnp.bfloat16,
             scale_rows=2,
         )
 
-    def shared_types(self) -> tuple[list, Any]:
-        """The stages, and what takes their place once the last of them is computed."""
-        return self.product.shared_types(), plgpu.SMEM((self.tiles.N, self.neurons), jnp.float32)
+    def shared_types(self) -> tuple:
+        return (self.product.shared_types(),)
 
     def full_type(self):
-        return plgpu.Barrier(num_arrivals=2, num_barriers=self.num_stages)
+        return plgpu.Barrier(num_arrivals=1, num_barriers=self.num_stages)
 
     def run(
         self, block_id, table, weight_of, x, gate_up, hidden, shared, full,
@@ -119,52 +117,36 @@ class GateUpFp8(GateUp):
         """
         N, block_k, product = self.tiles.N, self.block_k, self.product
         values, scales = gate_up.values, gate_up.scales
-        stages, hidden_smem = shared
+        (shared,) = shared
         index, part = tile_and_part(block_id, self.blocks_per_tile)
         tile = self.tiles.lookup(table, index)
 
         def multiply():
-            halves = pl.ds(2 * tile.expert, 2)
-            rows = pl.ds(part * self.neurons, self.neurons)
+            halves, neurons = pl.ds(2 * tile.expert, 2), pl.ds(part * self.neurons, self.neurons)
 
             def load(step, stage):
-                at = pl.ds(step * block_k, block_k)
-                copy_evict_first(values.at[halves, rows, at], stages[0].at[stage], full.at[stage])
-                piece = x.at[pl.ds(tile.first_row, N), at]
-                copy_evict_first(piece, stages[1].at[stage], full.at[stage])
-
-            def prepare(step, stage):
-                plgpu.barrier_wait(full.at[stage])
-                product.prepare(stages, step, stage)
+                piece = values.at[halves, neurons, pl.ds(step * block_k, block_k)]
+                copy_evict_first(piece, shared[0].at[stage], full.at[stage], by_one_lane=True)
 
             staggered_start(block_id, self.num_blocks, 2 * self.neurons * self.H)
-            num_steps = self.H // block_k
-            prologue(num_steps, self.num_stages, load)
+            prologue(product.num_steps, self.num_stages, load)
             first_rows = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
-            product.load_scales(stages, [scales.at[lax.div(row, BLOCK[0])] for row in first_rows])
-            totals = mainloop(
-                num_steps,
-                self.num_stages,
-                load=load,
-                prepare=prepare,
-                compute=functools.partial(product.compute, stages),
-                init=product.zeros(),
-            )
+            product.start_scales(shared, [scales.at[lax.div(row, BLOCK[0])] for row in first_rows])
+            tokens = x.at[pl.ds(tile.first_row, product.T)]
+            loaded = product.load_tokens(tokens)
             weights = self.tiles.load_weights(weight_of, tile, TOKENS)
+            totals = product.multiply(shared, full, load, tokens, loaded)
             weights = lax.broadcast_in_dim(weights, (GROUP, N), (1,))
-            sync_lanes()  # hidden_smem lies where others may still read weights
             groups = self.neurons // GROUP
-            for group, (gate, up) in enumerate(zip(totals[:groups], totals[groups:], strict=True)):
-                value = gate / (1 + jnp.exp(-gate)) * up * weights  # [GROUP, N]
-                store_by_token(value, hidden_smem.at[:, pl.ds(group * GROUP, GROUP)])
-            plgpu.commit_smem()
-            neurons = pl.ds(part * self.neurons, self.neurons)
+            results = [
+                gate / (1 + jnp.exp(-gate)) * up * weights  # [GROUP, N]
+                for gate, up in zip(totals[:groups], totals[groups:], strict=True)
+            ]
 
             def store(column, _):
-                store_row(hidden_smem, column, hidden.at[:, neurons], index * N + column)
+                store_column(results, column, hidden.at[pl.ds(index * N + column, 1), neurons])
 
             self.tiles.for_each_valid(tile, store)
-            plgpu.wait_smem_to_gmem(0)
             signal(index)
 
         pl.when(tile.expert >= 0)(multiply)
@@ -183,14 +165,17 @@ class DownFp8(Down):
             rows=self.block_m,
             columns=self.I,
             N=self.tiles.N,
+            T=self.tiles.num_columns,
             block_k=self.block_k,
             num_stages=self.num_stages,
             dtype=jnp.float32,
         )
 
-    def shared_types(self) -> tuple[list, Any]:
-        """The stages, and what takes their place once the last of them is computed."""
-        return self.product.shared_types(), plgpu.SMEM((self.tiles.N, self.block_m), jnp.float32)
+    def shared_types(self) -> tuple:
+        return (self.product.shared_types(),)
+
+    def full_type(self):
+        return plgpu.Barrier(num_arrivals=1, num_barriers=self.num_stages)
 
     def run(
         self, block_id, table, hidden, down, outputs, shared, full,
@@ -202,55 +187,31 @@ class DownFp8(Down):
         scales [E * H / 128, I / 128].
         """
         N, block_k, product = self.tiles.N, self.block_k, self.product
-        num_steps = self.I // block_k
         values, scales = down.values, down.scales
-        stages, outputs_smem = shared
+        (shared,) = shared
         index, part = tile_and_part(block_id, self.blocks_per_tile)
         tile = self.tiles.lookup(table, index)
 
         def multiply():
             first_row = down_rows(tile.expert, part, self.block_m, self.H)
-            hidden_rows = pl.ds(index * N, N)
-
-            def load_weights(step, stage):
-                piece = values.at[pl.ds(first_row, self.block_m), pl.ds(step * block_k, block_k)]
-                copy_evict_first(piece, stages[0].at[stage, 0], full.at[stage])
-
-            def load_hidden(step, stage):
-                piece = hidden.at[hidden_rows, pl.ds(step * block_k, block_k)]
-                copy_evict_first(piece, stages[1].at[stage], full.at[stage])
 
             def load(step, stage):
-                load_weights(step, stage)
-                load_hidden(step, stage)
-
-            def prepare(step, stage):
-                plgpu.barrier_wait(full.at[stage])
-                product.prepare(stages, step, stage)
+                piece = values.at[pl.ds(first_row, self.block_m), pl.ds(step * block_k, block_k)]
+                to = shared[0].at[stage, 0]
+                copy_evict_first(piece, to, full.at[stage], by_one_lane=True)
 
             # Weights depend on no other block, so they are on their way before the wait.
-            prologue(num_steps, self.num_stages, load_weights)
-            product.load_scales(stages, [scales.at[lax.div(first_row, BLOCK[0])]])
+            prologue(product.num_steps, self.num_stages, load)
+            product.start_scales(shared, [scales.at[lax.div(first_row, BLOCK[0])]])
             wait(index)
-            prologue(num_steps, self.num_stages, load_hidden)
-            totals = mainloop(
-                num_steps,
-                self.num_stages,
-                load=load,
-                prepare=prepare,
-                compute=functools.partial(product.compute, stages),
-                init=product.zeros(),
-            )
-            sync_lanes()  # outputs_smem lies where others may still read weights
-            for group, total in enumerate(totals):
-                store_by_token(total, outputs_smem.at[:, pl.ds(group * GROUP, GROUP)])
-            plgpu.commit_smem()
+            tokens = hidden.at[pl.ds(index * N, product.T)]
+            loaded = product.load_tokens(tokens)
+            totals = product.multiply(shared, full, load, tokens, loaded)
             neurons = pl.ds(part * self.block_m, self.block_m)
 
             def store(column, row):
-                store_row(outputs_smem, column, outputs.at[:, neurons], row)
+                store_column(totals, column, outputs.at[pl.ds(row, 1), neurons])
 
             self.tiles.for_each_valid(tile, store)
-            plgpu.wait_smem_to_gmem(0)
 
         pl.when(tile.expert >= 0)(multiply)

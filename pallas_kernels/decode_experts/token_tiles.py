@@ -44,6 +44,7 @@ class TokenTiles(Protocol):
 
     Attributes:
       N: columns of a tile, block_n.
+      num_columns: the first ones, which may be valid; N unless fewer tokens are known to be there.
       num_tiles: used or not.
       num_outputs: rows of outputs.
       operands: what `lookup`, `load_weights` and the pipeline read in a kernel: the table of tiles,
@@ -52,6 +53,7 @@ class TokenTiles(Protocol):
     """
 
     N: int
+    num_columns: int
     num_tiles: int
     num_outputs: int
 
@@ -110,6 +112,10 @@ class WholeBatchTiles:
     def fit(cls, T: int, K: int) -> bool:
         """Whether T tokens with K experts each can be one tile."""
         return T <= cls.N and T * K <= _MAX_ASSIGNMENTS_UNROLLED
+
+    @property
+    def num_columns(self) -> int:
+        return self.expert_ids.shape[0]
 
     @property
     def num_tiles(self) -> int:
@@ -194,6 +200,10 @@ class GatheredTiles:
     row_of: jax.Array
     table: jax.Array
     N: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def num_columns(self) -> int:
+        return self.N
 
     @property
     def num_tiles(self) -> int:

@@ -144,8 +144,7 @@ class GateUpWork:
             wait(self.after_ids)
             ids, weights = a["ids"], a["weights"]
         self.product.run(
-            block_id, ids, weights, a["tokens"], a["gate_up"], a["hidden"], shared, full,
-            functools.partial(signal, after_copies=isinstance(self.product, GateUpFp8)),
+            block_id, ids, weights, a["tokens"], a["gate_up"], a["hidden"], shared, full, signal
         )  # fmt: skip
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -21,7 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_scaled_fp8 import BLOCK
 from pallas_kernels.decode_step.split_product import BLOCK_M, SPLIT_COLUMNS, SplitProduct
-from pallas_kernels.mosaic.fp8_mma import GROUP, ROWS_BY_TOKEN, add_products, weights_type
+from pallas_kernels.mosaic.fp8_mma import (
+    GROUP,
+    ROWS_BY_TOKEN,
+    add_products,
+    load_weights,
+    weights_type,
+)
 from pallas_kernels.mosaic.fp8_operand import BY_COLUMN, COLUMNS, operand_types, store_operands
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.mailbox import Piece, collect, post
@@ -125,7 +131,8 @@ class SplitProductFp8(SplitProduct):
                 if number == 0:
                     plgpu.barrier_wait(full.at[step])
                 scale = self._scale(scales_smem, split, step)
-                totals = add_products(totals, weights_smem.at[step], terms, factors, [scale] * 2)
+                weights = load_weights(weights_smem.at[step])
+                totals = add_products(totals, weights, terms, factors, [scale] * 2)
             return totals, ahead
 
         # No loop of one round, because its numbers would not be known.

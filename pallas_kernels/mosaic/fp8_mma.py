@@ -29,14 +29,19 @@ from pallas_kernels.mosaic.fp8_operand import (
     load_undo,
 )
 from pallas_kernels.mosaic.lane_code import (
+    as_array,
     bits_and,
     constant,
+    global_pointer,
     i32,
     lane_and_warp,
     load_shared,
+    registers_type,
     shared_pointer,
     shift_left,
     shift_right,
+    widened,
+    words_of,
 )
 
 GROUP = 32  # rows of weights whose products are one array; there are two groups or more
@@ -51,6 +56,7 @@ ROWS_BY_TOKEN = plgpu.Layout.TILED(
 TOKENS = ROWS_BY_TOKEN.reduce(0)
 
 _FEW_TOKENS = 16  # counted once a term
+_CHAINS = 2
 _TRANSFORMS = (plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(128))
 
 
@@ -63,9 +69,38 @@ def weights_type(num_stages: int, parts: int, rows: int, block_k: int) -> Any:
     return plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=_TRANSFORMS)
 
 
+def load_weights(weights_smem: Any) -> Any:
+    """All weights of a scale block, in registers; copies may overwrite it once all lanes have.
+
+    Args:
+      weights_smem: [parts, rows, COLUMNS] e4m3, see weights_type; all rows make the groups.
+    """
+    if interpreting():
+        return weights_smem[...].astype(jnp.float32).reshape(-1, COLUMNS)
+    parts, rows, _ = weights_smem.shape
+    groups = parts * rows // GROUP
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_TRANSFORMS),), return_type=registers_type(2 * groups, 4)
+    )
+    def load(_, weights):
+        row_stride = ir.MemRefType(weights.type).get_strides_and_offset()[0][1]
+        lane, warp = lane_and_warp()
+        row, q = shift_right(lane, 2), bits_and(lane, 3)
+        unit = arith.xori(shift_left(q, 1), row)
+        place = arith.addi(shift_left(row, 7), shift_left(unit, 4))
+        base = arith.addi(shared_pointer(weights), arith.muli(warp, constant(row_stride)))
+        places = [arith.addi(base, place), arith.addi(base, arith.xori(place, constant(16)))]
+        return as_array(
+            [load_shared(at, 4 * group * row_stride, 4) for group in range(groups) for at in places]
+        )
+
+    return load(weights_smem)
+
+
 def add_products(
     totals: Sequence[jax.Array],
-    weights_smem: Any,
+    weights: Any,
     operand: Any,
     undo: Any,
     scales: Sequence[jax.Array],
@@ -74,14 +109,17 @@ def add_products(
 
     Args:
       totals: of each group [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
-      weights_smem: [parts, rows, COLUMNS] e4m3, see weights_type; all rows make the groups.
-      operand: [terms, N, COLUMNS] f16, see store_operands.
+      weights: see load_weights.
+      operand: [terms, rows, COLUMNS] f16, see operand_types and store_tokens. Sums of tokens that
+        have no row may be anything.
       undo: [N] float32, likewise.
       scales: of each group a float32.
     """
+    N = totals[0].shape[1]
     if interpreting():
-        weights = weights_smem[...].astype(jnp.float32).reshape(-1, COLUMNS)
-        tokens = operand[...].astype(jnp.float32)
+        # Tokens without a row take the last one's, as in load_terms.
+        rows = jnp.minimum(jnp.arange(N), operand.shape[1] - 1)
+        tokens = operand[...].astype(jnp.float32)[:, rows]
         factors = undo[...]
 
         def product(group):
@@ -93,14 +131,14 @@ def add_products(
             for group, (total, scale) in enumerate(zip(totals, scales, strict=True))
         ]
 
-    terms, N, _ = operand.shape
+    terms, rows, _ = operand.shape
     groups = len(totals)
     type_of_total = plgpu.ShapeDtypeStruct((GROUP, N), jnp.float32, layout=ROWS_BY_TOKEN)
 
     @plgpu.inline_mgpu(
         arg_types=(
             [ROWS_BY_TOKEN] * groups,
-            plgpu.RefType(_TRANSFORMS),
+            plgpu.Layout.WG_STRIDED(weights.shape, 4),
             plgpu.RefType(),
             plgpu.RefType(),
             [plgpu.Layout.WG_SPLAT] * groups,
@@ -111,16 +149,15 @@ def add_products(
         tiles = range(N // 8)
         # Where they are few, a token's columns stay in registers for all rows.
         few = N * terms <= _FEW_TOKENS
-        kept = [load_terms(operand, terms, N, tile) for tile in tiles] if few else None
+        kept = [load_terms(operand, terms, rows, tile) for tile in tiles] if few else None
         factors = load_undo(undo, N)
-        row_stride = ir.MemRefType(weights.type).get_strides_and_offset()[0][1]
         found = []
         for first in range(0, groups, 2):
-            rows = _load_weights(weights, row_stride, first)
+            of_rows = [_as_f16(weights.registers[2 * g : 2 * g + 2]) for g in (first, first + 1)]
             registers = [totals[group].registers.flatten() for group in (first, first + 1)]
             for tile in tiles:
-                tokens = kept[tile] if few else load_terms(operand, terms, N, tile)
-                product = _product(rows, tokens)
+                tokens = kept[tile] if few else load_terms(operand, terms, rows, tile)
+                product = _product(of_rows, tokens)
                 for index, number in enumerate(product):
                     half, at = index // 2, 2 * tile + index % 2
                     registers[half][at] = _multiply_add(
@@ -139,22 +176,12 @@ def add_products(
                 )
         return found
 
-    return add(list(totals), weights_smem, operand, undo, list(scales))
+    return add(list(totals), weights, operand, undo, list(scales))
 
 
-def _load_weights(weights, row_stride: int, first_group: int) -> list[list]:
-    """The lane's row of two groups, as f16: 16 registers each."""
-    lane, warp = lane_and_warp()
-    row, q = shift_right(lane, 2), bits_and(lane, 3)
-    unit = arith.xori(shift_left(q, 1), row)
-    place = arith.addi(shift_left(row, 7), shift_left(unit, 4))
-    base = arith.addi(shared_pointer(weights), arith.muli(warp, constant(row_stride)))
-    places = [arith.addi(base, place), arith.addi(base, arith.xori(place, constant(16)))]
-    rows = []
-    for group in (first_group, first_group + 1):
-        words = [w for at in places for w in load_shared(at, 4 * group * row_stride, 4)]
-        rows.append([pair for word in words for pair in _to_f16(word)])
-    return rows
+def _as_f16(vectors) -> list:
+    """The lane's row of a group, as f16: 16 registers."""
+    return [pair for vector_ in vectors for word in words_of(vector_) for pair in _to_f16(word)]
 
 
 def _to_f16(word) -> tuple:
@@ -174,17 +201,16 @@ def _to_f16(word) -> tuple:
 def _product(rows: list[list], terms: list[list]) -> list:
     """[16, 8] sums over COLUMNS: of two rows, two tokens each.
 
-    A product waits for the one before. So there are two sums: of each of two terms, or of the even
-    and the odd steps. They are added from the smallest term on.
+    A product waits for the one before. So there are two sums for each term, of the even and of the
+    odd steps. They are added from the smallest term on.
     """
     f32 = ir.F32Type.get()
     zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-    each = 2 // len(terms)
-    chains = [[[zero] * 4 for _ in range(each)] for _ in terms]
+    chains = [[[zero] * 4 for _ in range(_CHAINS)] for _ in terms]
     for step in range(COLUMNS // 16):
         low, high = 2 * step, 2 * step + 1
         for tokens, chain in zip(terms, chains, strict=True):
-            chain[step % each] = mgpu.utils.inline_ptx(
+            chain[step % _CHAINS] = mgpu.utils.inline_ptx(
                 "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                 "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
                 rows[0][low],
@@ -193,7 +219,7 @@ def _product(rows: list[list], terms: list[list]) -> list:
                 rows[1][high],
                 tokens[low],
                 tokens[high],
-                *chain[step % each],
+                *chain[step % _CHAINS],
                 result_types=[f32] * 4,
                 convergent=True,
             )
@@ -216,32 +242,42 @@ def _multiply_add(product, scale, factor, register):
     return vector.broadcast(register.type, total)
 
 
-def store_by_token(group: jax.Array, smem: Any) -> None:
-    """Stores [GROUP, N] as [N, GROUP]; other lanes and copies must wait until all have.
+def store_column(groups: Sequence[jax.Array], column: Any, row: Any) -> None:
+    """Stores one token's sums of all groups, from registers to neighbours in global memory.
 
     Args:
-      group: float32 in the layout ROWS_BY_TOKEN.
-      smem: [N, GROUP] float32, or some columns of an array of more.
+      groups: of each [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
+      column: the token, an int or int32.
+      row: [1, groups * GROUP] float32 in global memory.
     """
     if interpreting():
-        smem[...] = group.T
+        sums = [lax.dynamic_index_in_dim(group, column, 1, keepdims=False) for group in groups]
+        row[0] = jnp.concatenate(sums)
         return
 
-    @plgpu.inline_mgpu(arg_types=(ROWS_BY_TOKEN, plgpu.RefType()))
-    def store(_, group, smem):
+    @plgpu.inline_mgpu(
+        arg_types=([ROWS_BY_TOKEN] * len(groups), plgpu.Layout.WG_SPLAT, plgpu.RefType())
+    )
+    def store(_, groups, column, row):
+        column = column.registers.item()
         lane, warp = lane_and_warp()
-        token_stride = 4 * ir.MemRefType(smem.type).get_strides_and_offset()[0][0]
         neuron = arith.addi(shift_left(warp, 3), shift_right(lane, 2))
-        token = shift_left(bits_and(lane, 3), 1)
-        at = arith.addi(shift_left(neuron, 2), arith.muli(token, constant(token_stride)))
-        at = arith.addi(shared_pointer(smem), at)
-        for index, register in enumerate(group.registers.flat):
-            column = 8 * (index // 2) + index % 2
+        at = arith.addi(global_pointer(row), widened(shift_left(neuron, 2)))
+        # Registers 2 t and 2 t + 1 are tokens 8 t + 2 q and 8 t + 2 q + 1.
+        index = arith.ori(shift_left(shift_right(column, 3), 1), bits_and(column, 1))
+        q = bits_and(shift_right(column, 1), 3)
+        has_it = arith.cmpi(arith.CmpIPredicate.eq, bits_and(lane, 3), q)
+        for number, group in enumerate(groups):
+            value, *others = (vector.extract(r, [], [0]) for r in group.registers.flat)
+            for place, other in enumerate(others, start=1):
+                is_it = arith.cmpi(arith.CmpIPredicate.eq, index, constant(place))
+                value = arith.select(is_it, other, value)
             mgpu.utils.inline_ptx(
-                f"st.shared.f32 [$0+{column * token_stride}], $1;",
+                f"st.global.f32 [$0+{4 * GROUP * number}], $1;",
                 at,
-                vector.extract(register, [], [0]),
+                value,
+                predicate=has_it,
                 has_side_effects=True,
             )
 
-    store(group, smem)
+    store(list(groups), jnp.int32(column), row)

@@ -31,6 +31,7 @@ from pallas_kernels.mosaic.lane_code import (
     shift_left,
     shift_right,
 )
+from pallas_kernels.mosaic.operands import round_up
 
 COLUMNS = 128  # of a scale block
 
@@ -40,16 +41,24 @@ BY_COLUMN = plgpu.Layout.TILED(
 )
 _BY_TOKEN = BY_COLUMN.reduce(1)
 
-_EXPONENT = 23  # a float32's exponent field begins at this bit
+EXPONENT = 23  # a float32's exponent field begins at this bit
 # The field of the largest number's exponent, at least; a smaller one needs no larger factor.
-_LEAST_FIELD = 15
+LEAST_FIELD = 15
 
 
-def operand_types(buffers: int, terms: int, N: int) -> tuple[Any, Any]:
-    """Shared memory of tokens in f16 terms, and of the factors that undo their scales."""
+def operand_types(blocks: int, terms: int, N: int, T: int | None = None) -> tuple[Any, Any]:
+    """Shared memory of tokens in f16 terms, and of the factors that undo their scales.
+
+    Args:
+      blocks: of COLUMNS each.
+      terms: 1 or 2.
+      N: a multiple of 8.
+      T: tokens that are there, if N is 8 and they are fewer; the others take no room.
+    """
+    rows = N if T is None else round_up(T, 2)
     return (
-        plgpu.SMEM((buffers, terms, N, COLUMNS), jnp.float16),
-        plgpu.SMEM((buffers, N), jnp.float32),
+        plgpu.SMEM((blocks, terms, rows, COLUMNS), jnp.float16),
+        plgpu.SMEM((blocks, N), jnp.float32),
     )
 
 
@@ -66,13 +75,13 @@ def store_operands(blocks: Sequence[tuple[jax.Array, Any, Any]]) -> None:
     """
     loaded = [tokens.astype(jnp.float32) for tokens, _, _ in blocks]
     largest = [
-        _largest(lax.bitcast_convert_type(tokens, jnp.int32) & jnp.int32(0xFF << _EXPONENT))
+        _largest(lax.bitcast_convert_type(tokens, jnp.int32) & jnp.int32(0xFF << EXPONENT))
         for tokens in loaded
     ]
     for tokens, field, (_, operand, undo) in zip(loaded, largest, blocks, strict=True):
-        field = jnp.maximum(field, jnp.int32(_LEAST_FIELD << _EXPONENT))
+        field = jnp.maximum(field, jnp.int32(LEAST_FIELD << EXPONENT))
         # Fields of 2^(14 - e) and 2^(e - 14) for the largest number's e: 268 - field, field - 14.
-        factor = jnp.int32((268 << _EXPONENT) - (1 << 32)) - field
+        factor = jnp.int32((268 << EXPONENT) - (1 << 32)) - field
         factor = lax.broadcast_in_dim(
             lax.bitcast_convert_type(factor, jnp.float32), tokens.shape, (0,)
         )
@@ -81,7 +90,7 @@ def store_operands(blocks: Sequence[tuple[jax.Array, Any, Any]]) -> None:
             converted = rest.astype(jnp.float16)
             _store_term(converted, operand.at[term])
             rest -= converted.astype(jnp.float32)
-        field -= jnp.int32(14 << _EXPONENT)
+        field -= jnp.int32(14 << EXPONENT)
         _store_undo(lax.bitcast_convert_type(field, jnp.float32), undo)
 
 
@@ -113,41 +122,6 @@ def _largest(exponents: jax.Array) -> jax.Array:
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
 
     return reduce(exponents)
-
-
-def load_by_column(tokens_smem: Any) -> jax.Array:
-    """[N, COLUMNS] of bf16 or float32 in shared memory, in the layout BY_COLUMN.
-
-    Pallas's own load would let the copy engine swizzle the rows, which other lanes' loads then
-    have to undo.
-    """
-    if interpreting():
-        return tokens_smem[...]
-    shape, dtype = tokens_smem.shape, tokens_smem.dtype
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=BY_COLUMN),
-    )
-    def load(_, smem):
-        lane, warp = lane_and_warp()
-        type_ = ir.MemRefType(smem.type)
-        size = dtype.itemsize
-        stride = size * type_.get_strides_and_offset()[0][0]
-        at = arith.muli(shift_left(warp, 1), constant(stride))
-        at = arith.addi(at, arith.muli(lane, constant(4 * size)))
-        at = arith.addi(shared_pointer(smem), at)
-        layout = BY_COLUMN.to_mgpu()
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        vector_type = ir.VectorType.get((4,), type_.element_type)
-        for index in range(registers.size):
-            row = 8 * (index // 2) + index % 2
-            words = load_shared(at, row * stride, size)
-            words = vector.from_elements(ir.VectorType.get((size,), i32()), words)
-            registers.flat[index] = vector.bitcast(vector_type, words)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return load(tokens_smem)
 
 
 def _store_term(values: jax.Array, term: Any) -> None:
@@ -204,15 +178,24 @@ def _store_undo(values: jax.Array, undo: Any) -> None:
     store(values, undo)
 
 
-def load_terms(operand: Any, terms: int, N: int, tile: int) -> list[list]:
-    """Of each term the lane's 32 columns of its token, one of a tile of 8, in 16 registers."""
+def load_terms(operand: Any, terms: int, rows: int, tile: int) -> list[list]:
+    """Of each term the lane's 32 columns of its token, one of a tile of 8, in 16 registers.
+
+    Lanes whose token has no row take the last one's.
+    """
     lane, _ = lane_and_warp()
+    of_tile = min(rows, 8)
+    if of_tile < 8:
+        last = arith.ori(bits_and(lane, 3), constant(4 * (of_tile - 1)))
+        lane = arith.minui(lane, last)
     base = shared_pointer(operand)
     places = [arith.addi(base, shift_left(arith.xori(lane, constant(2 * j)), 4)) for j in range(4)]
 
     def words_of(term):
-        first = 2 * COLUMNS * (N * term + 8 * tile)
-        return [w for j, place in enumerate(places) for w in load_shared(place, first + 512 * j, 4)]
+        first, unit = 2 * COLUMNS * (rows * term + 8 * tile), 64 * of_tile
+        return [
+            word for j, at in enumerate(places) for word in load_shared(at, first + unit * j, 4)
+        ]
 
     return [words_of(term) for term in range(terms)]
 

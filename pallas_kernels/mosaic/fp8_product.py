@@ -9,28 +9,40 @@ has 8 significant bits, so f16 holds it exactly once a power of two has moved it
 That power is of a token and 128 columns: the largest number lands in [2^14, 2^15), and what f16
 cannot hold is below 2^-38 of it. A float32 number becomes two f16 terms.
 
+Tokens are converted before the first product, or in a few chunks where all would take too much
+shared memory. Weights come through a ring of stages, and leave it for registers:
+
+    each step    wait until full   load weights   wait for all lanes   refill   convert, multiply
+
 The products are warp-level, both operands in registers (fp8_mma.py).
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic.fp8_mma import GROUP, ROWS_BY_TOKEN, add_products, weights_type
-from pallas_kernels.mosaic.fp8_operand import (
-    COLUMNS,
-    load_by_column,
-    operand_types,
-    store_operands,
+from pallas_kernels.mosaic.fp8_mma import (
+    GROUP,
+    ROWS_BY_TOKEN,
+    add_products,
+    load_weights,
+    weights_type,
 )
+from pallas_kernels.mosaic.fp8_operand import COLUMNS, operand_types
+from pallas_kernels.mosaic.fp8_tokens import load_tokens, store_tokens
 from pallas_kernels.mosaic.operands import round_up
-from pallas_kernels.mosaic.warpgroup import load_few
+from pallas_kernels.mosaic.pipeline import mainloop
+from pallas_kernels.mosaic.warpgroup import start_few, sync_lanes, wait_for_few
+
+# Of converted tokens: with two stages of 16 KB, or five of 8, three blocks fit on a core.
+_OPERAND_BYTES = 32 << 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,7 @@ class Fp8Product:
       rows: a multiple of 2 GROUP.
       columns: a multiple of block_k.
       N: tokens, a multiple of 8.
+      T: tokens that are there; N, or fewer if N is 8. The other sums may be anything.
       block_k: columns of a stage, a multiple of COLUMNS.
       num_stages: of the ring.
       dtype: the tokens'; bf16 or float32.
@@ -50,10 +63,15 @@ class Fp8Product:
     rows: int
     columns: int
     N: int
+    T: int
     block_k: int
     num_stages: int
     dtype: Any
     scale_rows: int = 1
+
+    @property
+    def num_steps(self) -> int:
+        return self.columns // self.block_k
 
     @property
     def _terms(self) -> int:
@@ -61,7 +79,23 @@ class Fp8Product:
 
     @property
     def _blocks(self) -> int:
+        """Scale blocks of a stage."""
         return self.block_k // COLUMNS
+
+    @property
+    def _chunk_steps(self) -> int:
+        """Steps whose tokens are converted at once, as many as fit."""
+        of_step = 2 * self.block_k * self._terms * self.T
+        return _largest_divisor(self.num_steps, max(1, _OPERAND_BYTES // of_step))
+
+    @property
+    def _chunk_blocks(self) -> int:
+        return self._chunk_steps * self._blocks
+
+    @property
+    def _operand_types(self) -> tuple:
+        T = self.T if self.T < 8 else None
+        return operand_types(self._chunk_blocks, self._terms, self.N, T)
 
     @property
     def _scales_stride(self) -> int:
@@ -70,65 +104,86 @@ class Fp8Product:
     @property
     def stage_bytes(self) -> int:
         """Of one more stage."""
-        return self.block_k * (self.rows + jnp.dtype(self.dtype).itemsize * self.N)
+        return self.block_k * self.rows
 
     @property
     def fixed_bytes(self) -> int:
         """Of what all stages share."""
-        operand = 2 * self._blocks * self.N * (2 * self._terms * COLUMNS + 4)
+        operand = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in self._operand_types)
         return operand + 4 * self.scale_rows * self._scales_stride
 
     def shared_types(self) -> list:
-        """Weights and tokens, to be loaded; then what `compute` keeps."""
+        """Weights, to be loaded; then what the product keeps."""
         return [
             weights_type(self.num_stages, self.scale_rows, self.rows, self.block_k),
-            plgpu.SMEM((self.num_stages, self.N, self.block_k), self.dtype),
-            *operand_types(2 * self._blocks, self._terms, self.N),
+            *self._operand_types,
             plgpu.SMEM((self.scale_rows * self._scales_stride,), jnp.float32),
         ]
 
-    def load_scales(self, shared: Any, rows: Sequence[Any]) -> None:
+    def start_scales(self, shared: Any, rows: Sequence[Any]) -> None:
         """Starts to load the scale rows, each [columns / COLUMNS] float32 in global memory."""
         for index, row in enumerate(rows):
             at = pl.ds(index * self._scales_stride, self.columns // COLUMNS)
-            load_few(row, shared[4].at[at])
+            start_few(row, shared[3].at[at])
 
-    def zeros(self) -> list[jax.Array]:
-        """Totals of no columns, of each group of rows."""
-        zeros = jnp.zeros((GROUP, self.N), jnp.float32)
-        return [plgpu.layout_cast(zeros, ROWS_BY_TOKEN)] * (self.rows // GROUP)
+    def load_tokens(self, tokens: Any, step: Any = 0) -> Any:
+        """A chunk of [T, columns] in global memory, from a step on, for `multiply` to convert."""
+        return load_tokens(tokens, jnp.int32(step) * self._blocks, self._chunk_blocks)
 
-    def prepare(self, shared: Any, step: Any, stage: Any) -> None:
-        """Converts the tokens of a stage that is full; `compute` may follow once all lanes have.
+    def multiply(self, shared: Any, full: Any, load: Any, tokens: Any, loaded: Any) -> list:
+        """The sums of each group of rows, [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
 
-        Two halves take turns, so lanes may begin the next step's while others compute.
+        Args:
+          shared: see shared_types.
+          full: a Barrier with num_barriers=num_stages.
+          load: load(step, stage) starts the copies of weights; the prologue has run.
+          tokens: [T, columns] in global memory.
+          loaded: what load_tokens(tokens) has returned.
         """
-        _, tokens_smem, operand, undo, _ = shared
-        first = self._first(step)
-        loaded = [load_by_column(tokens_smem.at[stage, :, part]) for part in self._parts]
-        store_operands(
-            [
-                (tokens, operand.at[first + block], undo.at[first + block])
-                for block, tokens in enumerate(loaded)
-            ]
+        weights_smem, operand, undo, _ = shared
+        converting = (operand, undo, self._chunk_blocks, self.T, self.dtype)
+        store_tokens(loaded, *converting)
+        wait_for_few()
+
+        def convert_next(step):
+            loaded = self.load_tokens(tokens, step)
+            sync_lanes()  # others may still read the last chunk
+            store_tokens(loaded, *converting)
+
+        def take(step, stage):
+            if self._chunk_steps < self.num_steps:
+                begins = (step > 0) & (lax.rem(step, jnp.int32(self._chunk_steps)) == 0)
+                pl.when(begins)(lambda: convert_next(step))
+            plgpu.barrier_wait(full.at[stage])
+            return [load_weights(weights_smem.at[stage, :, :, part]) for part in self._parts]
+
+        zeros = plgpu.layout_cast(jnp.zeros((GROUP, self.N), jnp.float32), ROWS_BY_TOKEN)
+        return mainloop(
+            self.num_steps,
+            self.num_stages,
+            load=load,
+            take=take,
+            compute=functools.partial(self._compute, shared),
+            init=[zeros] * (self.rows // GROUP),
         )
 
-    def compute(
-        self, shared: Any, step: Any, stage: Any, totals: Sequence[jax.Array]
-    ) -> list[jax.Array]:
+    def _compute(self, shared, step, _, totals: list, weights: list) -> list:
         """Totals + the products of a stage; block by block of COLUMNS, in order."""
-        weights_smem, _, operand, undo, scales = shared
-        first, per_row = self._first(step), len(totals) // self.scale_rows
-        for block, part in enumerate(self._parts):
+        _, operand, undo, scales = shared
+        per_row = len(totals) // self.scale_rows
+        first = step * self._blocks
+        in_chunk = lax.rem(step, jnp.int32(self._chunk_steps)) * self._blocks
+        if self._chunk_steps == self.num_steps:
+            in_chunk = first
+        for block, of_block in enumerate(weights):
             of_rows = [
-                scales[row * self._scales_stride + step * self._blocks + block]
-                for row in range(self.scale_rows)
+                scales[row * self._scales_stride + first + block] for row in range(self.scale_rows)
             ]
             totals = add_products(
                 totals,
-                weights_smem.at[stage, :, :, part],
-                operand.at[first + block],
-                undo.at[first + block],
+                of_block,
+                operand.at[in_chunk + block],
+                undo.at[in_chunk + block],
                 [of_rows[group // per_row] for group in range(len(totals))],
             )
         return totals
@@ -137,5 +192,7 @@ class Fp8Product:
     def _parts(self) -> list:
         return [pl.ds(start, COLUMNS) for start in range(0, self.block_k, COLUMNS)]
 
-    def _first(self, step: Any) -> Any:
-        return lax.rem(step, jnp.int32(2)) * self._blocks
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)

@@ -3,9 +3,14 @@
 All take and return MLIR values, inside plgpu.inline_mgpu.
 """
 
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 
 def lane_and_warp() -> tuple:
@@ -54,3 +59,53 @@ def shift_left(value, bits: int):
 def shift_right(value, bits: int):
     """Value // 2^bits of a number that is not negative."""
     return arith.shrui(value, constant(bits))
+
+
+def global_pointer(gmem):
+    """The 64-bit address of global memory."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(gmem))
+
+
+def widened(value):
+    """A number that is not negative, as an i64."""
+    return arith.extui(ir.IntegerType.get_signless(64), value)
+
+
+def load_global(at, offset: int, words: int) -> tuple:
+    """2 or 4 words of global memory, as other thread blocks have left them."""
+    names = ", ".join(f"${i}" for i in range(words))
+    return mgpu.utils.inline_ptx(
+        f"ld.global.cg.v{words}.b32 {{{names}}}, [${words}+{offset}];",
+        at,
+        result_types=[i32()] * words,
+        has_side_effects=True,
+    )
+
+
+_LANES = 128
+
+
+def registers_type(count: int, words: int) -> Any:
+    """An array of `count` vectors of 2 or 4 words a lane: what lanes hand on, in no other order."""
+    shape = (count * words * _LANES,)
+    return plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=plgpu.Layout.WG_STRIDED(shape, words))
+
+
+def as_array(vectors: list[tuple]) -> Any:
+    """The array of registers_type, of a lane's own vectors."""
+    words = len(vectors[0])
+    type_ = ir.VectorType.get((words,), i32())
+    registers = np.empty(len(vectors), dtype=object)
+    for index, vector_ in enumerate(vectors):
+        registers[index] = vector.from_elements(type_, vector_)
+    shape = (len(vectors) * words * _LANES,)
+    return mgpu.FragmentedArray(
+        _registers=registers,
+        _layout=plgpu.Layout.WG_STRIDED(shape, words).to_mgpu(),
+        _is_signed=True,
+    )
+
+
+def words_of(register) -> list:
+    """The words of one vector."""
+    return [vector.extract(register, [], [i]) for i in range(ir.VectorType(register.type).shape[0])]

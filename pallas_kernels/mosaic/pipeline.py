@@ -95,51 +95,54 @@ def mainloop(
     num_stages: int,
     *,
     load: Load,
-    compute: Callable[[Any, Any, Any], Any],
+    compute: Callable[..., Any],
     init: Any,
     wgmmas_in_flight: int | None = None,
-    prepare: Callable[[Any, Any], None] | None = None,
+    take: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
     """Computes all steps of a ring whose prologue has run, and keeps it filled.
 
     Args:
       num_steps: tiles to stream.
-      num_stages: stages of the ring; at least 2 with wgmmas in flight or with `prepare`.
-      load: load(step, stage) starts the copies of that step into that stage.
+      num_stages: stages of the ring; at least 2 with wgmmas in flight.
+      load: load(step, stage) starts the copies of that step into that stage. With `take` all lanes
+        have waited for each other before.
       compute: compute(step, stage, carry) -> carry waits until the stage is full, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in pipeline. At the end nothing is in flight any more.
-      prepare: prepare(step, stage) waits until the stage is full, and has each lane write what
-        others will read in `compute`. Lanes wait for each other in between, once a step. All of
-        them are done with the step before then, so its stage is refilled there.
+      take: take(step, stage) waits until the stage is full, and returns all that is needed of it in
+        registers. Lanes wait for each other then, once a step, and the stage is refilled before
+        compute(step, stage, carry, taken). What each lane stores in `take`, all may read there.
 
     Returns:
       The last carry.
     """
-    lag = 1 if wgmmas_in_flight or prepare else 0
-    stages = jnp.int32(num_stages)
+    lag = 1 if wgmmas_in_flight else 0
 
-    def refill_after(step):
+    def refill(step, stage):
         @pl.when((step >= 0) & (step + num_stages < num_steps))
         def _():
-            if wgmmas_in_flight is None and prepare is None:
+            if wgmmas_in_flight is None and take is None:
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
-            load(step + num_stages, lax.rem(step, stages))
+            load(step + num_stages, stage)
 
-    def body(step, carry):
-        stage = lax.rem(step, stages)
-        if prepare is not None:
-            prepare(step, stage)
+    def body(step, carries):
+        stage, carry = carries
+        if take is None:
+            carry = compute(step, stage, carry)
+            if wgmmas_in_flight is not None:
+                plgpu.wgmma_wait(wgmmas_in_flight)
+            before = jnp.where(stage == 0, num_stages - 1, stage - 1) if lag else stage
+            refill(step - lag, before)
+        else:
+            taken = take(step, stage)
             sync_lanes()
-            refill_after(step - lag)
-        carry = compute(step, stage, carry)
-        if wgmmas_in_flight is not None:
-            plgpu.wgmma_wait(wgmmas_in_flight)
-        if prepare is None:
-            refill_after(step - lag)
-        return carry
+            refill(step, stage)
+            carry = compute(step, stage, carry, taken)
+        # Where a ring has three stages or five, a remainder takes ten instructions that wait.
+        return jnp.where(stage == num_stages - 1, 0, stage + 1), carry
 
-    carry = lax.fori_loop(0, num_steps, body, init)
+    _, carry = lax.fori_loop(0, num_steps, body, (jnp.int32(0), init))
     if wgmmas_in_flight:
         plgpu.wgmma_wait(0)
     return carry

@@ -91,32 +91,49 @@ def load_few(gmem: Any, smem: Any) -> None:
       gmem: [n] of 4-byte words.
       smem: at least n.
     """
+    start_few(gmem, smem)
+    wait_for_few()
+
+
+def start_few(gmem: Any, smem: Any) -> None:
+    """load_few whose copies end before wait_for_few does; no lane waits for its words."""
     (length,) = gmem.shape
     if interpreting():
         smem[:length] = gmem[...]
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def load(_, gmem, smem):
-        for start in range(0, length, LANES):
+    def start(_, gmem, smem):
+        for first in range(0, length, LANES):
             mgpu.utils.inline_ptx(
                 f"""{{
                 .reg .b64 from;
-                .reg .b32 lane, to, word;
+                .reg .b32 lane, to;
                 .reg .pred there;
                 mov.u32 lane, %tid.x;
-                setp.lt.u32 there, lane, {length - start};
+                setp.lt.u32 there, lane, {length - first};
                 mad.wide.u32 from, lane, 4, $0;
                 mad.lo.u32 to, lane, 4, $1;
-                @there ld.global.b32 word, [from+{4 * start}];
-                @there st.shared.b32 [to+{4 * start}], word;
+                @there cp.async.ca.shared.global [to+{4 * first}], [from+{4 * first}], 4;
                 }}""",
                 mgpu.utils.memref_ptr(gmem),
                 mgpu.utils.memref_ptr(smem),
                 has_side_effects=True,
             )
 
-    load(gmem, smem)
+    start(gmem, smem)
+
+
+def wait_for_few() -> None:
+    """Waits until this lane's copies of start_few have ended."""
+    if interpreting():
+        return
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        mgpu.utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+
+    wait()
 
 
 def scatter(values: jax.Array, places: jax.Array, length: int, smem: Any) -> None:

@@ -4,65 +4,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE
 from pallas_kernels.mosaic.device import launch
-from pallas_kernels.mosaic.fp8_mma import GROUP, store_by_token
+from pallas_kernels.mosaic.fp8_mma import GROUP, store_column
 from pallas_kernels.mosaic.fp8_operand import COLUMNS
 from pallas_kernels.mosaic.fp8_product import Fp8Product
-from pallas_kernels.mosaic.warpgroup import sync_lanes
+from pallas_kernels.mosaic.l2_hints import copy_evict_first
+from pallas_kernels.mosaic.operands import round_up
+from pallas_kernels.mosaic.pipeline import prologue
 from tests.pallas_kernels.machine import INTERPRET
 
 ROWS = 2 * GROUP
 EVERY_BYTE = np.arange(256, dtype=np.uint8).view(VALUES_DTYPE)
 
 
-def multiply(weights, scales, tokens):
-    """[ROWS, K] e4m3 times scales [2, K / COLUMNS] times tokens [N, K]: [N, ROWS] float32."""
-    N, K = tokens.shape
+def multiply(weights, scales, tokens, block_k=COLUMNS):
+    """[ROWS, K] e4m3 times scales [2, K / COLUMNS] times tokens [T, K]: [T, ROWS] float32."""
+    T, K = tokens.shape
+    N = round_up(T, 8)
     product = Fp8Product(
         rows=ROWS,
         columns=K,
         N=N,
-        block_k=COLUMNS,
-        num_stages=1,
+        T=T,
+        block_k=block_k,
+        num_stages=2,
         dtype=tokens.dtype,
         scale_rows=2,
     )
 
-    def kernel(block_id, weights, scales, tokens, out, shared, out_smem, full):
-        product.load_scales(shared, [scales.at[row] for row in range(2)])
+    def kernel(block_id, weights, scales, tokens, out, shared, full):
+        def load(step, stage):
+            piece = weights.at[:, :, pl.ds(step * block_k, block_k)]
+            copy_evict_first(piece, shared[0].at[stage], full.at[stage], by_one_lane=True)
 
-        def step(index, totals):
-            at = pl.ds(index * COLUMNS, COLUMNS)
-            plgpu.copy_gmem_to_smem(weights.at[:, :, at], shared[0].at[0], full)
-            plgpu.copy_gmem_to_smem(tokens.at[:, at], shared[1].at[0], full)
-            plgpu.barrier_wait(full)
-            product.prepare(shared, index, 0)
-            sync_lanes()
-            totals = product.compute(shared, index, 0, totals)
-            plgpu.commit_smem()
-            return totals
-
-        totals = lax.fori_loop(0, K // COLUMNS, step, product.zeros())
-        for group, total in enumerate(totals):
-            store_by_token(total, out_smem.at[:, pl.ds(group * GROUP, GROUP)])
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out)
-        plgpu.wait_smem_to_gmem(0)
+        prologue(product.num_steps, product.num_stages, load)
+        product.start_scales(shared, [scales.at[row] for row in range(2)])
+        loaded = product.load_tokens(tokens)
+        totals = product.multiply(shared, full, load, tokens, loaded)
+        for token in range(T):
+            store_column(totals, token, out.at[pl.ds(token, 1)])
 
     return launch(
         kernel,
         name="multiply",
         num_blocks=1,
-        out_type=jax.ShapeDtypeStruct((N, ROWS), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((T, ROWS), jnp.float32),
         scratch_types={
             "shared": product.shared_types(),
-            "out_smem": plgpu.SMEM((N, ROWS), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=2),
+            "full": plgpu.Barrier(num_arrivals=1, num_barriers=product.num_stages),
         },
         interpret=INTERPRET,
     )(*map(jnp.asarray, (weights.reshape(2, GROUP, K), scales, tokens)))
@@ -95,13 +88,13 @@ def _mixed(rng, shape):
     return rng.normal(size=shape) * 10.0**exponents
 
 
-@pytest.mark.parametrize("N", [8, 24])
+@pytest.mark.parametrize("T", [1, 5, 8, 24])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_tokens_of_any_size(dtype, N, seed):
+def test_tokens_of_any_size(dtype, T, seed):
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=(ROWS, 3 * COLUMNS)).astype(VALUES_DTYPE)
     scales = rng.uniform(1e-3, 1, (2, 3)).astype(np.float32)
-    tokens = jnp.asarray(_mixed(rng, (N, 3 * COLUMNS)), dtype)
+    tokens = jnp.asarray(_mixed(rng, (T, 3 * COLUMNS)), dtype)
     out = np.asarray(multiply(weights, scales, tokens), np.float64)
     wide = np.repeat(np.repeat(scales, GROUP, axis=0), COLUMNS, axis=1).astype(np.float64)
     expected = np.asarray(tokens, np.float64) @ (weights.astype(np.float64) * wide).T
