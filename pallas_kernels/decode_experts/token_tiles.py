@@ -11,7 +11,8 @@ computed but not stored; they would be most of the store traffic.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_experts.swiglu_epilogue import load_weights, spread_weights
+from pallas_kernels.mosaic.warpgroup import equal_bits
 
 # Each block looks at all ids, in code without a loop.
 _MAX_ASSIGNMENTS_UNROLLED = 128
@@ -147,19 +149,26 @@ class WholeBatchTiles:
         """
         T, K = self.expert_ids.shape
         expert, none = ids[index], jnp.int32(-1)
+        same = equal_bits(ids, T * K, expert)
         first_of_token = lax.div(index, jnp.int32(K)) * K
-        nth = jnp.int32(0)
-        for other in range(K):
-            other += first_of_token
-            nth += jnp.where((other < index) & (ids[other] == expert), 1, 0)
+        before = [
+            word & _below(index - at) & ~_below(first_of_token - at) for at, word in _places(same)
+        ]
+        nth = functools.reduce(operator.add, map(_count, before))
+        of_tokens = [
+            [word & _bits(token * K - at, token * K + K - at) for at, word in _places(same)]
+            for token in range(T)
+        ]
+        # Seldom more than none.
+        of_tokens = lax.fori_loop(
+            0, nth, lambda _, found: list(map(_without_lowest, found)), of_tokens
+        )
 
         leader, chosen_by = none, []
-        for token in range(T):
-            seen, chosen = jnp.int32(0), none
-            for assignment in range(token * K, token * K + K):
-                same = ids[assignment] == expert
-                chosen = jnp.where(same & (seen == nth), assignment, chosen)
-                seen += jnp.where(same, 1, 0)
+        for words in of_tokens:
+            chosen = none
+            for at, word in reversed(list(_places(words))):
+                chosen = jnp.where(word == 0, chosen, at + 31 - lax.clz(word & -word))
             leader = jnp.where(leader < 0, chosen, leader)
             chosen_by.append(chosen)
 
@@ -179,6 +188,40 @@ class WholeBatchTiles:
     def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         of_columns = [weights[jnp.maximum(row, 0)] for row in tile.valid]
         return spread_weights(of_columns, self.N, layout)
+
+
+def _places(words: list) -> Iterator[tuple[int, Any]]:
+    """Each word of bits, and which bit its lowest one is."""
+    return zip(range(0, 32 * len(words), 32), words, strict=True)
+
+
+def _bits(first: int, end: int) -> int:
+    """An int32 with bits first .. end - 1 set; there are 32."""
+    bits = (1 << min(max(end, 0), 32)) - (1 << min(max(first, 0), 32))
+    return bits - (1 << 32) if bits >> 31 else bits
+
+
+def _below(end: jax.Array) -> jax.Array:
+    """An int32 with the bits below the end-th set."""
+    bits = lax.shift_left(jnp.int32(1), jnp.clip(end, 0, 31)) - 1
+    return jnp.where(end >= 32, -1, bits)
+
+
+def _count(word: jax.Array) -> jax.Array:
+    """How many bits are set."""
+    word -= lax.shift_right_logical(word, 1) & 0x55555555
+    word = (word & 0x33333333) + (lax.shift_right_logical(word, 2) & 0x33333333)
+    word = (word + lax.shift_right_logical(word, 4)) & 0x0F0F0F0F
+    return lax.shift_right_logical(word * 0x01010101, 24)
+
+
+def _without_lowest(words: list) -> list:
+    """The words without the lowest of the bits that are set."""
+    found, left = jnp.bool_(False), []
+    for word in words:
+        left.append(jnp.where(found, word, word & (word - 1)))
+        found |= word != 0
+    return left
 
 
 @jax.tree_util.register_dataclass

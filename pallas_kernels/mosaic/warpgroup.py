@@ -1,5 +1,7 @@
 """What the 128 lanes of a warpgroup do that Pallas has no operation for."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.mosaic.device import interpreting
+from pallas_kernels.mosaic.lane_code import constant, i32, lane_and_warp
 
 LANES = 128  # of a warpgroup
+_LANES_OF_WARP = 32
 
 # [8, 64] in registers: 4 warps by 2 rows, 16 lanes by 4 elements along a row.
 TILE_ROWS = 8
@@ -257,3 +261,61 @@ def add_products(total: jax.Array, factors: Sequence[tuple[Any, Any]]) -> jax.Ar
         return acc[...]
 
     return total + pl.run_scoped(multiply_and_load, plgpu.ACC(total.shape, total.dtype))
+
+
+def equal_bits(words: Any, length: int, value: jax.Array) -> list[jax.Array]:
+    """Which words are equal to a value, as bits: bit i % 32 of int32 i // 32 is that of words[i].
+
+    A lane compares one of each 32, where Pallas alone would have each lane compare all.
+
+    Args:
+      words: int32 in global or shared memory.
+      length: how many of them count.
+      value: int32.
+    """
+    firsts = range(0, length, _LANES_OF_WARP)
+    if interpreting():
+        equal = [words[i] == value for i in range(length)]
+        parts = [equal[first : first + _LANES_OF_WARP] for first in firsts]
+        shifted = [
+            [jnp.where(bit, lax.shift_left(jnp.int32(1), i), 0) for i, bit in enumerate(part)]
+            for part in parts
+        ]
+        return [functools.reduce(operator.or_, part) for part in shifted]
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=[scalar] * len(firsts)
+    )
+    def compare(_, words, value):
+        space = "shared" if mgpu.utils.is_smem_ref(words) else "global"
+        lane, _ = lane_and_warp()
+        pointer, value = mgpu.utils.memref_ptr(words), value.registers.item()
+        loaded = []
+        for first in firsts:
+            place = arith.minui(lane, constant(min(_LANES_OF_WARP, length - first) - 1))
+            at = mgpu.utils.getelementptr(pointer, [place], i32())
+            ptx = f"ld.{space}.b32 $0, [$1+{4 * first}];"
+            loaded.append(mgpu.utils.inline_ptx(ptx, at, result_types=i32(), has_side_effects=True))
+        return [
+            mgpu.FragmentedArray.splat(
+                mgpu.utils.inline_ptx(
+                    f"""{{
+                    .reg .pred same;
+                    setp.eq.b32 same, $1, $2;
+                    setp.lt.and.u32 same, $3, {length - first}, same;
+                    vote.sync.ballot.b32 $0, same, 0xffffffff;
+                    }}""",
+                    word,
+                    value,
+                    lane,
+                    result_types=i32(),
+                    convergent=True,
+                ),
+                (),
+                is_signed=True,
+            )
+            for first, word in zip(firsts, loaded, strict=True)
+        ]
+
+    return list(compare(words, value))
