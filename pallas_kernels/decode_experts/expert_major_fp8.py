@@ -133,9 +133,10 @@ class GateUpFp8(GateUp):
             first_rows = gate_and_up_rows(tile.expert, part, self.neurons, self.I)
             product.start_scales(shared, [scales.at[lax.div(row, BLOCK[0])] for row in first_rows])
             tokens = x.at[pl.ds(tile.first_row, product.T)]
-            loaded = product.load_tokens(tokens)
+            valid = self.tiles.valid_columns(tile)
+            loaded = product.load_tokens(tokens, valid)
             weights = self.tiles.load_weights(weight_of, tile, TOKENS)
-            totals = product.multiply(shared, full, load, tokens, loaded)
+            totals = product.multiply(shared, full, load, tokens, valid, loaded)
             weights = lax.broadcast_in_dim(weights, (GROUP, N), (1,))
             groups = self.neurons // GROUP
             results = [
@@ -205,8 +206,9 @@ class DownFp8(Down):
             product.start_scales(shared, [scales.at[lax.div(first_row, BLOCK[0])]])
             wait(index)
             tokens = hidden.at[pl.ds(index * N, product.T)]
-            loaded = product.load_tokens(tokens)
-            totals = product.multiply(shared, full, load, tokens, loaded)
+            valid = self.tiles.valid_columns(tile)
+            loaded = product.load_tokens(tokens, valid)
+            totals = product.multiply(shared, full, load, tokens, valid, loaded)
             neurons = pl.ds(part * self.block_m, self.block_m)
 
             def store(column, row):

@@ -77,6 +77,10 @@ class TokenTiles(Protocol):
         """Calls do(column, row of outputs) for each valid column."""
         ...
 
+    def valid_columns(self, tile: Tile) -> list[jax.Array]:
+        """Of each of num_columns columns whether it is valid."""
+        ...
+
     def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         """[N]: the columns' routing weights in registers of that layout; padding's may be any."""
         ...
@@ -185,6 +189,9 @@ class WholeBatchTiles:
         for column, row in enumerate(tile.valid):
             pl.when(row >= 0)(functools.partial(do, column, row))
 
+    def valid_columns(self, tile: Tile) -> list[jax.Array]:
+        return [row >= 0 for row in tile.valid]
+
     def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         of_columns = [weights[jnp.maximum(row, 0)] for row in tile.valid]
         return spread_weights(of_columns, self.N, layout)
@@ -269,6 +276,9 @@ class GatheredTiles:
 
     def for_each_valid(self, tile: Tile, do: Callable[[Any, Any], None]) -> None:
         lax.fori_loop(0, tile.valid, lambda column, _: do(column, tile.first_row + column), None)
+
+    def valid_columns(self, tile: Tile) -> list[jax.Array]:
+        return [column < tile.valid for column in range(self.N)]
 
     def load_weights(self, weights: Any, tile: Tile, layout: Any) -> jax.Array:
         return load_weights(weights.at[pl.ds(tile.first_row, self.N)], layout)

@@ -88,7 +88,8 @@ class SplitProductFp8(SplitProduct):
             for step in range(self.steps):
                 columns = pl.ds((split * self.steps + step) * COLUMNS, COLUMNS)
                 piece = weight.values.at[rows, columns]
-                copy_evict_first(piece, weights_smem.at[step, 0], full.at[step])
+                to = weights_smem.at[step, 0]
+                copy_evict_first(piece, to, full.at[step], by_one_lane=True)
             scales = weight.scales.at[lax.div(first_row, BLOCK[0])]
             load_few(scales, scales_smem.at[pl.ds(0, self.columns // COLUMNS)])
 

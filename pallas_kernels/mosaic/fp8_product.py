@@ -126,29 +126,37 @@ class Fp8Product:
             at = pl.ds(index * self._scales_stride, self.columns // COLUMNS)
             start_few(row, shared[3].at[at])
 
-    def load_tokens(self, tokens: Any, step: Any = 0) -> Any:
-        """A chunk of [T, columns] in global memory, from a step on, for `multiply` to convert."""
-        return load_tokens(tokens, jnp.int32(step) * self._blocks, self._chunk_blocks)
+    def load_tokens(self, tokens: Any, wanted: Sequence[Any], step: Any = 0) -> Any:
+        """A chunk of [T, columns] in global memory, from a step on, for `multiply` to convert.
 
-    def multiply(self, shared: Any, full: Any, load: Any, tokens: Any, loaded: Any) -> list:
+        Of each token `wanted` says whether it is; a bool. The other sums may be anything.
+        """
+        return load_tokens(tokens, wanted, jnp.int32(step) * self._blocks, self._chunk_blocks)
+
+    def multiply(
+        self, shared: Any, full: Any, load: Any, tokens: Any, wanted: Sequence[Any], loaded: Any
+    ) -> list:
         """The sums of each group of rows, [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
 
         Args:
           shared: see shared_types.
           full: a Barrier with num_barriers=num_stages.
           load: load(step, stage) starts the copies of weights; the prologue has run.
-          tokens: [T, columns] in global memory.
-          loaded: what load_tokens(tokens) has returned.
+          tokens, wanted: see load_tokens.
+          loaded: what it has returned.
         """
         weights_smem, operand, undo, _ = shared
-        converting = (operand, undo, self._chunk_blocks, self.T, self.dtype)
-        store_tokens(loaded, *converting)
+
+        def convert(loaded):
+            store_tokens(loaded, wanted, operand, undo, self._chunk_blocks, self.dtype)
+
+        convert(loaded)
         wait_for_few()
 
         def convert_next(step):
-            loaded = self.load_tokens(tokens, step)
+            loaded = self.load_tokens(tokens, wanted, step)
             sync_lanes()  # others may still read the last chunk
-            store_tokens(loaded, *converting)
+            convert(loaded)
 
         def take(step, stage):
             if self._chunk_steps < self.num_steps:

@@ -1,9 +1,10 @@
 """Tokens from global memory to f16 terms in shared memory, many scale blocks at once.
 
-A warp takes blocks of COLUMNS of its own, 4 neighbouring columns a lane, so that tokens which are
-not there take no time. Loads come before conversions, a dozen of them at a time on their way.
+A warp takes blocks of COLUMNS of its own, 4 neighbouring columns a lane, and leaves out the tokens
+that no result is wanted of. Loads come before conversions, a dozen of them at a time on their way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,13 +34,14 @@ from pallas_kernels.mosaic.lane_code import (
 _WARPS = 4
 
 
-def load_tokens(tokens: Any, first_block: Any, blocks: int) -> Any:
+def load_tokens(tokens: Any, wanted: Sequence[Any], first_block: Any, blocks: int) -> Any:
     """Loads some blocks of COLUMNS of tokens from global memory, for store_tokens.
 
     Warp w takes blocks w, w + 4, ...; a lane four neighbouring columns of each.
 
     Args:
       tokens: [T, columns] bf16 or float32 in global memory, which other blocks may have written.
+      wanted: of each token whether it is; a bool that all lanes agree on.
       first_block: int32.
       blocks: how many.
     """
@@ -50,33 +52,44 @@ def load_tokens(tokens: Any, first_block: Any, blocks: int) -> Any:
     rounds = -(-blocks // _WARPS)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        arg_types=(plgpu.RefType(), [plgpu.Layout.WG_SPLAT] * T, plgpu.Layout.WG_SPLAT),
         return_type=registers_type(rounds * T, words),
     )
-    def load(_, tokens, first_block):
+    def load(_, tokens, wanted, first_block):
         lane, warp = lane_and_warp()
         stride = words * ir.MemRefType(tokens.type).get_strides_and_offset()[0][0]
-        found = []
+        places = []
         for block in _blocks_of(warp, blocks):
             at = arith.muli(arith.addi(first_block.registers.item(), block), constant(COLUMNS))
             at = arith.muli(arith.addi(at, shift_left(lane, 2)), constant(words))
-            at = arith.addi(global_pointer(tokens), widened(at))
-            # Past the first cache, because it may hold what other blocks have written since.
-            found += [load_global(at, row * stride, words) for row in range(T)]
-        return as_array(found)
+            places.append(arith.addi(global_pointer(tokens), widened(at)))
+        # Past the first cache, because it may hold what other blocks have written since.
+        return as_array(
+            [
+                load_global(at, row * stride, words, there=flag.registers.item())
+                for row, flag in enumerate(wanted)
+                for at in places
+            ]
+        )
 
-    return load(tokens, jnp.int32(first_block))
+    return load(tokens, _flags(wanted), jnp.int32(first_block))
 
 
-def store_tokens(loaded: Any, operand: Any, undo: Any, blocks: int, T: int, dtype: Any) -> None:
+def _flags(wanted: Sequence[Any]) -> list:
+    return [jnp.where(flag, jnp.int32(1), jnp.int32(0)) for flag in wanted]
+
+
+def store_tokens(
+    loaded: Any, wanted: Sequence[Any], operand: Any, undo: Any, blocks: int, dtype: Any
+) -> None:
     """Converts what load_tokens has loaded; lanes may read it once all lanes have stored theirs.
 
     Args:
-      loaded: see load_tokens.
-      operand, undo: see operand_types.
-      blocks, T, dtype: as in load_tokens.
+      loaded, wanted, blocks: see load_tokens.
+      operand, undo: see operand_types. What is there of tokens that are not wanted may be anything.
+      dtype: of the tokens.
     """
-    terms = operand.shape[1]
+    terms, T = operand.shape[1], len(wanted)
     if interpreting():
         tokens = loaded.reshape(T, blocks, COLUMNS).transpose(1, 0, 2)
         there = pl.ds(0, T)
@@ -91,9 +104,14 @@ def store_tokens(loaded: Any, operand: Any, undo: Any, blocks: int, T: int, dtyp
     tile_rows = min(rows, 8)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WG_STRIDED(loaded.shape, words), plgpu.RefType(), plgpu.RefType())
+        arg_types=(
+            plgpu.Layout.WG_STRIDED(loaded.shape, words),
+            [plgpu.Layout.WG_SPLAT] * T,
+            plgpu.RefType(),
+            plgpu.RefType(),
+        )
     )
-    def store(_, loaded, operand, undo):
+    def store(_, loaded, wanted, operand, undo):
         lane, warp = lane_and_warp()
         N = ir.MemRefType(undo.type).shape[1]
         q, j = shift_right(lane, 3), bits_and(shift_right(lane, 1), 3)
@@ -101,22 +119,26 @@ def store_tokens(loaded: Any, operand: Any, undo: Any, blocks: int, T: int, dtyp
         place = arith.addi(place, shift_left(bits_and(lane, 1), 3))
         # Of even and odd tokens; see fp8_operand's _store_term.
         units = [arith.xori(arith.ori(q, constant(4 * odd)), shift_left(j, 1)) for odd in range(2)]
-        places = [arith.addi(place, shift_left(unit, 4)) for unit in units]
-        registers = iter(loaded.registers.flat)
+        bases, undo_places = [], []
         for block in _blocks_of(warp, blocks):
-            base = arith.muli(block, constant(2 * COLUMNS * terms * rows))
-            base = arith.addi(base, shared_pointer(operand))
-            ats = [arith.addi(base, place) for place in places]
-            undo_at = arith.addi(shared_pointer(undo), arith.muli(block, constant(4 * N)))
-            for token in range(T):
-                tile, row = token // 8, token % 8
-                first = 2 * COLUMNS * 8 * tile + 128 * (row // 2)
-                offsets = [first + 2 * COLUMNS * rows * term for term in range(terms)]
-                column = words_of(next(registers))
-                values = column if words == 4 else _as_float32(column)
-                _store_scaled(values, ats[row % 2], offsets, undo_at, 4 * token)
+            at = arith.muli(block, constant(2 * COLUMNS * terms * rows))
+            at = arith.addi(arith.addi(at, shared_pointer(operand)), place)
+            bases.append([arith.addi(at, shift_left(unit, 4)) for unit in units])
+            at = arith.muli(block, constant(4 * N))
+            undo_places.append(arith.addi(shared_pointer(undo), at))
+        registers = iter(loaded.registers.flat)
+        for token, flag in enumerate(wanted):
+            tile, row = token // 8, token % 8
+            first = 2 * COLUMNS * 8 * tile + 128 * (row // 2)
+            offsets = [first + 2 * COLUMNS * rows * term for term in range(terms)]
+            one = arith.cmpi(arith.CmpIPredicate.ne, flag.registers.item(), constant(0))
+            columns = [words_of(next(registers)) for _ in bases]
+            with mgpu.utils.when(one):
+                for column, ats, undo_at in zip(columns, bases, undo_places, strict=True):
+                    values = column if words == 4 else _as_float32(column)
+                    _store_scaled(values, ats[row % 2], offsets, undo_at, 4 * token)
 
-    store(loaded, operand, undo)
+    store(loaded, _flags(wanted), operand, undo)
 
 
 def _blocks_of(warp, blocks: int) -> list:

@@ -71,12 +71,17 @@ def widened(value):
     return arith.extui(ir.IntegerType.get_signless(64), value)
 
 
-def load_global(at, offset: int, words: int) -> tuple:
-    """2 or 4 words of global memory, as other thread blocks have left them."""
+def load_global(at, offset: int, words: int, there) -> tuple:
+    """2 or 4 words of global memory, as other blocks have left them; any, if `there` is 0."""
     names = ", ".join(f"${i}" for i in range(words))
     return mgpu.utils.inline_ptx(
-        f"ld.global.cg.v{words}.b32 {{{names}}}, [${words}+{offset}];",
+        f"""{{
+        .reg .pred there;
+        setp.ne.b32 there, ${words + 1}, 0;
+        @there ld.global.cg.v{words}.b32 {{{names}}}, [${words}+{offset}];
+        }}""",
         at,
+        there,
         result_types=[i32()] * words,
         has_side_effects=True,
     )

@@ -43,8 +43,9 @@ def multiply(weights, scales, tokens, block_k=COLUMNS):
 
         prologue(product.num_steps, product.num_stages, load)
         product.start_scales(shared, [scales.at[row] for row in range(2)])
-        loaded = product.load_tokens(tokens)
-        totals = product.multiply(shared, full, load, tokens, loaded)
+        wanted = [block_id == 0] * T  # all of them
+        loaded = product.load_tokens(tokens, wanted)
+        totals = product.multiply(shared, full, load, tokens, wanted, loaded)
         for token in range(T):
             store_column(totals, token, out.at[pl.ds(token, 1)])
 
