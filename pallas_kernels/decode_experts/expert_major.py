@@ -38,7 +38,6 @@ from pallas_kernels.decode_experts.configs import (
 from pallas_kernels.decode_experts.expert_major_fp8 import (
     FP8_BLOCK_KS,
     FP8_MAX_BLOCK_N,
-    GateUpFp8,
     fp8_products,
     fp8_stage_bytes,
 )

@@ -8,7 +8,6 @@ assignment whose expert another one leads find that out from the ids, and end.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -29,6 +29,7 @@ from pallas_kernels.mosaic.fp8_operand import (
     load_undo,
 )
 from pallas_kernels.mosaic.lane_code import (
+    VECTOR,
     as_array,
     bits_and,
     constant,
@@ -70,7 +71,7 @@ def weights_type(num_stages: int, parts: int, rows: int, block_k: int) -> Any:
 
 
 def load_weights(weights_smem: Any) -> Any:
-    """All weights of a scale block, in registers; copies may overwrite it once all lanes have.
+    """All weights of a scale block, in registers; sync_lanes may wait until all lanes have them.
 
     Args:
       weights_smem: [parts, rows, COLUMNS] e4m3, see weights_type; all rows make the groups.
@@ -81,7 +82,7 @@ def load_weights(weights_smem: Any) -> Any:
     groups = parts * rows // GROUP
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(_TRANSFORMS),), return_type=registers_type(2 * groups, 4)
+        arg_types=(plgpu.RefType(_TRANSFORMS),), return_type=registers_type(2 * groups, VECTOR)
     )
     def load(_, weights):
         row_stride = ir.MemRefType(weights.type).get_strides_and_offset()[0][1]
@@ -110,7 +111,7 @@ def add_products(
     Args:
       totals: of each group [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
       weights: see load_weights.
-      operand: [terms, rows, COLUMNS] f16, see operand_types and store_tokens. Sums of tokens that
+      operand: [terms, rows, COLUMNS] f16, see fp8_tokens and fp8_operand. Sums of tokens that
         have no row may be anything.
       undo: [N] float32, likewise.
       scales: of each group a float32.
@@ -138,7 +139,7 @@ def add_products(
     @plgpu.inline_mgpu(
         arg_types=(
             [ROWS_BY_TOKEN] * groups,
-            plgpu.Layout.WG_STRIDED(weights.shape, 4),
+            plgpu.Layout.WG_STRIDED(weights.shape, VECTOR),
             plgpu.RefType(),
             plgpu.RefType(),
             [plgpu.Layout.WG_SPLAT] * groups,

@@ -31,7 +31,6 @@ from pallas_kernels.mosaic.lane_code import (
     shift_left,
     shift_right,
 )
-from pallas_kernels.mosaic.operands import round_up
 
 COLUMNS = 128  # of a scale block
 
@@ -46,18 +45,10 @@ EXPONENT = 23  # a float32's exponent field begins at this bit
 LEAST_FIELD = 15
 
 
-def operand_types(blocks: int, terms: int, N: int, T: int | None = None) -> tuple[Any, Any]:
-    """Shared memory of tokens in f16 terms, and of the factors that undo their scales.
-
-    Args:
-      blocks: of COLUMNS each.
-      terms: 1 or 2.
-      N: a multiple of 8.
-      T: tokens that are there, if N is 8 and they are fewer; the others take no room.
-    """
-    rows = N if T is None else round_up(T, 2)
+def operand_types(blocks: int, terms: int, N: int) -> tuple[Any, Any]:
+    """Shared memory of tokens in f16 terms, and of the factors that undo their scales."""
     return (
-        plgpu.SMEM((blocks, terms, rows, COLUMNS), jnp.float16),
+        plgpu.SMEM((blocks, terms, N, COLUMNS), jnp.float16),
         plgpu.SMEM((blocks, N), jnp.float32),
     )
 

@@ -35,7 +35,7 @@ from pallas_kernels.mosaic.fp8_mma import (
     load_weights,
     weights_type,
 )
-from pallas_kernels.mosaic.fp8_operand import COLUMNS, operand_types
+from pallas_kernels.mosaic.fp8_operand import COLUMNS
 from pallas_kernels.mosaic.fp8_tokens import load_tokens, store_tokens
 from pallas_kernels.mosaic.operands import round_up
 from pallas_kernels.mosaic.pipeline import mainloop
@@ -93,9 +93,13 @@ class Fp8Product:
         return self._chunk_steps * self._blocks
 
     @property
-    def _operand_types(self) -> tuple:
-        T = self.T if self.T < 8 else None
-        return operand_types(self._chunk_blocks, self._terms, self.N, T)
+    def _operand_type(self) -> Any:
+        rows = self.T if self.T >= 8 else round_up(self.T, 2)
+        return plgpu.SMEM((self._chunk_blocks, self._terms, rows, COLUMNS), jnp.float16)
+
+    @property
+    def _undo_size(self) -> int:
+        return self._chunk_blocks * self.N
 
     @property
     def _scales_stride(self) -> int:
@@ -109,22 +113,26 @@ class Fp8Product:
     @property
     def fixed_bytes(self) -> int:
         """Of what all stages share."""
-        operand = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in self._operand_types)
-        return operand + 4 * self.scale_rows * self._scales_stride
+        numbers = self._undo_size + self.scale_rows * self._scales_stride
+        return 2 * math.prod(self._operand_type.shape) + 4 * numbers
 
     def shared_types(self) -> list:
-        """Weights, to be loaded; then what the product keeps."""
+        """Weights, to be loaded; then what the product keeps, the small things in one array.
+
+        An array begins at a multiple of 1 KB, and three blocks share a core.
+        """
+        numbers = self._undo_size + self.scale_rows * self._scales_stride
         return [
             weights_type(self.num_stages, self.scale_rows, self.rows, self.block_k),
-            *self._operand_types,
-            plgpu.SMEM((self.scale_rows * self._scales_stride,), jnp.float32),
+            self._operand_type,
+            plgpu.SMEM((numbers,), jnp.float32),
         ]
 
     def start_scales(self, shared: Any, rows: Sequence[Any]) -> None:
         """Starts to load the scale rows, each [columns / COLUMNS] float32 in global memory."""
         for index, row in enumerate(rows):
-            at = pl.ds(index * self._scales_stride, self.columns // COLUMNS)
-            start_few(row, shared[3].at[at])
+            at = pl.ds(self._undo_size + index * self._scales_stride, self.columns // COLUMNS)
+            start_few(row, shared[2].at[at])
 
     def load_tokens(self, tokens: Any, wanted: Sequence[Any], step: Any = 0) -> Any:
         """A chunk of [T, columns] in global memory, from a step on, for `multiply` to convert.
@@ -145,7 +153,8 @@ class Fp8Product:
           tokens, wanted: see load_tokens.
           loaded: what it has returned.
         """
-        weights_smem, operand, undo, _ = shared
+        weights_smem, operand, numbers = shared
+        undo = numbers.at[pl.ds(0, self._undo_size)]
 
         def convert(loaded):
             store_tokens(loaded, wanted, operand, undo, self._chunk_blocks, self.dtype)
@@ -177,7 +186,7 @@ class Fp8Product:
 
     def _compute(self, shared, step, _, totals: list, weights: list) -> list:
         """Totals + the products of a stage; block by block of COLUMNS, in order."""
-        _, operand, undo, scales = shared
+        _, operand, numbers = shared
         per_row = len(totals) // self.scale_rows
         first = step * self._blocks
         in_chunk = lax.rem(step, jnp.int32(self._chunk_steps)) * self._blocks
@@ -185,13 +194,14 @@ class Fp8Product:
             in_chunk = first
         for block, of_block in enumerate(weights):
             of_rows = [
-                scales[row * self._scales_stride + first + block] for row in range(self.scale_rows)
+                numbers[self._undo_size + row * self._scales_stride + first + block]
+                for row in range(self.scale_rows)
             ]
             totals = add_products(
                 totals,
                 of_block,
                 operand.at[in_chunk + block],
-                undo.at[in_chunk + block],
+                numbers.at[pl.ds((in_chunk + block) * self.N, self.N)],
                 [of_rows[group // per_row] for group in range(len(totals))],
             )
         return totals

@@ -86,16 +86,18 @@ def store_tokens(
 
     Args:
       loaded, wanted, blocks: see load_tokens.
-      operand, undo: see operand_types. What is there of tokens that are not wanted may be anything.
+      operand: [blocks, terms, rows, COLUMNS] f16 in shared memory: a row for each token, or an even
+        number of fewer than 8. What is there of tokens that are not wanted may be anything.
+      undo: [blocks * N] float32 there, what the products of N tokens are to be multiplied with.
       dtype: of the tokens.
     """
-    terms, T = operand.shape[1], len(wanted)
+    terms, T, N = operand.shape[1], len(wanted), undo.shape[0] // blocks
     if interpreting():
         tokens = loaded.reshape(T, blocks, COLUMNS).transpose(1, 0, 2)
         there = pl.ds(0, T)
         store_operands(
             [
-                (tokens[block], operand.at[block, :, there], undo.at[block, there])
+                (tokens[block], operand.at[block, :, there], undo.at[pl.ds(block * N, T)])
                 for block in range(blocks)
             ]
         )
@@ -113,7 +115,6 @@ def store_tokens(
     )
     def store(_, loaded, wanted, operand, undo):
         lane, warp = lane_and_warp()
-        N = ir.MemRefType(undo.type).shape[1]
         q, j = shift_right(lane, 3), bits_and(shift_right(lane, 1), 3)
         place = arith.muli(j, constant(64 * tile_rows))
         place = arith.addi(place, shift_left(bits_and(lane, 1), 3))

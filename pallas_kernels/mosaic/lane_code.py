@@ -88,6 +88,7 @@ def load_global(at, offset: int, words: int, there) -> tuple:
 
 
 _LANES = 128
+VECTOR = 4  # words of the widest load
 
 
 def registers_type(count: int, words: int) -> Any:

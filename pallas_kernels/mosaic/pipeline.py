@@ -110,8 +110,8 @@ def mainloop(
       compute: compute(step, stage, carry) -> carry waits until the stage is full, and uses it.
       init: the first carry.
       wgmmas_in_flight: as in pipeline. At the end nothing is in flight any more.
-      take: take(step, stage) waits until the stage is full, and returns all that is needed of it in
-        registers. Lanes wait for each other then, once a step, and the stage is refilled before
+      take: take(step, stage) waits until the stage is full, and returns all that is needed of it, a
+        list of lane_code.registers_type. Once all lanes have that, the stage is refilled, before
         compute(step, stage, carry, taken). What each lane stores in `take`, all may read there.
 
     Returns:
@@ -136,7 +136,7 @@ def mainloop(
             refill(step - lag, before)
         else:
             taken = take(step, stage)
-            sync_lanes()
+            sync_lanes(taken)
             refill(step, stage)
             carry = compute(step, stage, carry, taken)
         # Where a ring has three stages or five, a remainder takes ten instructions that wait.

@@ -15,7 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.mosaic.device import interpreting
-from pallas_kernels.mosaic.lane_code import constant, i32, lane_and_warp
+from pallas_kernels.mosaic.lane_code import VECTOR, constant, i32, lane_and_warp, words_of
 
 LANES = 128  # of a warpgroup
 _LANES_OF_WARP = 32
@@ -69,21 +69,42 @@ def store_row(smem: Any, smem_row, gmem: Any, gmem_row) -> None:
     plgpu.copy_smem_to_gmem(smem.at[pl.ds(smem_row, 1)], gmem.at[pl.ds(gmem_row, 1)])
 
 
-def sync_lanes() -> None:
+def sync_lanes(loaded: Sequence[jax.Array] = ()) -> None:
     """Waits until all lanes are here; what each stored in shared memory, all may read.
 
     What they have read, copies that start later may overwrite. The interpreter knows plgpu's own
     barrier only, which has the copy engine see the lanes' stores as well.
+
+    Args:
+      loaded: arrays of lane_code.registers_type. Lanes are here once these are in registers, where
+        a barrier alone would let them go on while their loads still wait for the shared memory.
     """
     if interpreting():
         plgpu.commit_smem()
         return
 
-    @plgpu.inline_mgpu()
-    def sync(_):
-        mgpu.warpgroup_barrier()
+    @plgpu.inline_mgpu(
+        arg_types=([plgpu.Layout.WG_STRIDED(words.shape, VECTOR) for words in loaded],)
+    )
+    def sync(_, loaded):
+        firsts = [words_of(vector_)[0] for words in loaded for vector_ in words.registers.flat]
+        if not firsts:
+            mgpu.warpgroup_barrier()
+            return
+        # The barrier takes a predicate of all vectors; what comes of it does not matter.
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred mine, any;
+            setp.eq.b32 mine, $0, 0;
+            bar.red.or.pred any, $1, {LANES}, mine;
+            }}""",
+            functools.reduce(arith.xori, firsts),
+            mgpu.utils.warpgroup_barrier_idx(sync=False),
+            has_side_effects=True,
+            convergent=True,
+        )
 
-    sync()
+    sync(list(loaded))
 
 
 def load_few(gmem: Any, smem: Any) -> None:
