@@ -132,6 +132,9 @@ def test_lowers_for_cuda(layout):
         loads, hints = map(module.count, ("cp.async.bulk.tensor.shared", "L2::evict_first"))
         assert loads == hints > 0
     assert ("mma.sync.aligned.m16n8k16" in modules[0]) == (layout == "expert_major")
+    # A lane waits for its loads before the barrier behind which a stage of either product is
+    # refilled. Without that, one of many calls on a GPU had wrong bits; no simulator shows it.
+    assert modules[0].count("bar.red.or.pred") == {"output_major": 0, "expert_major": 2}[layout]
 
 
 def _changed(weights: ExpertWeights, name: str, **fields) -> ExpertWeights:

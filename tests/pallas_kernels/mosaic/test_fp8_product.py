@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE
+from pallas_kernels.mosaic import fp8_product
 from pallas_kernels.mosaic.device import launch
 from pallas_kernels.mosaic.fp8_mma import GROUP, store_column
 from pallas_kernels.mosaic.fp8_operand import COLUMNS
@@ -113,3 +114,14 @@ def test_zeros_infinity_and_nan_stay_with_their_token(seed):
     np.testing.assert_array_equal(out[2], np.inf)
     assert np.isnan(out[3]).all()
     assert np.isfinite(np.delete(out, [2, 3], axis=0)).all()
+
+
+def test_tokens_in_chunks_have_the_same_bits(monkeypatch, seed):
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(ROWS, 6 * COLUMNS)).astype(VALUES_DTYPE)
+    scales = rng.uniform(1e-3, 1, (2, 6)).astype(np.float32)
+    tokens = jnp.asarray(_mixed(rng, (8, 6 * COLUMNS)), jnp.bfloat16)
+    at_once = multiply(weights, scales, tokens)
+    # Four steps' tokens would fit, and three of them divide the six.
+    monkeypatch.setattr(fp8_product, "_OPERAND_BYTES", 4 * 2 * 8 * COLUMNS)
+    np.testing.assert_array_equal(multiply(weights, scales, tokens), at_once)

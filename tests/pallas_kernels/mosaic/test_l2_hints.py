@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,3 +52,19 @@ def test_a_copy_has_its_own_hint_or_none(hinted):
     used = [[name for name in names if f"{name}," in load] for load in loads]
     assert [len(of_load) == 1 for of_load in used] == hinted
     assert [name for of_load in used for name in of_load] == names
+
+
+def test_a_copy_by_one_lane_has_no_barrier_and_one_arrival():
+    def lowered(by_one_lane):
+        copy = functools.partial(copy_evict_first, by_one_lane=by_one_lane)
+        x = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+        [module] = mosaic_modules(lower_for_cuda(lambda x: _through_shared_memory([copy], x), x))
+        return [
+            module.count(found) for found in ("bar.sync", "cp.async.bulk.tensor.shared")
+        ], module
+
+    (barriers, copies), module = lowered(False)
+    (fewer_barriers, same_copies), by_one_lane = lowered(True)
+    assert (fewer_barriers, same_copies) == (barriers - 1, copies)
+    arrival = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0], 128"
+    assert [text.count(arrival) for text in (module, by_one_lane)] == [0, 1]
