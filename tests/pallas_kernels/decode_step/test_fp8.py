@@ -1,6 +1,7 @@
 """A layer with FP8 weights: right, the bits of each way to run it, formats of its own a product."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import pytest
 
 from pallas_kernels.block_scaled_fp8 import quantise
 from pallas_kernels.decode_step.api import grids
-from pallas_kernels.decode_step.layer import PRODUCTS, default_config
+from pallas_kernels.decode_step.layer import PRODUCTS, default_config, experts_tasks
 from pallas_kernels.decode_step.split_product_fp8 import SplitProductFp8
 from pallas_kernels.decode_step.tasks import Task, run_as_grid, run_in_python
+from pallas_kernels.mosaic.operands import round_up
 from tests.pallas_kernels.decode_step.cases import (
     POISONED,
     assert_right,
@@ -157,3 +159,15 @@ def test_real_sizes_have_the_same_bits_in_every_config(changes, seed):
     config = dataclasses.replace(default_config(4, True), **changes)
     for _ in range(100):
         assert_same_rows(run(case, s, config=config), range(4), expected)
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 8])
+def test_three_blocks_of_the_experts_share_a_core(B):
+    """By the rules of Hopper and Mosaic: 228 KB, 1 KB more a block, arrays at multiples of 1 KB."""
+    tasks = experts_tasks(qwen3_shapes(B, fp8=ALL), default_config(B, True), mailed=True)
+    barriers_of_all_tasks = 256
+    for task in tasks:
+        (arrays,) = task.work.shared_types()
+        sizes = [math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in arrays]
+        block = sum(round_up(size, 1024) for size in sizes) + barriers_of_all_tasks
+        assert 3 * (block + 1024) <= 228 * 1024, (task.kind, sizes)
