@@ -11,7 +11,7 @@ from pallas_kernels.decode_experts.choose_layout import (
     override_layout,
 )
 from pallas_kernels.decode_experts.configs import Layout
-from pallas_kernels.decode_experts.expert_major import ExpertMajorConfig
+from pallas_kernels.decode_experts.expert_major_config import ExpertMajorConfig
 from pallas_kernels.decode_experts.layouts import LAYOUTS
 from pallas_kernels.decode_experts.output_major import OutputMajorConfig
 from pallas_kernels.decode_experts.reference import reference_experts

@@ -9,6 +9,8 @@ import numpy as np
 
 from pallas_kernels.block_scaled_fp8 import Weight
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
+from pallas_kernels.decode_experts.expert_major_config import tall_config
+from pallas_kernels.decode_experts.shapes import ExpertShapes
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from pallas_kernels.decode_step.input_checks import INSTEAD, check_config, check_inputs
 from pallas_kernels.decode_step.layer import (
@@ -244,6 +246,7 @@ def _run(
             experts,
             jnp.pad(ids, padding, constant_values=-1),
             jnp.pad(chosen_weights, padding),
+            **_experts_options(s),
             out_dtype=jnp.float32,
             interpret=interpret,
         )[None]
@@ -309,6 +312,17 @@ def _mailboxes(
     if given is not None and {name: pair[0].shape for name, pair in given.items()} == shapes:
         return given
     return fresh_mailboxes(shapes, interpret) if shapes else {}
+
+
+def _experts_options(s: LayerShapes) -> dict[str, Any]:
+    """Of decode_experts, beyond 8 rows.
+
+    The tables that it chooses by are of uniform routing. Rows of real text choose alike.
+    """
+    if s.B <= 32 or "experts" in s.fp8:
+        return {}
+    tall = tall_config(ExpertShapes(E=s.E, K=s.K, H=s.H, I=s.I))
+    return {"layout": "expert_major", "config": tall} if tall else {}
 
 
 def _rows(cache: jax.Array) -> jax.Array:

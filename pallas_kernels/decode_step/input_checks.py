@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.block_scaled_fp8 import BLOCK, VALUES_DTYPE, check_block_scaled_fp8, is_fp8
 from pallas_kernels.decode_attention.split_attention import MAX_GROUP
 from pallas_kernels.decode_experts.configs import check_num_stages
-from pallas_kernels.decode_experts.expert_major import DOWN_BLOCK_MS, NEURONS
+from pallas_kernels.decode_experts.expert_major_config import DOWN_BLOCK_MS, NEURONS
 from pallas_kernels.decode_experts.expert_major_fp8 import FP8_BLOCK_KS, fp8_stage_bytes
 from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, stage_bytes
 from pallas_kernels.decode_experts.swiglu_epilogue import product_rows

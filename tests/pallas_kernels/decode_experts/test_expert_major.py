@@ -12,7 +12,7 @@ from pallas_kernels.decode_experts import (
     decode_experts,
     expert_major,
 )
-from pallas_kernels.decode_experts.expert_major import default_fused
+from pallas_kernels.decode_experts.expert_major_config import default_fused
 from pallas_kernels.decode_experts.expert_schedule import MAX_BLOCK_N, default_block_n
 from pallas_kernels.decode_experts.shapes import SHAPES
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
