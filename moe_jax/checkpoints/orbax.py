@@ -85,18 +85,18 @@ def write_orbax(
     files = sidecar_files(copy_from)
     metadata = {"schema_version": _version_of(reader.shapes), "config": reader.config.to_hf()}
     context = ocp.Context()
-    context.array.saving.scoped_storage_options_creator = _storage_of
+    context.array.saving.scoped_storage_options_creator = storage_of
     count = counter(reader.nbytes, progress)
     with replacing(path, overwrite=overwrite) as new:
         new.rmdir()  # Orbax makes it
         with context:
             for names in _groups(reader.shapes):
                 group = {name: reader.read(name) for name in names}
-                with _errors_of_orbax(f"{path} cannot be written"):
-                    ocp.partial.save(new, _nested(group), custom_metadata=metadata)
+                with errors_of_orbax(f"{path} cannot be written"):
+                    ocp.partial.save(new, nested(group), custom_metadata=metadata)
                 count(sum(array.nbytes for array in group.values()))
                 del group  # before the next is read
-            with _errors_of_orbax(f"{path} cannot be written"):
+            with errors_of_orbax(f"{path} cannot be written"):
                 ocp.partial.finalize(new)
         copy_files(files, new)
 
@@ -171,9 +171,9 @@ def _inspect(path: pathlib.Path, dtype) -> tuple[Qwen3MoeConfig, dict, dict]:
         raise CheckpointError(f"{path} is no Orbax checkpoint; expected one from save_orbax")
     if foreign := foreign_content(path / _ORBAX_MARK):
         raise CheckpointError(f"{path / _ORBAX_MARK} {foreign}")
-    with _errors_of_orbax(f"{path} is damaged", path):
+    with errors_of_orbax(f"{path} is damaged", path):
         metadata = ocp.metadata(path)
-        found = dict(_flat(metadata.metadata))
+        found = dict(flat(metadata.metadata))
     config = _config_of(path, metadata.custom_metadata)
     problems = Problems()
     held, wanted = keys.layer_count(found), config.num_hidden_layers
@@ -241,15 +241,15 @@ def _target(
 
 def _restore(path: pathlib.Path, saved: Mapping, targets: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays that `targets` names; the others stay where they are."""
-    tree = _nested({name: targets.get(name, ocp.PLACEHOLDER) for name in saved})
+    tree = nested({name: targets.get(name, ocp.PLACEHOLDER) for name in saved})
     what = f"{path} is damaged: of {', '.join(targets)} something cannot be read"
-    with _errors_of_orbax(what, path):
-        restored = dict(_flat(ocp.load(path, tree)))
+    with errors_of_orbax(what, path):
+        restored = dict(flat(ocp.load(path, tree)))
     return {name: restored[name] for name in targets}
 
 
 @contextlib.contextmanager
-def _errors_of_orbax(what: str, read_from: pathlib.Path | None = None) -> Iterator[None]:
+def errors_of_orbax(what: str, read_from: pathlib.Path | None = None) -> Iterator[None]:
     """Orbax and TensorStore raise errors of every type, plain Exception included."""
     try:
         yield
@@ -272,14 +272,15 @@ def _groups(shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
     yield group
 
 
-def _storage_of(path: tuple, value: Any):
+def storage_of(path: tuple, value: Any):
     """An expert is the unit of storage, so that a mesh that splits experts reads its own only."""
-    if "experts" not in (getattr(part, "key", None) for part in path):
+    keys_of = (str(getattr(part, "key", "")).split(".") for part in path)
+    if not any("experts" in names for names in keys_of):
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=(0,))
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """{"a.b": x} -> {"a": {"b": x}}."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
@@ -291,10 +292,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The inverse of _nested."""
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The inverse of nested."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

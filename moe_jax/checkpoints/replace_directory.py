@@ -82,7 +82,7 @@ def replaced_whole(
         tempfile.mkdtemp(prefix=f".{directory.name}.saving-", dir=directory.parent)
     )
     try:
-        with _locked(holder):
+        with locked(holder):
             if directory.exists():
                 _expect_exchange(holder, directory)
             new = holder / "new"
@@ -140,7 +140,7 @@ def _expect_exchange(holder: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(holder: pathlib.Path) -> Iterator[None]:
+def locked(holder: pathlib.Path) -> Iterator[None]:
     """Holds a lock on a directory; the system drops it when the process ends, however it ends.
 
     Raises:
@@ -157,7 +157,7 @@ def _locked(holder: pathlib.Path) -> Iterator[None]:
 def _remove_leftovers(directory: pathlib.Path) -> None:
     """Removes what killed saves to this directory left; those that still run hold their lock."""
     for holder in directory.parent.glob(f".{_literal(directory.name)}.saving-*"):
-        with contextlib.suppress(OSError), _locked(holder):
+        with contextlib.suppress(OSError), locked(holder):
             shutil.rmtree(holder)
 
 

@@ -5,13 +5,16 @@
 with XLA_FLAGS=--xla_force_host_platform_device_count=4 and JAX_PLATFORMS=cpu.
 """
 
+import dataclasses
 import pathlib
 import sys
 import weakref
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoints import (
     hugging_face_load,
@@ -24,6 +27,8 @@ from moe_jax.checkpoints import (
 from moe_jax.checkpoints.readers import host_copy
 from moe_jax.parameters import to_arrays
 from moe_jax.sharding import expert_parallel
+from moe_jax.training import TrainOptions, init_state
+from moe_jax.training.states import TrainingStates
 from tests.moe_jax.checkpoints import hub, test_fp8
 
 CONFIG = hub.config()
@@ -138,6 +143,54 @@ def check_fp8(folder, mesh) -> None:
         assert shards == ([(1, 2, 8, 16), (1, 2, 1, 3)] if split else [(4, 2, 8, 4), (4, 2, 1, 3)])
 
 
+def check_training_states(folder, model) -> None:
+    """A state saved from one mesh goes onto others, its optimiser's part too, bit for bit."""
+    options = TrainOptions(config=model.config)
+    layer = {name: a for name, a in to_arrays(model).items() if name.startswith("layers.2.")}
+    begun = init_state(layer, options.optimizer)
+    rng = np.random.default_rng(0)
+    moments = {
+        name: jax.numpy.asarray(rng.normal(size=array.shape), array.dtype)
+        for name, array in begun.params.items()
+    }
+    optimizer_state = optax.tree.set(begun.optimizer_state, mu=moments)
+    expected = dataclasses.replace(begun, optimizer_state=optimizer_state)
+    meshes = (
+        (jax.make_mesh((4,), ("expert",)), PartitionSpec("expert")),
+        (jax.make_mesh((2, 2), ("data", "expert")), PartitionSpec("expert", None)),
+        (jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), PartitionSpec()),
+    )
+
+    def target_on(mesh, spec):
+        """Arrays of experts, moments among them, are split; all others are on every device."""
+
+        def struct(path, leaf):
+            is_split = ".experts." in jax.tree_util.keystr(path)
+            sharding = NamedSharding(mesh, spec if is_split else PartitionSpec())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(struct, expected)
+
+    targets = [target_on(*mesh) for mesh in meshes]
+    state = jax.device_put(expected, jax.tree.map(lambda leaf: leaf.sharding, targets[0]))
+    for step, target in enumerate((*targets[1:], expected), start=1):
+        with TrainingStates(folder / "states", options=options, data={}) as states:
+            states.save(dataclasses.replace(state, step=state.step + 1))
+            states.wait()
+            found = states.restore(target)
+        assert found.notes == []
+        state = found.state
+        assert int(state.step) == step
+        sets = ((state.params, expected.params), (optax.tree.get(state, "mu"), moments))
+        for arrays, values in sets:
+            assert arrays[GATE_UP].sharding == target.params[GATE_UP].sharding
+            for name, array in arrays.items():
+                assert hub.same(host_copy(array), np.asarray(values[name])), name
+    saved = ocp.metadata(folder / "states" / "3", checkpointable_name="training").metadata
+    chunk_shape = saved["optimizer"][1][0]["mu"][GATE_UP].storage_metadata.chunk_shape
+    assert chunk_shape == (1, 2, 8, 16)
+
+
 def check_refusals(folder) -> None:
     mesh = jax.make_mesh((3,), ("expert",), devices=jax.devices()[:3])
     try:
@@ -160,6 +213,7 @@ def main(folder: pathlib.Path) -> None:
     check_saves(folder, jax.make_mesh((4,), ("expert",)), whole)
     check_runs(folder, jax.make_mesh((4,), ("expert",)), model)
     check_fp8(folder, jax.make_mesh((4,), ("expert",)))
+    check_training_states(folder, model)
     check_refusals(folder)
     print("all good")
 
