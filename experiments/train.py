@@ -12,20 +12,22 @@ its tokens are those of a byte-level BPE made of it. Rows are packed: a document
 only. A step trains on --accumulate times --batch rows of --context tokens, and its losses are those
 of all of them together. --from trains a checkpoint of either format on, with its own tokenizer.
 
---out gets metrics.jsonl, train.png (loss, imbalance and load of the experts over time),
+Whatever ends a run, the same command goes on from the last state in --out, and comes to the same
+numbers, bit for bit on one device. Other options are refused by name; only --steps and how a step
+is computed may change. --noresume begins anew.
+
+--out gets metrics.jsonl, train.png (loss, imbalance and load of the experts over time), states,
 held_out.txt, sample.txt and checkpoint, a Hugging Face folder. --beside draws the run of another
 folder into the picture. What computes is bfloat16, what is trained and saved float32.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 
-import jax.numpy as jnp
 from absl import logging
-from flax import nnx
 
-from experiments import generate as generate_script
 from experiments.bench import (
     corpus,
     environment,
@@ -33,6 +35,7 @@ from experiments.bench import (
     script,
     train_records,
     training_run,
+    training_start,
 )
 from experiments.bench.script import flag
 from moe_jax.attention import ATTENTION_BACKENDS
@@ -40,35 +43,24 @@ from moe_jax.checkpoints import save_hugging_face
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import read_generation_defaults
-from moe_jax.generation.arguments import position_limit
 from moe_jax.json_files import local_path
-from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import active_parameter_count, from_arrays, parameter_count, to_arrays
 from moe_jax.scoring import Scorer
-from moe_jax.tokenization import Tokenizer
 from moe_jax.training import (
     OptimizerOptions,
     PackedDocuments,
     TrainOptions,
-    init_state,
 )
 from moe_jax.training.objective import COMPUTE_DTYPES
 from moe_jax.training.optimizer import SCHEDULES
+from moe_jax.training.same_run import Json
+from moe_jax.training.states import TrainingStates
 
-# Of a new model, where no flag says otherwise.
-_SIZES = {
-    "vocab_size": 2048,
-    "layers": 2,
-    "hidden": 128,
-    "experts": 8,
-    "experts_per_token": 2,
-    "moe_intermediate": 64,
-}
 _OF_A_NEW_MODEL = "Of a new model; {} by default."
 
 
 def _size(name: str, help: str, least: int = 1):
-    return flag(None, f"{help} {_OF_A_NEW_MODEL.format(_SIZES[name])}", least=least)
+    return flag(None, f"{help} {_OF_A_NEW_MODEL.format(training_start.SIZES[name])}", least=least)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,13 +79,13 @@ class Settings:
     )
     vocab_size: int | None = _size("vocab_size", "Tokens of the BPE, at least 257.", least=257)
     layers: int | None = _size("layers", "Decoder layers.")
-    hidden: int | None = _size("hidden", f"The model's width, in steps of {training_run.HEAD_DIM}.")
+    hidden: int | None = _size("hidden", f"The width, in steps of {training_start.HEAD_DIM}.")
     experts: int | None = _size("experts", "Experts of a layer.")
     experts_per_token: int | None = _size("experts_per_token", "Those that a token is sent to.")
     moe_intermediate: int | None = _size("moe_intermediate", "An expert's inner width.")
     aux_loss_coef: float | None = flag(
         None,
-        f"Of the balance loss; {training_run.AUX_LOSS_COEF} by default, or the checkpoint's own.",
+        f"Of the balance loss; {training_start.AUX_LOSS_COEF} by default, or the checkpoint's own.",
         least=0,
     )
     z_loss_coef: float | None = flag(
@@ -125,6 +117,14 @@ class Settings:
     )
     seed: int = flag(0, "Of the sample, the weights, the order of rows and the draws.", least=0)
     log_every: int = flag(20, "Steps between two lines of metrics.", least=1)
+    save_every: int = flag(100, "Steps between two saves of the whole state.", least=1)
+    keep: int = flag(
+        2, "States to keep: the last ones, and besides the one of the least held-out loss.", least=1
+    )
+    resume: bool = flag(
+        True,
+        "Go on from the last state in --out, if it holds one; --noresume removes them instead.",
+    )
     prompt: tuple[str, ...] = flag(
         ("def ", "class ", "import "), "What the model continues at the end.", repeated=True
     )
@@ -136,15 +136,15 @@ class Settings:
     def __post_init__(self):
         if self.source is not None:
             local_path(self.source, "--from")
-            for name in _SIZES:
+            for name in training_start.SIZES:
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"--{name} is {getattr(self, name)} with --from; expected it without, "
                         "because the checkpoint has its own"
                     )
-        elif self.sizes["hidden"] % training_run.HEAD_DIM:
+        elif self.sizes["hidden"] % training_start.HEAD_DIM:
             raise ValueError(
-                f"--hidden is {self.hidden}; expected a multiple of {training_run.HEAD_DIM}, the "
+                f"--hidden is {self.hidden}; expected a multiple of {training_start.HEAD_DIM}, the "
                 "size of an attention head"
             )
         elif self.sizes["experts_per_token"] > self.sizes["experts"]:
@@ -171,7 +171,7 @@ class Settings:
         """Of a new model."""
         return {
             name: default if getattr(self, name) is None else getattr(self, name)
-            for name, default in _SIZES.items()
+            for name, default in training_start.SIZES.items()
         }
 
     def optimizer(self) -> OptimizerOptions:
@@ -200,9 +200,40 @@ class Settings:
             attention_backend=self.attention_backend,
         )
 
+    def start(self, texts: corpus.Corpus) -> training_start.Start:
+        """Raises a ValueError that names what cannot be loaded, or does not fit."""
+        coefficients = {
+            "router_aux_loss_coef": self.aux_loss_coef,
+            "router_z_loss_coef": self.z_loss_coef,
+        }
+        if self.source is not None:
+            return training_start.from_checkpoint(
+                self.source, context=self.context, coefficients=coefficients
+            )
+        return training_start.new_model(
+            self.out / _TOKENIZER,
+            texts.train,
+            context=self.context,
+            coefficients=coefficients,
+            seed=self.seed,
+            **self.sizes,
+        )
+
+    def data(self, train: list[list[int]], held_out: list[int]) -> dict[str, Json]:
+        """What the run's numbers follow from besides the options; see TrainingStates."""
+        return {
+            "seed": self.seed,
+            "from": None if self.source is None else str(self.source.resolve()),
+            "context": self.context,
+            "rows_of_a_step": self.accumulate * self.batch,
+            "micro_batches": self.accumulate,
+            "texts": training_start.checksum(train),
+            "held_out": training_start.checksum([held_out]),
+        }
+
 
 _METRICS, _PICTURE, _CHECKPOINT = "metrics.jsonl", "train.png", "checkpoint"
-_HELD_OUT, _SAMPLE, _TOKENIZER = "held_out.txt", "sample.txt", "tokenizer"
+_HELD_OUT, _SAMPLE, _TOKENIZER, _STATES = "held_out.txt", "sample.txt", "tokenizer", "states"
 
 
 def main(settings: Settings) -> None:
@@ -212,64 +243,76 @@ def main(settings: Settings) -> None:
       ValueError, OSError, NotImplementedError, FloatingPointError: it cannot be done; the message
         says what is wrong.
     """
-    logging.set_verbosity(logging.WARNING)  # absl's default shows a page of Orbax's notes
+    # Orbax logs a page of notes, and the trace of an error that it raises besides.
+    logging.set_verbosity(logging.FATAL)
     console = script.make_console()
     beside = None if settings.beside is None else train_records.read_record(
         settings.beside / _METRICS
     )  # fmt: skip
-    with script.progress(console) as bar:
+    with script.progress(console) as bar, contextlib.ExitStack() as opened:
         bar.say("reading text, making its tokenizer")
         texts = corpus.read_corpus(
             settings.text, max_bytes=round(settings.max_mb * 1e6), seed=settings.seed
         )
-        model, tokenizer, sidecars = load(settings, texts)
+        model, tokenizer, sidecars = settings.start(texts)
         config = model.config
-        train = training_run.token_ids(tokenizer, texts.train, config.vocab_size)
+        options = settings.options(config)
+        train = training_start.token_ids(tokenizer, texts.train, config.vocab_size)
         held_out = "".join(texts.held_out)
+        held_out_ids = tokenizer.encode(held_out, add_special_tokens=False)
+        held_out_rows = training_run.pack_held_out(held_out_ids, settings.context)
         (settings.out / _HELD_OUT).write_text(held_out, encoding="utf-8")
         bar.say(
             f"{parameter_count(config) / 1e6:.2f} M parameters, "
             f"{active_parameter_count(config) / 1e6:.2f} M of them for a token; "
             f"{sum(map(len, train)) / 1e6:.2f} M tokens of {len(train)} documents"
         )
+        states = opened.enter_context(
+            TrainingStates(
+                settings.out / _STATES,
+                options=options,
+                data=settings.data(train, held_out_ids),
+                config=config,
+                keep=settings.keep,
+                anew=not settings.resume,
+            )
+        )
+        params = to_arrays(model)
+        state = training_run.first_state(states, params, options.optimizer, bar.say)
+        del model, params  # or they would stay beside those in training
         run = environment.describe(
             seed=settings.seed, repeats=1, commit=settings.commit, read_ceiling_tbps=None
         )
-        record = records.Record(preset=settings.out.resolve().name, rows=[])
-
-        def add(row: train_records.StepRow | train_records.HeldOutRow) -> None:
-            record.rows.append(row)
-            records.write_record(settings.out / _METRICS, record)
-
-        def on_step(done: int, row: train_records.StepRow | None) -> None:
-            if row is not None:
-                add(row)
-            bar.report(done, "" if row is None else row.described)
-
+        metrics = settings.out / _METRICS
         bar.start("compiling the step", settings.steps)
-        state = training_run.run_steps(
-            init_state(to_arrays(model), settings.optimizer()),
+        state, record = training_run.run_and_save(
+            state,
             PackedDocuments(train, settings.context, seed=settings.seed),
-            options=settings.options(config),
+            held_out_rows,
+            states,
+            metrics,
+            options=options,
             A=settings.accumulate,
             B=settings.batch,
             steps=settings.steps,
             log_every=settings.log_every,
+            save_every=settings.save_every,
             run=run,
-            on_step=on_step,
+            report=bar.report,
         )
         model = from_arrays(config, state.params)
         save_hugging_face(settings.out / _CHECKPOINT, model, overwrite=True, copy_from=sidecars)
         bar.say("scoring the held-out text")
         row = training_run.score_held_out(
             Scorer(model=model, experts_backend=settings.experts_backend),
-            tokenizer.encode(held_out, add_special_tokens=False),
+            held_out_ids,
             train,
             context=settings.context,
             step=int(state.step),
             run=run,
         )
-        add(row)
+        record.rows.append(row)
+        records.write_record(metrics, record)
         bar.say("continuing prompts")
         sample = training_run.continued(
             model,
@@ -294,41 +337,6 @@ def main(settings: Settings) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def load(settings: Settings, texts: corpus.Corpus) -> tuple[Qwen3Moe, Tokenizer, pathlib.Path]:
-    """The float32 model to begin with, its tokenizer, and the folder of the tokenizer's files."""
-    if settings.source is not None:
-        loaded = generate_script.load_to_generate(
-            generate_script.Settings(
-                checkpoint=settings.source, dtype="float32", dequantize=True, prompt=("-",)
-            )
-        )
-        config = with_coefficients(settings, loaded.model.config)
-        limit = position_limit(config)
-        if limit is not None and settings.context > limit:
-            raise ValueError(
-                f"--context is {settings.context}; expected at most {limit}, the checkpoint's "
-                "max_position_embeddings"
-            )
-        return from_arrays(config, to_arrays(loaded.model)), loaded.tokenizer, settings.source
-    sizes, folder = settings.sizes, settings.out / _TOKENIZER
-    tokenizer = corpus.trained_tokenizer(folder, texts.train, sizes["vocab_size"])
-    config = training_run.small_config(
-        **sizes, context=settings.context, eos_token_id=tokenizer.eos_id
-    )
-    config = with_coefficients(settings, config)
-    return Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=jnp.float32), tokenizer, folder
-
-
-def with_coefficients(settings: Settings, config: Qwen3MoeConfig) -> Qwen3MoeConfig:
-    """The config with the coefficients that flags give."""
-    given = {
-        "router_aux_loss_coef": settings.aux_loss_coef,
-        "router_z_loss_coef": settings.z_loss_coef,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(config, **given)
 
 
 run = functools.partial(

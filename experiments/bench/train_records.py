@@ -1,9 +1,11 @@
 """What experiments.train found: rows for a JSONL, and the picture of one run or of two.
 
     {"kind": "step", "run": 0, "step": 10, "loss": 6.81, "load": [[412, 530, ...], ...], ...}
+    {"kind": "saved", "run": 0, "step": 100, "held_out_loss": 4.92}
     {"kind": "held_out", "run": 0, "step": 300, "perplexity": 41.2, "unigram_perplexity": 512.3}
 
-The file around them is that of records.py.
+A run that goes on adds its rows to those that lead to the state that it goes on from. The file
+around them is that of records.py.
 """
 
 import dataclasses
@@ -69,6 +71,21 @@ class StepRow:
 
 
 @dataclasses.dataclass(kw_only=True)
+class SavedRow:
+    """A state that is to be saved, after `step` steps.
+
+    Attributes:
+      run, kind: as in StepRow; "saved".
+      held_out_loss: the mean cross entropy of some rows of the held-out text, in nats.
+    """
+
+    run: Environment
+    kind: str = "saved"
+    step: int
+    held_out_loss: float
+
+
+@dataclasses.dataclass(kw_only=True)
 class HeldOutRow:
     """The held-out text after `step` steps.
 
@@ -89,7 +106,8 @@ class HeldOutRow:
     unigram_perplexity: float
 
 
-KINDS: Mapping[str, type] = {"step": StepRow, "held_out": HeldOutRow}
+Row = StepRow | SavedRow | HeldOutRow
+KINDS: Mapping[str, type] = {"step": StepRow, "saved": SavedRow, "held_out": HeldOutRow}
 
 
 def read_record(path: pathlib.Path) -> records.Record:
@@ -102,6 +120,18 @@ def read_record(path: pathlib.Path) -> records.Record:
     if not steps_of(record):
         raise ValueError(f"{path} has no row of kind 'step'; expected what experiments.train wrote")
     return record
+
+
+def rows_until(path: pathlib.Path, step: int) -> list[Row]:
+    """The rows that a run wrote on its way to the state of a step; none without the file.
+
+    Raises:
+      ValueError: as read_record.
+    """
+    if step == 0 or not path.is_file():
+        return []
+    rows = read_record(path).rows
+    return [row for row in rows if row.step < step or (row.step == step and row.kind != "held_out")]
 
 
 def steps_of(record: records.Record) -> list[StepRow]:
@@ -139,6 +169,8 @@ def _draw_loss(ax: Axes, runs: Mapping[str, records.Record]) -> None:
     for (name, record), colour in zip(runs.items(), _COLOURS, strict=False):
         rows = steps_of(record)
         ax.plot([r.step for r in rows], [r.cross_entropy for r in rows], color=colour, label=name)
+        saved = [row for row in record.rows if row.kind == "saved"]
+        ax.plot([r.step for r in saved], [r.held_out_loss for r in saved], ".", color=colour)
         for row in record.rows:
             if row.kind == "held_out":
                 ax.plot(row.step, math.log(row.perplexity), "D", color=colour, label="  held out")

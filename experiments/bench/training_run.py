@@ -1,6 +1,8 @@
-"""A small model's config, the loop over training steps, and what is looked at when it is done."""
+"""The loop over training steps, and what is looked at at a save and when it is done."""
 
+import functools
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -8,67 +10,121 @@ import jax
 
 from experiments.bench.corpus import unigram_perplexity
 from experiments.bench.environment import Environment
-from experiments.bench.train_records import HeldOutRow, StepRow
-from moe_jax.config import Qwen3MoeConfig
+from experiments.bench.records import Record, write_record
+from experiments.bench.train_records import HeldOutRow, Row, SavedRow, StepRow, rows_until
 from moe_jax.generation import GenerationDefaults, generate
 from moe_jax.model import Qwen3Moe
 from moe_jax.scoring import Scorer, score
 from moe_jax.tokenization import Tokenizer
-from moe_jax.training import PackedDocuments, TrainOptions, TrainState, train_step
+from moe_jax.training import (
+    Batch,
+    OptimizerOptions,
+    PackedDocuments,
+    TrainOptions,
+    TrainState,
+    init_state,
+    train_step,
+)
+from moe_jax.training.objective import count_targets, micro_sums, targets_of
+from moe_jax.training.states import TrainingStates
+from moe_jax.training.train_step import Params
 
-HEAD_DIM = 32  # of a small model's attention
-AUX_LOSS_COEF = 0.01
+_HELD_OUT_ROWS = 256  # of which a state's held-out loss is the mean
 
 _compiled_step = jax.jit(train_step, static_argnames="options", donate_argnames="state")
 
 
-def small_config(
-    *,
-    vocab_size: int,
-    layers: int,
-    hidden: int,
-    experts: int,
-    experts_per_token: int,
-    moe_intermediate: int,
-    context: int,
-    eos_token_id: int,
-) -> Qwen3MoeConfig:
-    """A config of these sizes: heads of HEAD_DIM, two for a key, and a tied embedding."""
-    heads = hidden // HEAD_DIM
-    return Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=context,
-        num_experts=experts,
-        num_experts_per_tok=experts_per_token,
-        moe_intermediate_size=moe_intermediate,
-        norm_topk_prob=True,
-        router_aux_loss_coef=AUX_LOSS_COEF,
-        tie_word_embeddings=True,
-        extra={"eos_token_id": eos_token_id},
-    )
-
-
-def token_ids(tokenizer: Tokenizer, texts: Sequence[str], vocab_size: int) -> list[list[int]]:
-    """Each document's tokens, and the end token behind them where the tokenizer has one.
+def first_state(
+    states: TrainingStates,
+    params: Params,
+    optimizer: OptimizerOptions,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The last whole state or, where there is none, that of `params`; says what it found.
 
     Raises:
-      ValueError: there is a token that the model has not.
+      CheckpointError: as TrainingStates.restore.
     """
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    made = [[*tokenizer.encode(text, add_special_tokens=False), *end] for text in texts]
-    largest = max(max(ids, default=0) for ids in made)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token {largest}; expected 0 to {vocab_size - 1}, as vocab_size "
-            f"is {vocab_size}"
-        )
-    return made
+    begin = functools.partial(init_state, params, optimizer)
+    restored = states.restore(jax.eval_shape(begin))
+    if restored is None:
+        return begin()
+    done, steps = int(restored.state.step), optimizer.total_steps
+    nothing = ": nothing is left to train; --noresume begins anew" if done == steps else ""
+    say(f"going on from step {done} of {steps} in {states.folder}{nothing}")
+    for note in restored.notes:
+        say(note)
+    return restored.state
+
+
+def run_and_save(
+    state: TrainState,
+    packed: PackedDocuments,
+    held_out: PackedDocuments,
+    states: TrainingStates,
+    metrics: pathlib.Path,
+    *,
+    options: TrainOptions,
+    A: int,
+    B: int,
+    steps: int,
+    log_every: int,
+    save_every: int,
+    run: Environment,
+    report: Callable[[int, str], None],
+) -> tuple[TrainState, Record]:
+    """run_steps that saves its states with their held-out loss, and its rows.
+
+    Args:
+      state, packed, options, A, B, steps, log_every, save_every, run: as in run_steps.
+      held_out: as pack_held_out makes it.
+      states: where states go.
+      metrics: the file of the rows, written anew with each. Of a run that goes on it has the rows
+        that lead to `state`.
+      report: called as report(steps done, the row's text or an empty one).
+
+    Returns:
+      The last state, when it is saved, and all rows.
+
+    Raises:
+      FloatingPointError: as run_steps, or the held-out loss is not finite.
+      CheckpointError, OSError: a state, or the file, cannot be written.
+      ValueError: the file is damaged.
+    """
+    rows = rows_until(metrics, int(state.step))
+    record = Record(preset=metrics.resolve().parent.name, rows=rows)
+
+    def add(row: Row) -> None:
+        record.rows.append(row)
+        write_record(metrics, record)
+
+    def on_step(done: int, row: StepRow | None) -> None:
+        if row is not None:
+            add(row)
+        states.check()
+        report(done, "" if row is None else row.described)
+
+    def save(state: TrainState) -> None:
+        loss = held_out_loss(state.params, held_out, options=options, B=B)
+        # The row comes first, so that a state is never without the rows that lead to it.
+        add(SavedRow(run=run, step=int(state.step), held_out_loss=loss))
+        states.save(state, held_out_loss=loss)
+
+    state = run_steps(
+        state,
+        packed,
+        options=options,
+        A=A,
+        B=B,
+        steps=steps,
+        log_every=log_every,
+        run=run,
+        on_step=on_step,
+        save_every=save_every,
+        save=save,
+    )
+    states.wait()
+    return state, record
 
 
 def run_steps(
@@ -82,6 +138,8 @@ def run_steps(
     log_every: int,
     run: Environment,
     on_step: Callable[[int, StepRow | None], None],
+    save_every: int,
+    save: Callable[[TrainState], None],
 ) -> TrainState:
     """Steps from the state's own number up to `steps`.
 
@@ -91,9 +149,11 @@ def run_steps(
       options: how a step is computed.
       A, B: micro-batches, and rows of each.
       steps: how many are done at the end.
-      log_every: the first step, each of these, and the last have a row.
+      log_every: step 1, each of these, and the last have a row, wherever this process begins.
       run: for the rows.
       on_step: called after each step with the number of steps done, and the row or None.
+      save_every: after each of these steps, and after the last, `save` is called.
+      save: called with the state, which is donated to the next step; its time does not count.
 
     Raises:
       FloatingPointError: the loss or the gradients of a row are not finite.
@@ -104,20 +164,77 @@ def run_steps(
         state, metrics = _compiled_step(state, batch, options=options)
         done = number + 1
         tokens += batch.input_ids.size
-        if not (compiles or done % log_every == 0 or done == steps):
-            on_step(done, None)
-            continue
-        metrics.loss.block_until_ready()
-        seconds = time.perf_counter() - begun
-        row = StepRow.of(run, done, metrics, None if compiles else tokens / seconds)
-        if not math.isfinite(row.loss) or not math.isfinite(row.gradient_norm):
-            raise FloatingPointError(
-                f"step {done} has a loss of {row.loss} and a gradient norm of {row.gradient_norm}; "
-                "expected finite numbers: a lower learning rate may give them"
-            )
+        row = None
+        if done == 1 or done % log_every == 0 or done == steps:
+            metrics.loss.block_until_ready()
+            seconds = time.perf_counter() - begun
+            row = StepRow.of(run, done, metrics, None if compiles else tokens / seconds)
+            if not math.isfinite(row.loss) or not math.isfinite(row.gradient_norm):
+                raise FloatingPointError(
+                    f"step {done} has a loss of {row.loss} and a gradient norm of "
+                    f"{row.gradient_norm}; expected finite numbers: a lower learning rate may give "
+                    "them"
+                )
         on_step(done, row)
-        begun, tokens, compiles = time.perf_counter(), 0, False
+        if row is not None:
+            begun, tokens, compiles = time.perf_counter(), 0, False
+        if done % save_every == 0 or done == steps:
+            state.step.block_until_ready()
+            paused = time.perf_counter()
+            save(state)
+            begun += time.perf_counter() - paused
     return state
+
+
+def pack_held_out(ids: Sequence[int], context: int) -> PackedDocuments:
+    """The held-out text as rows for `held_out_loss`.
+
+    Raises:
+      ValueError: there are fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise ValueError(
+            f"the held-out text has {len(ids)} tokens; expected at least 2, so more --text"
+        )
+    return PackedDocuments([ids], context)
+
+
+def held_out_loss(
+    params: Params, packed: PackedDocuments, *, options: TrainOptions, B: int
+) -> float:
+    """The mean cross entropy of the same rows at each save, in nats, computed as a step does.
+
+    Args:
+      params: a state's.
+      packed: of it as many rows are taken as make whole batches, at most _HELD_OUT_ROWS.
+      options: how a step is computed.
+      B: rows that run at once.
+
+    Raises:
+      FloatingPointError: it is not finite.
+    """
+    B = min(B, packed.rows)
+    nll = targets = 0
+    for number in range(max(min(packed.rows, _HELD_OUT_ROWS) // B, 1)):
+        sums = _compiled_sums(params, packed.batch(number, A=1, B=B), options=options)
+        nll, targets = nll + float(sums[0]), targets + int(sums[1])
+    loss = nll / max(targets, 1)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the held-out loss is {loss}; expected a finite number: a lower learning rate may "
+            "give one"
+        )
+    return loss
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _compiled_sums(
+    params: Params, batch: Batch, options: TrainOptions
+) -> tuple[jax.Array, jax.Array]:
+    """-log p summed over the targets of a batch [1, B, S], and how many there are."""
+    targets = targets_of(batch)
+    one, of_one = jax.tree.map(lambda array: array[0], (batch, targets))
+    return micro_sums(params, one, of_one, options).nll, count_targets(targets)
 
 
 def score_held_out(
@@ -135,18 +252,11 @@ def score_held_out(
 
     Args:
       scorer: the model.
-      ids: the held-out text's.
+      ids: the held-out text's, at least two.
       train: the documents' tokens, for the unigrams.
       context: the most that a prediction sees; a window's second half is scored.
       step, run: for the row.
-
-    Raises:
-      ValueError: there are fewer than two tokens.
     """
-    if len(ids) < 2:
-        raise ValueError(
-            f"the held-out text has {len(ids)} tokens; expected at least 2, so more --text"
-        )
     stride = -(-context // 2)
     [scores] = score([scorer], [ids], context=context, stride=stride, chunk=min(64, context))
     every = [token for document in train for token in document]
