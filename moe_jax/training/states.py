@@ -25,12 +25,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.orbax import errors_of_orbax, flat, nested, storage_of
+from moe_jax.checkpoints.placing import place
 from moe_jax.checkpoints.replace_directory import locked
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import local_path
@@ -93,6 +94,7 @@ class TrainingStates:
         self._run = describe_run(options, data)
         self._config = (options.config if config is None else config).to_hf()
         self._saving: int | None = None
+        self._failed = False
         self._notes: list[str] = []
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
@@ -219,6 +221,8 @@ class TrainingStates:
                 self.wait()
             finally:
                 self._checkpointer.close()
+                if self._failed:  # a part that did not fail may have been written until now
+                    self._remove_unfinished()
 
     def _prepare(self, anew: bool) -> None:
         """Removes all states; or only what Orbax could not list, which has no place in the way."""
@@ -263,19 +267,21 @@ class TrainingStates:
         return run
 
     def _load(self, step: int, target: TrainState) -> TrainState:
-        default = jnp.zeros(()).sharding
+        def abstract(leaf: Any) -> Any:
+            if leaf.sharding is None:
+                return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
-        def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-            sharding = default if leaf.sharding is None else leaf.sharding
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        def placed(leaf: Any, array: Any) -> jax.Array:
+            return place(leaf, None, lambda index: array) if leaf.sharding is None else array
 
-        target = jax.tree.map(abstract, target)
+        wanted = jax.tree.map(abstract, target)
         with _not_whole(self.folder / str(step)):
             loaded = self._checkpointer.load_checkpointables(
                 step,
                 {
-                    "state": nested(target.params),
-                    "training": {"optimizer": target.optimizer_state, "step": target.step},
+                    "state": nested(wanted.params),
+                    "training": {"optimizer": wanted.optimizer_state, "step": wanted.step},
                 },
             )
         training = loaded["training"]
@@ -283,11 +289,17 @@ class TrainingStates:
             raise _NotWholeError(
                 f"{self.folder / str(step)} holds step {int(training['step'])}; expected {step}"
             )
-        return TrainState(
+        state = TrainState(
             params=dict(flat(loaded["state"])),
             optimizer_state=training["optimizer"],
             step=training["step"],
         )
+        return jax.tree.map(placed, target, state)
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0:
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     @contextlib.contextmanager
     def _errors_of_save(self, step: int) -> Iterator[None]:
@@ -295,9 +307,8 @@ class TrainingStates:
             yield
         except Exception as error:  # Orbax and TensorStore raise errors of every type
             self._saving = None
-            if jax.process_index() == 0:
-                for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(left, ignore_errors=True)
+            self._failed = True
+            self._remove_unfinished()
             kept = f"step {self.steps[-1]} is kept" if self.steps else "there is none before it"
             raise CheckpointError(
                 f"the state of step {step} cannot be saved in {self.folder}; of the whole ones "

@@ -1,0 +1,149 @@
+"""Training that is killed again and again, against a run that was left alone.
+
+    python -m tests.experiments.killed_training FOLDER KILLS SEED
+    python -m tests.experiments.killed_training commit STEP FLAGS ...
+
+The first trains twice: once undisturbed, and once under SIGKILL at KILLS random moments of which
+SEED draws half from all of a process's life, its imports included, and half from its training. Each
+time the same command goes on. Prints a line for each kill, and what differs in the end: nothing.
+The second trains with FLAGS, and ends itself by SIGKILL when the state of STEP is written but not
+yet renamed.
+"""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from experiments import train
+from experiments.bench import train_records
+
+STEPS = 600  # in the first form; enough for the last of the kills to find a run under way
+SAVE_EVERY = 4
+
+
+def write_text(folder: pathlib.Path) -> pathlib.Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(6):
+        body = f"def name_{i}(x):\n    return x + {i}\n\n\n" * 3
+        (folder / f"part_{i}.py").write_text(f"# ünï {i}\n{body}")
+    return folder
+
+
+def flags(text: pathlib.Path, out: pathlib.Path, *, steps: int, save_every: int) -> list[str]:
+    """A tiny model's."""
+    sizes = ("--vocab_size=280", "--layers=1", "--hidden=32", "--experts=4", "--context=16")
+    run = ("--moe_intermediate=16", "--batch=4", "--sample_tokens=0")
+    often = (f"--steps={steps}", f"--save_every={save_every}", "--log_every=3")
+    return [f"--text={text}", *sizes, *run, *often, f"--out={out}"]
+
+
+def differences(out: pathlib.Path, expected: pathlib.Path) -> list[str]:
+    """What of two finished runs differs: the last state, the checkpoint's files, the metrics."""
+    found = []
+    last = str(max(int(p.name) for p in (expected / "states").iterdir() if p.name.isdecimal()))
+    for part in ("state", "training"):
+        trees = [
+            ocp.load(folder / "states" / last, checkpointable_name=part)
+            for folder in (out, expected)
+        ]
+        leaves = [jax.tree_util.tree_leaves_with_path(tree) for tree in trees]
+        assert len(leaves[1]) >= 4
+        if [path for path, _ in leaves[0]] != [path for path, _ in leaves[1]]:
+            found.append(f"the tree of {part}")
+        for (path, one), (_, other) in zip(*leaves, strict=False):
+            if bits(one) != bits(other):
+                found.append(part + jax.tree_util.keystr(path))
+    for file in (expected / "checkpoint").iterdir():
+        if (out / "checkpoint" / file.name).read_bytes() != file.read_bytes():
+            found.append(f"checkpoint/{file.name}")
+    if rows_of(out) != rows_of(expected):
+        found.append("metrics.jsonl")
+    return found
+
+
+def bits(array) -> tuple:
+    array = np.asarray(array)
+    return array.dtype.name, array.shape, array.tobytes()
+
+
+def rows_of(out: pathlib.Path) -> list[dict]:
+    """The metrics in order, without what depends on the time and the place."""
+    rows = [vars(row).copy() for row in train_records.read_record(out / "metrics.jsonl").rows]
+    for row in rows:
+        del row["run"]
+        row.pop("tokens_per_second", None)
+    return rows
+
+
+def train_until_commit(step: int, argv: list[str]) -> None:
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "os.rename" and os.fspath(arguments[1]).endswith(f"/states/{step}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    train.run(argv)
+
+
+def begin(argv: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-u", "-m", "experiments.train", *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def kill_once(argv: list[str], rng: random.Random, life: float) -> str | None:
+    """Kills one process at a random moment; says when, or None if it had finished."""
+    process, begun = begin(argv), time.monotonic()
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, life))
+    else:
+        while (line := process.stdout.readline()) and not line.startswith("... step"):
+            pass
+        time.sleep(rng.uniform(0, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    if process.wait() != -signal.SIGKILL:
+        return None
+    return f"after {time.monotonic() - begun:5.2f} s"
+
+
+def main(folder: pathlib.Path, kills: int, seed: int) -> None:
+    text, rng = write_text(folder / "text"), random.Random(seed)
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    begun = time.monotonic()
+    process = begin(flags(text, undisturbed, steps=STEPS, save_every=SAVE_EVERY))
+    for line in process.stdout:
+        if line.startswith("... step 1:"):
+            life = time.monotonic() - begun + 1  # until a second into its training
+    assert process.wait() == 0
+    argv, cut_off = flags(text, killed, steps=STEPS, save_every=SAVE_EVERY), 0
+    for number in range(1, kills + 1):
+        when = kill_once(argv, rng, life)
+        assert when is not None, f"finished after {number - 1} kills"
+        names = [path.name for path in (killed / "states").glob("*")]
+        whole = sorted(int(name) for name in names if name.isdecimal())
+        unfinished = sorted(name.partition(".")[0] for name in names if "tmp" in name)
+        cut_off += bool(unfinished)
+        states = f"states {whole}" + (f", of {unfinished} a save cut off" if unfinished else "")
+        print(f"kill {number:2d} {when}: {states}", flush=True)
+    process = begin(argv)
+    said = [line for line in process.stdout if line.startswith("going on from")]
+    assert process.wait() == 0
+    print(said[0].strip())
+    different = differences(killed, undisturbed)
+    print(f"{kills} kills, {cut_off} in a save; {STEPS} steps; differences: {different}")
+    assert not different
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "commit":
+        train_until_commit(int(sys.argv[2]), sys.argv[3:])
+    else:
+        main(pathlib.Path(sys.argv[1]).absolute(), *map(int, sys.argv[2:]))
