@@ -92,12 +92,12 @@ def replaced_whole(
                 if take_over is not None:
                     take_over(directory, new)
                 shutil.copymode(directory, new)
-            _sync_tree(new)
+            sync_tree(new)
             if directory.exists():
                 _exchange(new, directory)
             else:
                 os.rename(new, directory)
-            _sync(directory.parent)
+            sync(directory.parent)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
 
@@ -185,17 +185,18 @@ def _link(source, target) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _sync_tree(root: pathlib.Path) -> None:
+def sync_tree(root: pathlib.Path) -> None:
     """Brings every file and directory below root to disk: a rename may reach it before the data."""
     for folder, _, files in os.walk(root):
         for name in files:
             path = pathlib.Path(folder, name)
             if not path.is_symlink():
-                _sync(path)
-        _sync(pathlib.Path(folder))
+                sync(path)
+        sync(pathlib.Path(folder))
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Brings a file, or the names in a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

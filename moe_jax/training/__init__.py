@@ -6,7 +6,8 @@
     state, metrics = step(state, batch, options=options)
 
 Everything that changes is in the TrainState. A batch is a function of the step's number alone, so a
-run that goes on from a state sees the batches that it would have seen.
+run that goes on from a state sees the batches that it would have seen. moe_jax.training.states
+saves states while the run trains on, and restores them.
 """
 
 from moe_jax.training.batches import Batch, PackedDocuments

@@ -32,14 +32,14 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.orbax import errors_of_orbax, flat, nested, storage_of
 from moe_jax.checkpoints.placing import place
-from moe_jax.checkpoints.replace_directory import locked
+from moe_jax.checkpoints.replace_directory import locked, sync, sync_tree
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.json_files import local_path
 from moe_jax.training.objective import TrainOptions
 from moe_jax.training.same_run import Json, describe_run, expect_same
 from moe_jax.training.train_step import TrainState
 
-SCHEMA_VERSION = 1  # of the parameters' tree, as moe_jax.checkpoints.orbax counts it
+SCHEMA_VERSION = 1  # as moe_jax.checkpoints.orbax counts it, where nothing is quantised
 
 _METADATA, _METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"
 _LOSS = "held_out_loss"
@@ -100,7 +100,13 @@ class TrainingStates:
         with contextlib.ExitStack() as opening:
             if jax.process_index() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                opening.enter_context(_held(self.folder))
+                try:
+                    opening.enter_context(locked(self.folder))
+                except BlockingIOError:
+                    raise CheckpointError(
+                        f"{self.folder} is held by another run that is under way; expected one at "
+                        "a time"
+                    ) from None
                 self._prepare(anew)
             if jax.process_count() > 1:  # or another process might list what is being removed
                 multihost_utils.sync_global_devices(f"states in {self.folder}")
@@ -207,11 +213,14 @@ class TrainingStates:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the save under way; raises what `save` raises."""
+        """Waits until the save under way is on the disk; raises what `save` raises."""
         if self._saving is None:
             return
         with self._errors_of_save(self._saving):
             self._checkpointer.wait()
+            if jax.process_index() == 0:  # Orbax leaves it to the system when to write small files
+                sync_tree(self.folder / str(self._saving))
+                sync(self.folder)
         self._saving = None
 
     def close(self) -> None:
@@ -326,18 +335,6 @@ def _not_whole(path: pathlib.Path) -> Iterator[None]:
         yield
     except Exception as error:  # Orbax and TensorStore raise errors of every type
         raise _NotWholeError(f"{path} is not whole: {error}") from error
-
-
-@contextlib.contextmanager
-def _held(folder: pathlib.Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-        except BlockingIOError:
-            raise CheckpointError(
-                f"{folder} is held by another run that is under way; expected one at a time"
-            ) from None
-        yield
 
 
 def _is_step(path: pathlib.Path) -> bool:

@@ -3,9 +3,10 @@
     python -m tests.experiments.killed_training FOLDER KILLS SEED
     python -m tests.experiments.killed_training commit STEP FLAGS ...
 
-The first trains twice: once undisturbed, and once under SIGKILL at KILLS random moments of which
-SEED draws half from all of a process's life, its imports included, and half from its training. Each
-time the same command goes on. Prints a line for each kill, and what differs in the end: nothing.
+The first trains twice: once undisturbed, and once under SIGKILL at KILLS random moments. SEED draws
+about half of them from a process's life until it has saved a state, its imports included, and half
+from the seconds after that. Each time the same command goes on. Prints a line for each kill, and
+what differs in the end: nothing.
 The second trains with FLAGS, and ends itself by SIGKILL when the state of STEP is written but not
 yet renamed.
 """
@@ -24,9 +25,10 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments import train
 from experiments.bench import train_records
+from tests.quick_process import XLA_FLAGS
 
-STEPS = 600  # in the first form; enough for the last of the kills to find a run under way
 SAVE_EVERY = 4
+STEPS_PER_KILL = 50  # so that the last kill finds a run under way
 
 
 def write_text(folder: pathlib.Path) -> pathlib.Path:
@@ -93,23 +95,34 @@ def train_until_commit(step: int, argv: list[str]) -> None:
 
 
 def begin(argv: list[str]) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
     command = [sys.executable, "-u", "-m", "experiments.train", *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def kill_once(argv: list[str], rng: random.Random, life: float) -> str | None:
+def whole_states(out: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "states").glob("*") if path.name.isdecimal())
+
+
+def wait_for_a_state(process: subprocess.Popen, out: pathlib.Path) -> float:
+    """Waits until there is a new one, or the process ends; the seconds that it took."""
+    begun, before = time.monotonic(), whole_states(out)
+    while process.poll() is None and not set(whole_states(out)) - set(before):
+        time.sleep(0.01)
+    return time.monotonic() - begun
+
+
+def kill_once(argv: list[str], out: pathlib.Path, rng: random.Random, life: float) -> str | None:
     """Kills one process at a random moment; says when, or None if it had finished."""
     process, begun = begin(argv), time.monotonic()
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, life))
     else:
-        while (line := process.stdout.readline()) and not line.startswith("... step"):
-            pass
-        time.sleep(rng.uniform(0, 1.5))
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    if process.wait() != -signal.SIGKILL:
+        wait_for_a_state(process, out)
+        time.sleep(rng.uniform(0, 2))
+    process.kill()
+    process.communicate()
+    if process.returncode != -signal.SIGKILL:
         return None
     return f"after {time.monotonic() - begun:5.2f} s"
 
@@ -117,28 +130,27 @@ def kill_once(argv: list[str], rng: random.Random, life: float) -> str | None:
 def main(folder: pathlib.Path, kills: int, seed: int) -> None:
     text, rng = write_text(folder / "text"), random.Random(seed)
     undisturbed, killed = folder / "undisturbed", folder / "killed"
-    begun = time.monotonic()
-    process = begin(flags(text, undisturbed, steps=STEPS, save_every=SAVE_EVERY))
-    for line in process.stdout:
-        if line.startswith("... step 1:"):
-            life = time.monotonic() - begun + 1  # until a second into its training
-    assert process.wait() == 0
-    argv, cut_off = flags(text, killed, steps=STEPS, save_every=SAVE_EVERY), 0
+    steps = STEPS_PER_KILL * kills
+    process = begin(flags(text, undisturbed, steps=steps, save_every=SAVE_EVERY))
+    life = wait_for_a_state(process, undisturbed)
+    process.communicate()
+    assert process.returncode == 0
+    argv, cut_off = flags(text, killed, steps=steps, save_every=SAVE_EVERY), 0
     for number in range(1, kills + 1):
-        when = kill_once(argv, rng, life)
+        when = kill_once(argv, killed, rng, life)
         assert when is not None, f"finished after {number - 1} kills"
-        names = [path.name for path in (killed / "states").glob("*")]
-        whole = sorted(int(name) for name in names if name.isdecimal())
-        unfinished = sorted(name.partition(".")[0] for name in names if "tmp" in name)
+        unfinished = [path.name.partition(".")[0] for path in (killed / "states").glob("*tmp*")]
         cut_off += bool(unfinished)
-        states = f"states {whole}" + (f", of {unfinished} a save cut off" if unfinished else "")
+        states = f"states {whole_states(killed)}"
+        if unfinished:
+            states += f", the save of {', '.join(unfinished)} cut off"
         print(f"kill {number:2d} {when}: {states}", flush=True)
     process = begin(argv)
-    said = [line for line in process.stdout if line.startswith("going on from")]
-    assert process.wait() == 0
-    print(said[0].strip())
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    print(next(line for line in said.splitlines() if line.startswith("going on from")))
     different = differences(killed, undisturbed)
-    print(f"{kills} kills, {cut_off} in a save; {STEPS} steps; differences: {different}")
+    print(f"{kills} kills, {cut_off} in a save; {steps} steps; differences: {different}")
     assert not different
 
 

@@ -3,14 +3,18 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import evaluate, generate, train
-from experiments.bench import corpus, evaluation_records, script, train_records
+from experiments.bench import corpus, evaluation_records, script, train_records, training_run
 from moe_jax.checkpoints import load_hugging_face, save_hugging_face, save_orbax
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import load_tokenizer
+from moe_jax.training import TrainOptions
+from tests.moe_jax.tiny import TINY, model_of
 
 SIZES = (
     "--vocab_size=280",
@@ -156,6 +160,24 @@ def test_unigram_perplexity():
     # Frequencies 3, 1, 0 and 1 for each: p = 4/7, 2/7, 1/7; the first token is not scored.
     found = corpus.unigram_perplexity([0, 0, 1, 0], [2, 0, 2], 3)
     assert math.isclose(found, math.sqrt(7 / 4 * 7))
+
+
+def test_the_held_out_loss_is_the_mean_over_whole_batches_of_rows():
+    """Of 5 rows, the last of them padded, the first 4 make batches of 2."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    ids = np.random.default_rng(1).integers(config.vocab_size, size=27)
+    packed = training_run.pack_held_out(ids.tolist(), 6)
+    rows = packed.batch(0, A=1, B=5)
+    used, labels = (np.asarray(a)[0, :4] for a in (rows.input_ids, rows.labels))
+    assert (labels < 0).any()  # the padded row is among them
+    model = model_of(config)
+    options = TrainOptions(config=config, compute_dtype="float32")
+    found = training_run.held_out_loss(to_arrays(model), packed, options=options, B=2)
+    log_p = jax.nn.log_softmax(jax.jit(lambda: model(jnp.asarray(used)).logits)())
+    nll = -np.take_along_axis(np.asarray(log_p)[:, :-1], np.maximum(labels, 0)[:, 1:, None], -1)
+    np.testing.assert_allclose(found, nll[labels[:, 1:] >= 0].mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="the held-out text has 1 tokens; expected at least 2"):
+        training_run.pack_held_out([3], 6)
 
 
 @pytest.mark.parametrize(
