@@ -14,8 +14,6 @@ from experiments.bench import training_run
 from tests.experiments import killed_training
 from tests.experiments.killed_training import differences, rows_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
-
 STEPS, SAVE_EVERY = 6, 2
 
 
