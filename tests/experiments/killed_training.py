@@ -28,6 +28,8 @@ from experiments import train
 from experiments.bench import train_records
 from tests.quick_process import XLA_FLAGS
 
+SIZES = ("--vocab_size=280", "--layers=1", "--hidden=32", "--experts=4", "--moe_intermediate=16")
+BATCH = ("--context=16", "--batch=2", "--accumulate=2", "--learning_rate=0.01")
 SAVE_EVERY = 4
 STEPS_PER_KILL = 50  # so that the last kill finds a run under way
 
@@ -41,11 +43,9 @@ def write_text(folder: pathlib.Path) -> pathlib.Path:
 
 
 def flags(text: pathlib.Path, out: pathlib.Path, *, steps: int, save_every: int) -> list[str]:
-    """A tiny model's."""
-    sizes = ("--vocab_size=280", "--layers=1", "--hidden=32", "--experts=4", "--context=16")
-    run = ("--moe_intermediate=16", "--batch=4", "--sample_tokens=0")
-    often = (f"--steps={steps}", f"--save_every={save_every}", "--log_every=3")
-    return [f"--text={text}", *sizes, *run, *often, f"--out={out}"]
+    """A tiny run's."""
+    often = (f"--steps={steps}", f"--save_every={save_every}", "--log_every=2")
+    return [f"--text={text}", *SIZES, *BATCH, *often, "--sample_tokens=0", f"--out={out}"]
 
 
 def differences(out: pathlib.Path, expected: pathlib.Path) -> list[str]:

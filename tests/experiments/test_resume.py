@@ -14,7 +14,7 @@ from experiments.bench import training_run
 from tests.experiments import killed_training
 from tests.experiments.killed_training import differences, rows_of
 
-STEPS, SAVE_EVERY = 6, 2
+STEPS, SAVE_EVERY = 3, 1  # as in test_train, so that what is compiled serves both
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def fail_at(monkeypatch, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(text, flags):
-    """A run that ended in step 6, which is after the save of step 4."""
+    """A run that ended in step 3, when two states were saved."""
     out = text.parent / "stopped"
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(KeyboardInterrupt):
-        fail_at(monkeypatch, 6)
+        fail_at(monkeypatch, 3)
         train.run(flags(out))
-    assert sorted(os.listdir(out / "states")) == ["2", "4"]
+    assert sorted(os.listdir(out / "states")) == ["1", "2"]
     return out
 
 
@@ -66,44 +66,38 @@ def printed(capsys) -> str:
 def test_the_rows(whole):
     found = [(row["kind"], row["step"]) for row in rows_of(whole)]
     step, saved = "step", "saved"
-    expected = [(step, 1), (saved, 2), (step, 3), (saved, 4), (step, 6), (saved, 6)]
-    assert found == [*expected, ("held_out", 6)]
-
-
-def test_two_parts_are_the_whole_in_bits(stopped, whole, flags, tmp_path, capsys):
-    out = shutil.copytree(stopped, tmp_path / "stopped")
-    train.run(flags(out))
-    assert "going on from step 4 of 6 in " in printed(capsys)
-    assert differences(out, whole) == []
+    expected = [(step, 1), (saved, 1), (step, 2), (saved, 2), (step, 3), (saved, 3)]
+    assert found == [*expected, ("held_out", 3)]
 
 
 def test_killed_while_a_state_was_written(whole, flags, tmp_path, capsys):
     """SIGKILL between the last file of a state and its rename."""
-    command = [sys.executable, "-m", killed_training.__name__, "commit", "4", *flags(tmp_path)]
+    command = [sys.executable, "-m", killed_training.__name__, "commit", "2", *flags(tmp_path)]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(os.listdir(tmp_path / "states")) == ["2", "4.orbax-checkpoint-tmp"]
+    assert sorted(os.listdir(tmp_path / "states")) == ["1", "2.orbax-checkpoint-tmp"]
     train.run(flags(tmp_path))
-    assert "going on from step 2 of 6" in printed(capsys)
+    assert "going on from step 1 of 3" in printed(capsys)
     assert differences(tmp_path, whole) == []
 
 
-def test_a_full_disk_loses_nothing(stopped, whole, flags, tmp_path):
-    """No file may grow beyond 20 kB: the system itself refuses to write the state."""
+def test_two_parts_are_the_whole_in_bits(stopped, whole, flags, tmp_path, capsys):
+    """A full disk between them loses nothing: no file may grow beyond 20 kB, a state has to."""
     out = shutil.copytree(stopped, tmp_path / "stopped")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, hard))
     try:
         with pytest.raises(
             SystemExit,
-            match=r"^train: the state of step 6 cannot be saved in .*; "
-            r"of the whole ones step 4 is kept\. Orbax says: .*File too large",
+            match=r"^train: the state of step 3 cannot be saved in .*; of the whole ones step 2 is "
+            r"kept\. Orbax says: .*File too large",
         ):
             train.run(flags(out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(os.listdir(out / "states")) == ["2", "4"]
+    assert sorted(os.listdir(out / "states")) == ["1", "2"]
     train.run(flags(out))
+    assert printed(capsys).count("going on from step 2 of 3 in ") == 2
     assert differences(out, whole) == []
 
 
@@ -119,10 +113,10 @@ def test_a_run_that_is_done(whole, flags, tmp_path, monkeypatch, capsys):
 
 def test_more_steps(whole, flags, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(whole, tmp_path / "whole")
-    fail_at(monkeypatch, 7)
+    fail_at(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
-        train.run([*flags(out), "--steps=9", "--warmup_steps=5"])
-    assert "optimizer.total_steps was 6 and is 9: the learning rate" in printed(capsys)
+        train.run([*flags(out), "--steps=9", "--warmup_steps=2"])
+    assert "optimizer.total_steps was 3 and is 9: the learning rate" in printed(capsys)
 
 
 def test_beginning_anew(stopped, flags, tmp_path, monkeypatch):
@@ -136,17 +130,17 @@ def test_beginning_anew(stopped, flags, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--learning_rate=1"], "optimizer.learning_rate was 0.004 and is 1.0"),
+        (["--learning_rate=1"], "optimizer.learning_rate was 0.01 and is 1.0"),
         (["--layers=2"], "config.num_hidden_layers was 1 and is 2"),
         (["--seed=1"], "data.seed was 0 and is 1"),
-        (["--batch=3"], "data.rows_of_a_step was 4 and is 3"),
-        (["--steps=3"], "total_steps is 3; expected at least 4, which the run in"),
+        (["--batch=3"], "data.rows_of_a_step was 4 and is 6"),
+        (["--steps=1"], "total_steps is 1; expected at least 2, which the run in"),
     ],
 )
 def test_another_run_is_refused_by_name(stopped, flags, changed, said):
     with pytest.raises(SystemExit, match=said):
         train.run([*flags(stopped), *changed])
-    assert sorted(os.listdir(stopped / "states")) == ["2", "4"]
+    assert sorted(os.listdir(stopped / "states")) == ["1", "2"]
 
 
 def test_another_text_is_refused_by_name(stopped, flags, text):

@@ -14,34 +14,15 @@ from moe_jax.checkpoints import load_hugging_face, save_hugging_face, save_orbax
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import load_tokenizer
 from moe_jax.training import TrainOptions
+from tests.experiments.killed_training import BATCH, SIZES, write_text
 from tests.moe_jax.tiny import TINY, model_of
 
-SIZES = (
-    "--vocab_size=280",
-    "--layers=1",
-    "--hidden=32",
-    "--experts=4",
-    "--moe_intermediate=16",
-)
-RUN = (
-    "--steps=3",
-    "--context=16",
-    "--batch=2",
-    "--accumulate=2",
-    "--learning_rate=0.01",
-    "--log_every=2",
-    "--prompt=def ",
-    "--sample_tokens=4",
-)
+RUN = (*BATCH, "--steps=3", "--log_every=2", "--prompt=def ", "--sample_tokens=4")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(6):
-        body = f"def name_{i}(x):\n    return x + {i}\n\n\n" * 3
-        (folder / f"part_{i}.py").write_text(f"# ünï {i}\n{body}")
-    return folder
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
