@@ -23,6 +23,10 @@ XLA_FLAGS = (
 if XLA_FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".lstrip()
 
+# Each warpgroup of an interpreted kernel blocks a thread of the CPU client while it waits for
+# another. The client makes as many as there are cores, or as this says: of two, all could wait.
+os.environ.setdefault("NPROC", "16")
+
 # Interpreting a first kernel imports `fuser`, which adds to the keys of JAX's caches. All that had
 # been traced before would be traced and compiled again, so it is imported above.
 

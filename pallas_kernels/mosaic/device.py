@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ SHARED_MEMORY_BYTES = 232448 - 4096
 # three blocks of 72 KB fit on a core.
 _COMPILER_PARAMS = plgpu.CompilerParams(reduction_scratch_bytes=1024)
 
+WARPGROUP = "warpgroup"  # the axis of a block's warpgroups, where it has several
+
 _H100_CORES = 132
 # The interpreter runs blocks one after the other, so more of them only take more time.
 _INTERPRETED_CORES = 2
@@ -37,12 +40,13 @@ def launch(
     out_type: Any,
     scratch_types: Any = (),
     in_place: Mapping[int, int] = types.MappingProxyType({}),
+    num_warpgroups: int = 1,
     interpret: Any,
 ) -> Callable[..., Any]:
     """Returns a function of the inputs that runs `kernel` in `num_blocks` thread blocks.
 
     Args:
-      kernel: kernel(block_id, *inputs, *outputs, *scratch), of one warpgroup; the arrays are refs.
+      kernel: kernel(block_id, *inputs, *outputs, *scratch); the arrays are refs.
       name: of the kernel, as profiles and lowered text show it.
       num_blocks: thread blocks in the grid.
       out_type: a ShapeDtypeStruct for each output.
@@ -50,16 +54,24 @@ def launch(
       in_place: index of an input -> index of the output that is the same memory, both counted
         without those that are None. The kernel gets a ref for each of the two. What it does not
         write keeps the input's values. XLA copies an input first that is used later.
+      num_warpgroups: of a block; with several, axis WARPGROUP says which one runs.
       interpret: a bool or an InterpretGPUParams. Interpreted, the primitives of this package take
         the forms that a CPU can run.
+
+    Raises:
+      RuntimeError: the CPU client has too few threads to interpret several warpgroups.
     """
     params = plgpu.InterpretGPUParams() if interpret is True else interpret or None
 
     def body(*refs, **scratch):
+        if params is not None and num_warpgroups > 1:
+            _expect_threads(name, num_warpgroups)
         with _interpreted_forms(params is not None):
             kernel(lax.axis_index("block"), *refs, **scratch)
 
     mesh = {"grid": (num_blocks,), "grid_names": ("block",), "kernel_name": name}
+    if num_warpgroups > 1:
+        mesh |= {"num_threads": num_warpgroups, "thread_name": WARPGROUP}
     if in_place:
         return _launch_in_place(body, plgpu.Mesh(**mesh), out_type, scratch_types, in_place, params)
     return plgpu.kernel(
@@ -70,6 +82,22 @@ def launch(
         interpret=params,
         **mesh,
     )
+
+
+def _expect_threads(name: str, num_warpgroups: int) -> None:
+    """Raises a RuntimeError where interpreted warpgroups could wait for each other for ever.
+
+    Each that waits blocks a thread of JAX's CPU client, which has one for each core, or as many as
+    the environment variable NPROC said when it was made.
+    """
+    needed = 2 * num_warpgroups
+    threads = int(os.environ.get("NPROC") or len(os.sched_getaffinity(0)))
+    if threads < needed:
+        raise RuntimeError(
+            f"{name} has {num_warpgroups} warpgroups, and interpreting them takes {needed} threads "
+            f"of JAX's CPU client; it has {threads}: set NPROC={needed} in the environment before "
+            "JAX is used"
+        )
 
 
 def _launch_in_place(body, mesh, out_type, scratch_types, in_place, params) -> Callable[..., Any]:

@@ -56,3 +56,21 @@ def test_lowered_an_output_in_place_is_the_input():
     )
     assert "output_tuple_indices = [0], operand_index = 0" in text
     assert len(mosaic_modules(text)) == 1
+
+
+@pytest.mark.skipif(not INTERPRET, reason="threads of the CPU client")
+def test_interpreted_warpgroups_need_threads(monkeypatch):
+    """With fewer, warpgroups that wait for each other would hang."""
+    monkeypatch.setenv("NPROC", "5")
+    call = launch(
+        lambda *_: None,
+        name="three",
+        num_blocks=1,
+        out_type=jax.ShapeDtypeStruct((1,), jnp.float32),
+        num_warpgroups=3,
+        interpret=True,
+    )
+    with pytest.raises(
+        RuntimeError, match=r"three has 3 warpgroups.* takes 6 .*; it has 5: set NPR"
+    ):
+        jax.eval_shape(call)

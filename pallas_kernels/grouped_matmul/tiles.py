@@ -1,0 +1,77 @@
+"""How the grouped products are cut, and the copies to and from shared memory."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.groups import BLOCK_M
+from pallas_kernels.mosaic.operands import SWIZZLE, WGMMA_TILING
+from pallas_kernels.mosaic.warp_specialised import MULTIPLIERS
+
+SIZE_MULTIPLE = 128  # of every width
+MULTIPLIER_ROWS = BLOCK_M // MULTIPLIERS  # of one multiplier
+PIECE = 64  # columns that are stored at once
+_SLOTS = 2  # pieces of a multiplier that are stored while it fills the next
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedMatmulConfig:
+    """How the products are cut.
+
+    Attributes:
+      block_n: columns of a tile, at most: 128 or 256.
+      block_k: along the contraction, a multiple of 64.
+      num_stages: stages of the pipeline.
+    """
+
+    block_n: int = 256
+    block_k: int = 64
+    num_stages: int = 4
+
+
+def block_n_for(columns: int, config: GroupedMatmulConfig) -> int:
+    """Columns of a tile: the most that divide all columns."""
+    return config.block_n if columns % config.block_n == 0 else SIZE_MULTIPLE
+
+
+def copy_box(source, row, num_rows: int, column, num_columns: int, to, barrier) -> None:
+    """Starts to copy a box; its first row and column are multiples of 64."""
+    row, column = pl.multiple_of(row, 64), pl.multiple_of(column, 64)
+    box = source.at[pl.ds(row, num_rows), pl.ds(column, num_columns)]
+    plgpu.copy_gmem_to_smem(box, to, barrier)
+
+
+def pieces_type() -> Any:
+    """Shared memory for the pieces of a tile that are being stored."""
+    shape = (MULTIPLIERS * _SLOTS, MULTIPLIER_ROWS, PIECE)
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(WGMMA_TILING, SWIZZLE))
+
+
+def store_piece(piece, pieces, nth: int, multiplier, out, row, column) -> None:
+    """Starts to store [64, 64] as bf16, once the copy before the last has left its slot.
+
+    Args:
+      piece: float32, in the accumulator's layout.
+      pieces: of pieces_type.
+      nth: of this multiplier's pieces of this tile.
+      multiplier: which one stores.
+      out: the output in global memory.
+      row, column: where, multiples of 64.
+    """
+    slot = pieces.at[multiplier * _SLOTS + nth % _SLOTS]
+    plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
+    slot[...] = piece.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    row, column = pl.multiple_of(row, 64), pl.multiple_of(column, 64)
+    plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, MULTIPLIER_ROWS), pl.ds(column, PIECE)])
+
+
+def store_value(value, pieces, multiplier, out, row, column) -> None:
+    """Starts to store a whole accumulator [64, n] in pieces; arguments as in store_piece."""
+    for nth in range(value.shape[1] // PIECE):
+        first = nth * PIECE
+        piece = value[:, first : first + PIECE]
+        store_piece(piece, pieces, nth, multiplier, out, row, column + first)
