@@ -149,10 +149,23 @@ RULES: tuple[Rule, ...] = (
         op="experts",
         platforms=("cuda",),
         phases=("prefill", "decode"),
+        most_tokens=256,
+        backend="pallas",
+        why="the decode kernels read each expert as few times as they can",
+    ),
+    Rule(
+        op="experts",
+        platforms=("cuda",),
+        backend="grouped_pallas",
+        why="each expert's tokens multiplied together: K / E of the products, and gradients",
+    ),
+    Rule(
+        op="experts",
+        platforms=("cuda",),
+        phases=("prefill", "decode"),
         most_tokens=2048,
         backend="pallas",
-        why="the decode kernels read each expert as few times as they can; faster than plain XLA "
-        "up to T = 2048, as measured on an H100",
+        why="the decode kernels are faster than plain XLA up to T = 2048, as measured on an H100",
     ),
     Rule(
         op="experts",

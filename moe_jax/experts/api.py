@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.dispatch import PHASES, Backend, Request, resolve_backend
 from moe_jax.experts.grouped import grouped_experts
+from moe_jax.experts.grouped_pallas import grouped_pallas_experts
 from moe_jax.experts.latent_and_shared import (
     SharedExperts,
     check_latent_and_shared,
@@ -26,6 +27,8 @@ from pallas_kernels.block_scaled_fp8 import (
     dequantise,
 )
 from pallas_kernels.decode_experts import ExpertShapes, ExpertWeights, reference_experts
+from pallas_kernels.grouped_matmul import SIZE_MULTIPLE, runs_on
+from pallas_kernels.mosaic.device import device_kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class ExpertsRequest(Request):
       shared: whether there are shared experts.
       quantised: whether the experts' weights are BlockScaledFp8.
       whole_blocks: whether their blocks are of 128 x 128, and none is cut off.
+      hopper: whether the GPU has Hopper's instructions, as far as its name says.
     """
 
     op: ClassVar[str] = "experts"
@@ -52,6 +56,7 @@ class ExpertsRequest(Request):
     shared: bool = False
     quantised: bool = False
     whole_blocks: bool = True
+    hopper: bool = True
 
     @property
     def shapes(self) -> ExpertShapes:
@@ -70,12 +75,14 @@ class ExpertsRequest(Request):
             _SHARED: self.shared,
             _QUANTISED: self.quantised,
             _OTHER_BLOCKS: self.quantised and not self.whole_blocks,
+            _OTHER_GPUS: self.platform == "cuda" and not self.hopper,
         }
         return tuple(feature for feature, is_asked in asked.items() if is_asked)
 
 
 _LATENT, _SHARED, _QUANTISED = "latent projections", "shared experts", "quantised weights"
 _OTHER_BLOCKS = "FP8 weights in other blocks than whole ones of 128 x 128"
+_OTHER_GPUS = "GPUs that are no Hopper"
 
 
 def _reference(x, weights, ids, expert_weights, activation):
@@ -86,12 +93,18 @@ def _reference(x, weights, ids, expert_weights, activation):
 # The sum of what is rounded to bf16: two products, the output, and around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
 _AROUND = (_LATENT, _SHARED)  # with_latent_and_shared gives both to every backend
-_PLAIN_XLA = (*_AROUND, _QUANTISED, _OTHER_BLOCKS)
+_PLAIN_XLA = (*_AROUND, _QUANTISED, _OTHER_BLOCKS, _OTHER_GPUS)
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": 64,
-    "features": (*_AROUND, _QUANTISED),
+    "features": (*_AROUND, _QUANTISED, _OTHER_GPUS),
+}
+_GROUPED_KERNELS = {
+    "rel_error": {"bfloat16": 6e-3},  # 2.8e-3 without latent projections and shared experts
+    "activations": ("silu", "swish"),
+    "size_multiple": SIZE_MULTIPLE,
+    "features": _AROUND,
 }
 
 EXPERTS_BACKENDS: dict[str, Backend] = {
@@ -111,8 +124,20 @@ EXPERTS_BACKENDS: dict[str, Backend] = {
         run=with_latent_and_shared(grouped_experts),
         what="XLA: sorts by expert, lax.ragged_dot_general",
         rel_error=_XLA_ERROR,
-        features=_AROUND,
+        features=(*_AROUND, _OTHER_GPUS),
         platforms=("cpu", "cuda"),
+    ),
+    "grouped_pallas": Backend(
+        run=with_latent_and_shared(grouped_pallas_experts),
+        what="sorts by expert, the grouped products of pallas_kernels, compiled; their gradients",
+        platforms=("cuda",),
+        **_GROUPED_KERNELS,
+    ),
+    "grouped_pallas_interpret": Backend(
+        run=with_latent_and_shared(functools.partial(grouped_pallas_experts, interpret=True)),
+        what="the same products in Pallas's interpret mode: slow, for checking on a CPU",
+        platforms=("cpu",),
+        **_GROUPED_KERNELS,
     ),
     "pallas": Backend(
         run=with_latent_and_shared(pallas_experts),
@@ -129,8 +154,13 @@ EXPERTS_BACKENDS: dict[str, Backend] = {
 }
 
 # Temporaries on CUDA, in Qwen3-30B-A3B: XLA expands a grouped matmul to all experts and takes 3 GB
-# for 512 tokens; the portable backend's product of all experts takes 1 GB for 1024.
-_LARGEST_CHUNK = {("grouped", "cuda"): 512, ("portable", "cuda"): 1024}
+# for 512 tokens; the portable backend's product of all experts takes 1 GB for 1024; sorted rows and
+# their products take 2.6 GB for 32768.
+_LARGEST_CHUNK = {
+    ("grouped", "cuda"): 512,
+    ("portable", "cuda"): 1024,
+    ("grouped_pallas", "cuda"): 32768,
+}
 
 
 def experts(
@@ -204,6 +234,7 @@ def experts(
         shared=shared_experts is not None,
         quantised=weights.quantised and not dequantize,
         whole_blocks=weights.in_whole_blocks,
+        hopper=runs_on(device_kind()),
     )
     choice = resolve_backend(request, EXPERTS_BACKENDS, backend)
     if weights.quantised and _QUANTISED not in EXPERTS_BACKENDS[choice.backend].features:

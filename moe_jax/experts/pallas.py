@@ -1,11 +1,14 @@
-"""The decode kernels as a backend: pallas_kernels forward, the portable form's gradients."""
+"""The decode kernels as a backend: pallas_kernels forward, another backend's gradients."""
 
 import functools
 
 import jax
 
+from moe_jax.experts.grouped_pallas import grouped_pallas_experts
 from moe_jax.experts.portable import portable_experts
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
+from pallas_kernels.grouped_matmul import SIZE_MULTIPLE, runs_on
+from pallas_kernels.mosaic.device import device_kind
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -19,8 +22,9 @@ def pallas_experts(
 ) -> jax.Array:
     """The op in the layout that pallas_kernels' choose_layout picks for this T.
 
-    The kernels have no gradient. The gradient of this function is that of portable_experts at the
-    same inputs, at the cost of that function's forward and backward pass.
+    The kernels have no gradient. The gradient of this function is that of grouped_pallas_experts at
+    the same inputs, or of portable_experts where that cannot compute it, at the cost of the other
+    function's forward and backward pass.
 
     Arguments and result as in portable_experts, bfloat16 only.
 
@@ -38,13 +42,19 @@ def _forward(x, weights, ids, expert_weights, activation, interpret):
 
 
 def _backward(activation, interpret, saved, cotangent):
-    del interpret
     x, weights, ids, expert_weights = saved
+    sizes = weights.gate_up.shape[2:]
+    if weights.quantised or any(size % SIZE_MULTIPLE for size in sizes):
+        run = portable_experts
+    elif interpret or runs_on(device_kind()):
+        run = functools.partial(grouped_pallas_experts, interpret=interpret)
+    else:
+        run = portable_experts
 
-    def portable(x, weights, expert_weights):
-        return portable_experts(x, weights, ids, expert_weights, activation)
+    def differentiable(x, weights, expert_weights):
+        return run(x, weights, ids, expert_weights, activation)
 
-    _, pull = jax.vjp(portable, x, weights, expert_weights)
+    _, pull = jax.vjp(differentiable, x, weights, expert_weights)
     of_x, of_weights, of_expert_weights = pull(cotangent)
     return of_x, of_weights, None, of_expert_weights
 

@@ -10,6 +10,7 @@ from pallas_kernels.grouped_matmul.api import (
     gather_weights,
     grouped_matmul,
     grouped_swiglu,
+    runs_on,
 )
 from pallas_kernels.grouped_matmul.groups import GroupedAssignments, Groups, group_assignments
 from pallas_kernels.grouped_matmul.reference import reference_grouped_matmul
@@ -27,4 +28,5 @@ __all__ = [
     "grouped_matmul",
     "grouped_swiglu",
     "reference_grouped_matmul",
+    "runs_on",
 ]

@@ -17,8 +17,18 @@ from pallas_kernels.grouped_matmul.gradient_to_weights import gradient_to_weight
 from pallas_kernels.grouped_matmul.groups import GroupedAssignments, Groups
 from pallas_kernels.grouped_matmul.rows_by_weights import rows_by_weights, swiglu_by_weights
 from pallas_kernels.grouped_matmul.tiles import SIZE_MULTIPLE, GroupedMatmulConfig
-from pallas_kernels.mosaic.device import HOPPER, check_interpret, expect_capability
+from pallas_kernels.mosaic.device import (
+    HOPPER,
+    capability_of,
+    check_interpret,
+    expect_capability,
+)
 from pallas_kernels.mosaic.operands import expect_array
+
+
+def runs_on(device_kind: str) -> bool:
+    """Whether the kernels have the instructions of that kind of GPU, as far as its name says."""
+    return capability_of(device_kind) in (None, HOPPER)
 
 
 def grouped_matmul(

@@ -25,8 +25,8 @@ def test_it_prints_what_each_backend_declares_and_what_would_run(capsys):
     assert of_layers["cuda", "2049"] == of_layers["ascend", "1"] == "blocks"
     chosen = {tuple(row[:3]): row[3:5] for row in printed if len(row) == 6}
     assert chosen["cuda", "decode", "1"] == ["pallas", "output_major"]
-    assert chosen["cuda", "prefill", "2049"] == ["portable", "dense"]
-    assert chosen["cuda", "training", "1"] == ["portable", "gather"]
+    assert chosen["cuda", "prefill", "2049"] == ["grouped_pallas", "-"]
+    assert chosen["cuda", "training", "1"] == ["grouped_pallas", "-"]
     assert chosen["ascend", "decode", "1"] == ["portable", "gather"]
 
 

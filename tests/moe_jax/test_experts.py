@@ -104,7 +104,7 @@ def test_gradients_are_the_references(backend):
     chex.assert_trees_all_close(poisoned, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [name for name in able() if "pallas" in name])
+@pytest.mark.parametrize("backend", [name for name in able() if name.startswith("pallas")])
 def test_gradients_of_the_kernels_are_the_portable_ones(backend):
     arguments = make(jnp.bfloat16, T=2)
     target = jnp.ones((2, H))
@@ -227,13 +227,19 @@ def test_weights_that_do_not_fit_each_other_are_named():
     ("change", "expected"),
     [
         ({"platform": "cuda"}, "pallas"),
-        ({"platform": "cuda", "T": 2048}, "pallas"),
-        ({"platform": "cuda", "T": 2049}, "portable"),
+        ({"platform": "cuda", "T": 256}, "pallas"),
+        ({"platform": "cuda", "T": 257}, "grouped_pallas"),
         ({"platform": "cuda", "dtype": "float32"}, "portable"),
         ({"platform": "cuda", "activation": "gelu"}, "portable"),
-        ({"platform": "cuda", "phase": "prefill", "T": 2048}, "pallas"),
-        ({"platform": "cuda", "phase": "prefill", "T": 2049}, "portable"),
-        ({"platform": "cuda", "phase": "training", "T": 512}, "portable"),
+        ({"platform": "cuda", "phase": "prefill", "T": 256}, "pallas"),
+        ({"platform": "cuda", "phase": "prefill", "T": 2049}, "grouped_pallas"),
+        ({"platform": "cuda", "phase": "training", "T": 1}, "grouped_pallas"),
+        # What the grouped products do not take.
+        ({"platform": "cuda", "phase": "prefill", "T": 2048, "quantised": True}, "pallas"),
+        ({"platform": "cuda", "phase": "prefill", "T": 2049, "quantised": True}, "portable"),
+        ({"platform": "cuda", "phase": "prefill", "T": 2048, "hopper": False}, "pallas"),
+        ({"platform": "cuda", "phase": "training", "hopper": False}, "portable"),
+        ({"platform": "cuda", "phase": "training", "width": 64}, "portable"),
         ({"platform": "cpu"}, "portable"),
         ({"platform": "cpu", "phase": "training"}, "portable"),
         ({"platform": "ascend"}, "portable"),
@@ -242,7 +248,7 @@ def test_weights_that_do_not_fit_each_other_are_named():
     ],
 )
 def test_what_auto_chooses(change, expected):
-    choice = choose_backend(ask(**change), EXPERTS_BACKENDS)
+    choice = choose_backend(ask(**{"width": 128} | change), EXPERTS_BACKENDS)
     assert choice.backend == expected
     assert choice.why
 
