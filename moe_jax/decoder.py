@@ -39,6 +39,7 @@ class StepOptions:
       experts_backend, attention_backend: as in moe_jax.experts and moe_jax.attention.
       layers_backend: as in moe_jax.decode_step.
       remat: whether a gradient computes each layer anew, so that of a layer only its input is kept.
+      unpadded: whether all tokens are known to be valid.
     """
 
     config: Qwen3MoeConfig
@@ -48,6 +49,7 @@ class StepOptions:
     attention_backend: str = "auto"
     layers_backend: str = "auto"
     remat: bool = False
+    unpadded: bool = False
 
 
 class TokenPositions(NamedTuple):
@@ -230,6 +232,7 @@ def attention_block(
         key_slots=key_slots,
         segments=positions.segments,
         window=config.window,
+        unpadded=options.unpadded and cache is None,
         backend=options.attention_backend,
         platform=options.platform,
         phase=options.phase,

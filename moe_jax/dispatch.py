@@ -174,8 +174,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         op="attention",
+        platforms=("cuda",),
+        phases=("prefill", "training"),
+        backend="cudnn",
+        why="flash attention: no [S, N] scores of each head in memory",
+    ),
+    Rule(
+        op="attention",
         backend="xla",
-        why="two products and a softmax in plain XLA; the only implementation yet",
+        why="two products and a softmax in plain XLA",
     ),
 )
 

@@ -183,6 +183,7 @@ class Qwen3Moe(nnx.Module):
             attention_backend=attention_backend,
             layers_backend=layers_backend,
             remat=remat,
+            unpadded=attention_mask is None,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths

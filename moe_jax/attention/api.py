@@ -6,11 +6,15 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.attention.cudnn import cudnn_attention
 from moe_jax.attention.xla import xla_attention
 from moe_jax.dispatch import Backend, Request, resolve_backend
 from moe_jax.platforms import resolve_platform
 
 _WINDOW, _SEGMENTS = "a sliding window", "segments"
+_WIDE_HEADS = "heads of more than 128 elements"
+_ODD = "an odd number of queries or keys in training"
+_NO_GPU = "a process without an NVIDIA GPU"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,20 +22,26 @@ class AttentionRequest(Request):
     """One call of `attention`, for moe_jax.dispatch; T is B * S.
 
     Attributes:
+      S: queries of each row.
       N: keys of each row.
       heads, kv: query heads, and the keys and values that they share.
       D: size of a head.
       window: whether there is a sliding window.
       segments: whether a row holds several sequences.
+      unpadded: whether token s of each row is known to be in slot s, with N = S.
+      on_gpu: whether JAX's default device is a GPU, so that libraries for it can be asked.
     """
 
     op: ClassVar[str] = "attention"
+    S: int
     N: int
     heads: int
     kv: int
     D: int
     window: bool = False
     segments: bool = False
+    unpadded: bool = False
+    on_gpu: bool = True
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -39,7 +49,14 @@ class AttentionRequest(Request):
 
     @property
     def features(self) -> tuple[str, ...]:
-        asked = {_WINDOW: self.window, _SEGMENTS: self.segments}
+        odd = not self.unpadded and (self.S % 2 or self.N % 2)
+        asked = {
+            _WINDOW: self.window,
+            _SEGMENTS: self.segments,
+            _WIDE_HEADS: self.D > 128,
+            _ODD: self.phase == "training" and odd,
+            _NO_GPU: not self.on_gpu,
+        }
         return tuple(feature for feature, is_asked in asked.items() if is_asked)
 
 
@@ -48,6 +65,15 @@ ATTENTION_BACKENDS: dict[str, Backend] = {
         run=xla_attention,
         what="plain XLA: every query against every key, softmax in float32",
         rel_error={"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3},
+        features=(_WINDOW, _SEGMENTS, _WIDE_HEADS, _ODD, _NO_GPU),
+    ),
+    "cudnn": Backend(
+        run=cudnn_attention,
+        what="cuDNN's flash attention by jax.nn.dot_product_attention: keeps no scores",
+        rel_error={"bfloat16": 6e-3, "float16": 1e-3},
+        platforms=("cuda",),
+        phases=("prefill", "training"),
+        size_multiple=8,
         features=(_WINDOW, _SEGMENTS),
     ),
 }
@@ -62,6 +88,7 @@ def attention(
     key_slots: jax.Array,
     segments: jax.Array | None = None,
     window: int | None = None,
+    unpadded: bool = False,
     backend: str = "auto",
     platform: str | None = None,
     phase: str = "prefill",
@@ -79,6 +106,8 @@ def attention(
       segments: [B, S] int32 with N = S, the sequence that each token belongs to; None for one a
         row.
       window: how many keys a query sees at most, its own among them; None for all.
+      unpadded: whether query_slots and key_slots are known to be 0, 1, ... in each row, without
+        segments: what a backend may then leave out, it need not ask the slots for.
       backend: a name in ATTENTION_BACKENDS, or "auto": the environment variable
         MOE_JAX_ATTENTION_BACKEND, and without that the table of moe_jax.dispatch.
       platform: what to choose for, as in moe_jax.platforms.resolve_platform.
@@ -92,19 +121,30 @@ def attention(
       NotImplementedError: the backend cannot do this; the message says what and who can.
     """
     B, heads, S, D = q.shape
+    unpadded = unpadded and segments is None and k.shape[2] == S
     request = AttentionRequest(
         platform=resolve_platform(platform),
         phase=phase,
         T=B * S,
         dtype=jnp.dtype(q.dtype).name,
+        S=S,
         N=k.shape[2],
         heads=heads,
         kv=k.shape[1],
         D=D,
         window=window is not None,
         segments=segments is not None,
+        unpadded=unpadded,
+        on_gpu=jax.default_backend() == "gpu",
     )
     choice = resolve_backend(request, ATTENTION_BACKENDS, backend)
     return ATTENTION_BACKENDS[choice.backend].run(
-        q, k, v, query_slots=query_slots, key_slots=key_slots, segments=segments, window=window
+        q,
+        k,
+        v,
+        query_slots=query_slots,
+        key_slots=key_slots,
+        segments=segments,
+        window=window,
+        unpadded=unpadded,
     )

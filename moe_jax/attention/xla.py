@@ -15,8 +15,10 @@ def xla_attention(
     key_slots: jax.Array,
     segments: jax.Array | None = None,
     window: int | None = None,
+    unpadded: bool = False,
 ) -> jax.Array:
     """Arguments and result as in moe_jax.attention.attention. Has gradients."""
+    del unpadded  # the slots say it
     return attend(q, k, v, visible_keys(query_slots, key_slots, window, segments))
 
 
