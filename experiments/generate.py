@@ -78,7 +78,9 @@ class Settings:
         None, "Of what is not FP8: by default as stored, bfloat16 for a random model.", of=DTYPES
     )
     dequantize: bool = flag(False, "Whether an FP8 checkpoint becomes bfloat16, or --dtype.")
-    prefill_chunk: int = flag(512, "Prompt tokens that run at once.", least=1)
+    prefill_chunk: int | None = flag(
+        None, "Prompt tokens that run at once; the platform's own by default.", least=1
+    )
     experts_backend: str = flag("auto", "What computes the experts.", of=_BACKENDS)
     decode_backend: str | None = flag(
         None, "The same for decode steps; --experts_backend by default.", of=_BACKENDS

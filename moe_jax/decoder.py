@@ -40,6 +40,7 @@ class StepOptions:
       layers_backend: as in moe_jax.decode_step.
       remat: whether a gradient computes each layer anew, so that of a layer only its input is kept.
       unpadded: whether all tokens are known to be valid.
+      empty_cache: whether the cache, if there is one, is known to be empty.
     """
 
     config: Qwen3MoeConfig
@@ -50,6 +51,7 @@ class StepOptions:
     layers_backend: str = "auto"
     remat: bool = False
     unpadded: bool = False
+    empty_cache: bool = False
 
 
 class TokenPositions(NamedTuple):
@@ -212,9 +214,8 @@ def attention_block(
     q, k = apply_rope(q, *positions.rope), apply_rope(k, *positions.rope)
 
     slots, valid = positions.slots, positions.valid
-    if cache is None:
-        keys, values, key_slots = k, v, jnp.where(valid, slots, -1)
-    else:
+    own_keys = cache is None or options.empty_cache
+    if cache is not None:
         (keys, values), key_slots, cache = extend(
             cache,
             LayerCache(k, v),
@@ -224,6 +225,8 @@ def attention_block(
             config.window,
             platform_ops(options.platform),
         )
+    if own_keys:
+        keys, values, key_slots = k, v, jnp.where(valid, slots, -1)
     attended = attention(
         q,
         keys,
@@ -232,7 +235,8 @@ def attention_block(
         key_slots=key_slots,
         segments=positions.segments,
         window=config.window,
-        unpadded=options.unpadded and cache is None,
+        own_keys=own_keys,
+        unpadded=own_keys and options.unpadded,
         backend=options.attention_backend,
         platform=options.platform,
         phase=options.phase,

@@ -149,9 +149,10 @@ RULES: tuple[Rule, ...] = (
         op="experts",
         platforms=("cuda",),
         phases=("prefill", "decode"),
-        most_tokens=256,
+        most_tokens=512,
         backend="pallas",
-        why="the decode kernels read each expert as few times as they can",
+        why="the decode kernels read each expert as few times as they can; faster than the grouped "
+        "products up to T = 512, as measured on an H200",
     ),
     Rule(
         op="experts",

@@ -105,6 +105,7 @@ class Qwen3Moe(nnx.Module):
         position_ids: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        empty_cache: bool = False,
         labels: jax.Array | None = None,
         logits_to_keep: int | jax.Array = 0,
         output_router_logits: bool | None = None,
@@ -134,6 +135,8 @@ class Qwen3Moe(nnx.Module):
             several: a token attends to its own sequence only. Not with a cache.
           cache: what init_cache or the call before returned; it is not changed. A row with more
             tokens than its cache can hold gets logits of NaN.
+          empty_cache: whether the cache is known to hold no token, as init_cache makes it: the new
+            tokens then attend to themselves, and not to all of the cache's slots.
           labels: [B, S] integers, -100 where nothing is to be predicted. What only padding or
             another sequence would predict is left out, whatever its label is.
           logits_to_keep: how many of the last positions (0: all), or indices [N] or [B, N].
@@ -184,6 +187,7 @@ class Qwen3Moe(nnx.Module):
             layers_backend=layers_backend,
             remat=remat,
             unpadded=attention_mask is None,
+            empty_cache=empty_cache,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths

@@ -28,7 +28,8 @@ class AttentionRequest(Request):
       D: size of a head.
       window: whether there is a sliding window.
       segments: whether a row holds several sequences.
-      unpadded: whether token s of each row is known to be in slot s, with N = S.
+      own_keys: whether key s of each row is known to be the token of query s.
+      unpadded: whether, besides, that token is known to be in slot s.
       on_gpu: whether JAX's default device is a GPU, so that libraries for it can be asked.
     """
 
@@ -40,6 +41,7 @@ class AttentionRequest(Request):
     D: int
     window: bool = False
     segments: bool = False
+    own_keys: bool = False
     unpadded: bool = False
     on_gpu: bool = True
 
@@ -49,7 +51,8 @@ class AttentionRequest(Request):
 
     @property
     def features(self) -> tuple[str, ...]:
-        odd = not self.unpadded and (self.S % 2 or self.N % 2)
+        masked = self.segments or not self.own_keys
+        odd = masked and (self.S % 2 or self.N % 2)
         asked = {
             _WINDOW: self.window,
             _SEGMENTS: self.segments,
@@ -88,6 +91,7 @@ def attention(
     key_slots: jax.Array,
     segments: jax.Array | None = None,
     window: int | None = None,
+    own_keys: bool = False,
     unpadded: bool = False,
     backend: str = "auto",
     platform: str | None = None,
@@ -106,8 +110,9 @@ def attention(
       segments: [B, S] int32 with N = S, the sequence that each token belongs to; None for one a
         row.
       window: how many keys a query sees at most, its own among them; None for all.
-      unpadded: whether query_slots and key_slots are known to be 0, 1, ... in each row, without
-        segments: what a backend may then leave out, it need not ask the slots for.
+      own_keys: whether key s of each row is known to be the token of query s, and a row's first
+        token to be in slot 0. Without it a backend learns from the slots alone what to leave out.
+      unpadded: whether, besides, no token is padding: all slots are 0, 1, ... in order.
       backend: a name in ATTENTION_BACKENDS, or "auto": the environment variable
         MOE_JAX_ATTENTION_BACKEND, and without that the table of moe_jax.dispatch.
       platform: what to choose for, as in moe_jax.platforms.resolve_platform.
@@ -121,7 +126,6 @@ def attention(
       NotImplementedError: the backend cannot do this; the message says what and who can.
     """
     B, heads, S, D = q.shape
-    unpadded = unpadded and segments is None and k.shape[2] == S
     request = AttentionRequest(
         platform=resolve_platform(platform),
         phase=phase,
@@ -134,6 +138,7 @@ def attention(
         D=D,
         window=window is not None,
         segments=segments is not None,
+        own_keys=own_keys,
         unpadded=unpadded,
         on_gpu=jax.default_backend() == "gpu",
     )
@@ -146,5 +151,6 @@ def attention(
         key_slots=key_slots,
         segments=segments,
         window=window,
+        own_keys=own_keys,
         unpadded=unpadded,
     )

@@ -1,6 +1,9 @@
 """Attention by cuDNN's flash attention, which keeps no scores; it has gradients."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from moe_jax.attention.xla import visible_keys
 
@@ -14,24 +17,58 @@ def cudnn_attention(
     key_slots: jax.Array,
     segments: jax.Array | None = None,
     window: int | None = None,
+    own_keys: bool = False,
     unpadded: bool = False,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """Arguments and result as in moe_jax.attention.attention.
+    """Arguments and result as in moe_jax.attention.attention; zeros where a query is padding.
 
-    Where rows are unpadded, cuDNN's own causal mask leaves out what no query sees. Elsewhere slots
-    are values that only the device knows, so the mask is an array: [B, 1, S, N] in q's dtype.
+    Where queries are the keys' own tokens, cuDNN's causal mask leaves out what no query sees: of
+    rows as they are if they are unpadded, else with their padding behind their tokens. Elsewhere
+    the mask is an array, [B, 1, S, N] in q's dtype.
 
     Args:
       implementation: of jax.nn.dot_product_attention; "xla" computes the same on any device.
     """
+    q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))  # [B, S or N, heads or kv, D]
+    options: dict[str, Any] = {"implementation": implementation}
+    attend = jax.nn.dot_product_attention
+    if segments is not None or not own_keys:
+        visible = visible_keys(query_slots, key_slots, window, segments)
+        out = attend(q, k, v, mask=visible[:, None], **options)
+        return out.swapaxes(1, 2)
+    options |= {
+        "is_causal": True,
+        "local_window_size": None if window is None else (window - 1, 0),
+    }
     if unpadded:
-        masks = {
-            "is_causal": True,
-            "local_window_size": None if window is None else (window - 1, 0),
-        }
-    else:
-        masks = {"mask": visible_keys(query_slots, key_slots, window, segments)[:, None]}
-    by_token = (array.swapaxes(1, 2) for array in (q, k, v))  # [B, S or N, heads or kv, D]
-    out = jax.nn.dot_product_attention(*by_token, implementation=implementation, **masks)
-    return out.swapaxes(1, 2).astype(q.dtype)
+        return attend(q, k, v, **options).swapaxes(1, 2)
+    return _without_padding(q, k, v, query_slots, key_slots >= 0, options).swapaxes(1, 2)
+
+
+def _without_padding(q, k, v, slots, valid, options) -> jax.Array:
+    """Attends with each row's tokens moved to its start, in their order, and moves them back.
+
+    What is computed of padding may be anything, in a gradient too, so it is selected away.
+
+    Args:
+      q, k, v: [B, S, heads or kv, D].
+      slots: [B, S], each valid token's place in its row.
+      valid: [B, S] bool, False for padding.
+      options: of the attention.
+    """
+    order = jnp.argsort(~valid, axis=1)  # stable: tokens in order, then padding
+    lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
+    holds_token = jnp.arange(valid.shape[1]) < lengths[:, None]
+
+    def move(array, places, kept):
+        moved = jnp.take_along_axis(array, places[:, :, None, None], axis=1)
+        return jnp.where(kept[:, :, None, None], moved, 0)
+
+    q, k, v = (move(array, order, holds_token) for array in (q, k, v))
+    # A row of nothing but padding has one query, of zeros, because a softmax needs a key.
+    lengths = jnp.maximum(lengths, 1)
+    out = jax.nn.dot_product_attention(
+        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options
+    )
+    return move(out, jnp.maximum(slots, 0), valid)

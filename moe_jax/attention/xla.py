@@ -15,10 +15,11 @@ def xla_attention(
     key_slots: jax.Array,
     segments: jax.Array | None = None,
     window: int | None = None,
+    own_keys: bool = False,
     unpadded: bool = False,
 ) -> jax.Array:
     """Arguments and result as in moe_jax.attention.attention. Has gradients."""
-    del unpadded  # the slots say it
+    del own_keys, unpadded  # the slots say it
     return attend(q, k, v, visible_keys(query_slots, key_slots, window, segments))
 
 

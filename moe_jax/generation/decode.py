@@ -81,6 +81,8 @@ class Plan(NamedTuple):
       loop: of the decode steps; prefill has none.
       logprobs: how many of the likeliest tokens to return log-probabilities of, beside the chosen
         token's; None computes none.
+      empty_cache: whether the cache is known to hold no token.
+      unpadded: whether all of prefill's tokens are known to be valid.
     """
 
     config: Qwen3MoeConfig
@@ -90,6 +92,8 @@ class Plan(NamedTuple):
     capture: bool
     loop: Loop = Loop()
     logprobs: int | None = None
+    empty_cache: bool = False
+    unpadded: bool = False
 
 
 class StepInputs(NamedTuple):
@@ -265,8 +269,9 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
     history = state.history.append(ids, valid, ops)
     output = model(
         ids,
-        attention_mask=valid,
+        attention_mask=None if plan.unpadded else valid,
         cache=state.cache,
+        empty_cache=plan.empty_cache,
         logits_to_keep=1,
         output_router_logits=False,
         output_routings=plan.capture,

@@ -48,6 +48,9 @@ class Event:
     logprobs: TokenLogprobs | None = None
 
 
+_PREFILL_CHUNKS = {"cuda": 4096}
+
+
 def stream(
     model: Qwen3Moe,
     prompts: Sequence[Sequence[int]],
@@ -58,7 +61,7 @@ def stream(
     stop_strings: Sequence[str] = (),
     tokenizer=None,
     seed: int | Sequence[int] = 0,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     capacity: int | None = None,
     prefill_backend: str = "auto",
     decode_backend: str = "auto",
@@ -86,7 +89,8 @@ def stream(
         or None for an id that is not special.
       seed: row r draws from (seed, r), so its tokens do not depend on the rows beside it. A
         sequence has a seed for each row, and a row draws as if it were alone.
-      prefill_chunk: columns of the prompts that run at once; changes memory, not results.
+      prefill_chunk: columns of the prompts that run at once; changes memory, not results. None
+        takes 4096 on CUDA, where each chunk reads all weights, and 512 elsewhere.
       capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
         value serves calls of several lengths with one compiled step.
       prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts. A name takes the
@@ -115,6 +119,9 @@ def stream(
     rows = arguments.check_prompts(prompts, config, max_new_tokens)
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling is {sampling!r}; expected a Sampling")
+    platform = resolve_platform(platform)
+    if prefill_chunk is None:
+        prefill_chunk = _PREFILL_CHUNKS.get(platform, 512)
     prefill_chunk = arguments.whole_number("prefill_chunk", prefill_chunk, least=1)
     longest = max(map(len, rows))
     columns = arguments.padded_length(longest, prefill_chunk)
@@ -141,7 +148,6 @@ def stream(
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
-    platform = resolve_platform(platform)
     job = _Job(
         model=model,
         sampling=sampling.for_model(config.vocab_size, stops),
@@ -269,6 +275,10 @@ def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
     plan = job.prefill_plan()
     for first in range(0, job.columns, job.prefill_chunk):
         chunk = slice(first, first + job.prefill_chunk)
+        if job.platform == "cuda":
+            # Attention there need not look at slots for what is known here. It is one program more
+            # to compile for a prompt of several chunks, which elsewhere would gain nothing.
+            plan = plan._replace(empty_cache=first == 0, unpadded=bool(valid[:, chunk].all()))
         step = compiled.prefill(plan, inputs, state, ids[:, chunk], valid[:, chunk])
         state = step.state
     return step

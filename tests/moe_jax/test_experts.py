@@ -227,11 +227,11 @@ def test_weights_that_do_not_fit_each_other_are_named():
     ("change", "expected"),
     [
         ({"platform": "cuda"}, "pallas"),
-        ({"platform": "cuda", "T": 256}, "pallas"),
-        ({"platform": "cuda", "T": 257}, "grouped_pallas"),
+        ({"platform": "cuda", "T": 512}, "pallas"),
+        ({"platform": "cuda", "T": 513}, "grouped_pallas"),
         ({"platform": "cuda", "dtype": "float32"}, "portable"),
         ({"platform": "cuda", "activation": "gelu"}, "portable"),
-        ({"platform": "cuda", "phase": "prefill", "T": 256}, "pallas"),
+        ({"platform": "cuda", "phase": "prefill", "T": 512}, "pallas"),
         ({"platform": "cuda", "phase": "prefill", "T": 2049}, "grouped_pallas"),
         ({"platform": "cuda", "phase": "training", "T": 1}, "grouped_pallas"),
         # What the grouped products do not take.

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.dispatch import record_choices
 from moe_jax.generation import collect, generate, stream, streaming
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import ByteTokenizer
@@ -246,3 +247,26 @@ def test_the_cache_has_the_dtype_of_the_model(monkeypatch):
         with pytest.raises(FloatingPointError, match=str(model.embed_tokens.weight.dtype)):
             generate(model, PROMPTS, max_new_tokens=1)
     assert model.embed_tokens.weight.dtype == jnp.float32
+
+
+def test_on_cuda_prefill_says_what_it_knows_of_its_rows(monkeypatch):
+    """Static facts of a chunk spare attention its mask; the tokens are the same."""
+    prompts = [list(range(1, 33)), list(range(5, 30))]  # of 32 tokens, and of 25 behind padding
+    options = {"max_new_tokens": 1, "prefill_chunk": 16, "prefill_backend": "reference"}
+    with record_choices() as record:
+        made = generate(tiny(), prompts, platform="cuda", **options)
+    found = [(r.own_keys, r.unpadded) for r, _ in record if r.op == "attention"]
+    assert list(dict.fromkeys(found)) == [(True, False), (False, False)]
+    assert made.tokens == generate(tiny(), prompts, **options).tokens
+
+    plans = []
+
+    def prefill(plan, *arguments):
+        plans.append((plan.empty_cache, plan.unpadded))
+        return real(plan._replace(empty_cache=False, unpadded=False), *arguments)
+
+    real = streaming.compiled.prefill
+    monkeypatch.setattr(streaming.compiled, "prefill", prefill)
+    for platform in ("cuda", "cpu"):
+        generate(tiny(), prompts[:1] * 2, platform=platform, **options)
+    assert plans == [(True, True), (False, True), (False, False), (False, False)]
