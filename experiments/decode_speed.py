@@ -37,7 +37,7 @@ from experiments.bench import (
 from experiments.bench.decode_chain import FEEDS
 from experiments.bench.decode_session import DecodePlan, DecodeSession
 from experiments.bench.script import flag
-from experiments.bench.transformers_decode import BaselineError, measure_in_child
+from experiments.bench.transformers_child import BaselineError, measure_in_child
 from moe_jax.attention import ATTENTION_BACKENDS
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS

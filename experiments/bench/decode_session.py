@@ -76,7 +76,7 @@ class DecodeSession:
     rows: list[DecodeRow] = dataclasses.field(default_factory=list)
 
     def take_baseline(self, found: Iterable[Mapping[str, Any]]) -> None:
-        """Makes rows of what transformers_decode.measure_in_child yielded."""
+        """Makes rows of what transformers_child.measure_in_child yielded."""
         for figures in found:
             row = self._new_row("transformers", figures["batch"], figures["context"])
             row.versions = figures["versions"]

@@ -1,12 +1,13 @@
-"""The baseline of decode_speed: transformers' compiled Qwen3-MoE, timed in a process of its own.
+"""The baseline of decode_speed and prefill_speed: transformers' Qwen3-MoE in its own process.
 
-    python -m experiments.bench.transformers_decode '{"config": {...}, "pairs": [[1, 512]], ...}'
+    python -m experiments.bench.transformers_child '{"config": {...}, "pairs": [[1, 512]], ...}'
 
 prints one JSON line for each batch and context. Random bf16 weights on the GPU, the experts by
-grouped_mm, a static cache, and the step compiled with mode="reduce-overhead" (CUDA graphs) and
-fullgraph=True. As in decode_chain.py a context is a cache of random keys and values, and each row
-and step is given a random token. `measure_in_child` starts it, so that the memory is free again
-afterwards; torch is imported in that process only, and this file needs no JAX.
+grouped_mm. A decode step has a static cache, and is compiled with mode="reduce-overhead" (CUDA
+graphs) and fullgraph=True. As in decode_chain.py a context is a cache of random keys and values,
+and each row and step is given a random token. A prefill of `context` random tokens is not compiled,
+as users run it. `measure_in_child` starts the process, so that the memory is free again afterwards;
+torch is imported there only, and this file needs no JAX.
 """
 
 import json
@@ -35,6 +36,7 @@ def measure_in_child(
     steps: int,
     repeats: int,
     seed: int,
+    phase: str = "decode",
     device: str = "cuda",
 ) -> Iterator[dict[str, Any]]:
     """Times each (batch, context).
@@ -45,6 +47,7 @@ def measure_in_child(
       steps: timed back to back in a sample.
       repeats: samples, of which the median counts.
       seed: of the weights, the cache and the tokens.
+      phase: "decode" for a step behind each context, "prefill" for the context itself.
       device: torch's name of it.
 
     Yields:
@@ -61,6 +64,7 @@ def measure_in_child(
         "steps": steps,
         "repeats": repeats,
         "seed": seed,
+        "phase": phase,
         "device": device,
     }
     command = [sys.executable, "-m", __spec__.name, json.dumps(job)]
@@ -105,7 +109,7 @@ def main(job: Mapping[str, Any]) -> None:
         return
     for B, context in job["pairs"]:
         try:
-            found = _measure(model, B, context, job, device)
+            found = _MEASURES[job["phase"]](model, B, context, job, device)
         except Exception as error:  # out of memory, say; the next one may fit
             found = {"error": _short(error)}
         _say(batch=B, context=context, versions=versions, **found)
@@ -129,7 +133,7 @@ def _make_model(config: Mapping[str, Any], device):
     return model.eval()
 
 
-def _measure(model, B: int, context: int, job: Mapping[str, Any], device) -> dict[str, Any]:
+def _measure_decode(model, B: int, context: int, job: Mapping[str, Any], device) -> dict[str, Any]:
     """Times one batch and context."""
     import torch
     from transformers import StaticCache
@@ -151,20 +155,16 @@ def _measure(model, B: int, context: int, job: Mapping[str, Any], device) -> dic
 
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     def run(count: int) -> float:
         """Seconds of some steps from the context on, issued back to back."""
         for layer in cache.layers:
             layer.cumulative_length.fill_(context)
-        wait()
+        _wait(device)
         begun = time.perf_counter()
         for index in range(count):
             torch.compiler.cudagraph_mark_step_begin()
             compiled(tokens[index])
-        wait()
+        _wait(device)
         return time.perf_counter() - begun
 
     with torch.no_grad():
@@ -176,6 +176,45 @@ def _measure(model, B: int, context: int, job: Mapping[str, Any], device) -> dic
         compile_s = time.perf_counter() - begun
         run(steps)
         samples = sorted(run(steps) / steps * 1e3 for _ in range(job["repeats"]))
+    return _figures(samples, compile_s, device)
+
+
+def _measure_prefill(model, B: int, context: int, job: Mapping[str, Any], device) -> dict[str, Any]:
+    """Times the first token of prompts of `context` tokens, cache included."""
+    import torch
+
+    ids = torch.randint(model.config.vocab_size, (B, context), device=device)
+
+    def run() -> float:
+        _wait(device)
+        begun = time.perf_counter()
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        output.logits[:, -1].argmax(dim=-1)
+        _wait(device)
+        return time.perf_counter() - begun
+
+    with torch.no_grad():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        first_s = max(run() for _ in range(2))
+        samples = sorted(run() * 1e3 for _ in range(job["repeats"]))
+    return _figures(samples, first_s, device)
+
+
+_MEASURES = {"decode": _measure_decode, "prefill": _measure_prefill}
+
+
+def _wait(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _figures(samples: Sequence[float], compile_s: float, device) -> dict[str, Any]:
+    """Of sorted samples in ms; compile_s is the time before them."""
+    import torch
+
     quarter = len(samples) // 4
     return {
         "ms": statistics.median(samples),

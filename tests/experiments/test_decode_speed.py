@@ -24,7 +24,7 @@ from experiments.bench import (
     decode_session,
     decode_tables,
     records,
-    transformers_decode,
+    transformers_child,
 )
 from experiments.bench.decode_records import DecodeRow
 from moe_jax import generation
@@ -266,9 +266,9 @@ def test_the_baselines_process_says_what_it_lacks(monkeypatch):
             assert json.loads(command[-1])["pairs"] == [[1, 2]]
             return popen([sys.executable, "-c", text_of_child], **options)
 
-        monkeypatch.setattr(transformers_decode.subprocess, "Popen", start)
-        with pytest.raises(transformers_decode.BaselineError, match=error):
-            list(transformers_decode.measure_in_child(*arguments, steps=1, repeats=1, seed=0))
+        monkeypatch.setattr(transformers_child.subprocess, "Popen", start)
+        with pytest.raises(transformers_child.BaselineError, match=error):
+            list(transformers_child.measure_in_child(*arguments, steps=1, repeats=1, seed=0))
 
 
 def test_a_preset_in_fp8_has_half_the_bytes(tmp_path):
