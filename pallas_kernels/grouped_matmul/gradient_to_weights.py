@@ -6,6 +6,7 @@ wgmma takes both operands transposed in bfloat16, so rows are read as they are s
 are zeros, so that no step needs a mask.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ class _WeightsTile(NamedTuple):
     column: Any
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def gradient_to_weights(
     cotangent: jax.Array,
     rows: jax.Array,

@@ -6,6 +6,7 @@ wgmma takes either order of the weights in bfloat16, so they are read as they ar
 one expert follow each other, because then its weights and rows are in L2 when they are read again.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ class _RowsTile(NamedTuple):
     column: Any
 
 
+@functools.partial(jax.jit, static_argnames=("transposed", "config", "interpret"))
 def rows_by_weights(
     rows: jax.Array,
     weights: jax.Array,
@@ -123,6 +125,7 @@ def rows_by_weights(
     )(groups.tiles, rows, weights.reshape(-1, weights.shape[-1]))
 
 
+@functools.partial(jax.jit, static_argnames=("keep_projected", "config", "interpret"))
 def swiglu_by_weights(
     rows: jax.Array,
     gate_up: jax.Array,

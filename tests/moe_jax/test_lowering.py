@@ -36,6 +36,18 @@ def test_the_blocks_take_the_experts_kernels(B, kernels):
     assert "ragged_dot" not in text
 
 
+def test_a_long_prefill_takes_the_grouped_products_once_for_equal_layers():
+    config = dataclasses.replace(TINY, hidden_size=128, moe_intermediate_size=128)
+
+    def logits(arrays, ids):
+        return from_arrays(config, arrays)(ids, logits_to_keep=1, platform="cuda").logits
+
+    ids = jax.ShapeDtypeStruct((1, 513), jnp.int32)
+    text = lower_for_cuda(logits, parameter_shapes(config), ids)
+    assert config.num_hidden_layers > 1
+    assert kernels_of(text) == ["grouped_swiglu", "grouped_matmul"]
+
+
 def test_a_layer_is_one_kernel():
     config = dataclasses.replace(TINY, head_dim=128, num_hidden_layers=1)
     text = lowered(config, 1, 64)
