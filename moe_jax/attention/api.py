@@ -51,8 +51,8 @@ class AttentionRequest(Request):
 
     @property
     def features(self) -> tuple[str, ...]:
-        masked = self.segments or not self.own_keys
-        odd = masked and (self.S % 2 or self.N % 2)
+        causal = self.own_keys and not self.segments and (self.unpadded or not self.window)
+        odd = not causal and (self.S % 2 or self.N % 2)
         asked = {
             _WINDOW: self.window,
             _SEGMENTS: self.segments,

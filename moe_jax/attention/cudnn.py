@@ -1,6 +1,7 @@
 """Attention by cuDNN's flash attention, which keeps no scores; it has gradients."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,38 +25,37 @@ def cudnn_attention(
     """Arguments and result as in moe_jax.attention.attention; zeros where a query is padding.
 
     Where queries are the keys' own tokens, cuDNN's causal mask leaves out what no query sees: of
-    rows as they are if they are unpadded, else with their padding behind their tokens. Elsewhere
-    the mask is an array, [B, 1, S, N] in q's dtype.
+    rows as they are if they are unpadded, else, without a window, with their padding behind their
+    tokens. Elsewhere the mask is an array, [B, 1, S, N] in q's dtype.
 
     Args:
       implementation: of jax.nn.dot_product_attention; "xla" computes the same on any device.
     """
     q, k, v = (array.swapaxes(1, 2) for array in (q, k, v))  # [B, S or N, heads or kv, D]
-    options: dict[str, Any] = {"implementation": implementation}
-    attend = jax.nn.dot_product_attention
-    if segments is not None or not own_keys:
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    causal = functools.partial(attend, is_causal=True)
+    own_keys = own_keys and segments is None
+    if own_keys and unpadded:
+        seen_before = None if window is None else (window - 1, 0)
+        out = causal(q, k, v, local_window_size=seen_before)
+    elif own_keys and window is None:
+        out = _without_padding(causal, q, k, v, query_slots, key_slots >= 0)
+    else:
         visible = visible_keys(query_slots, key_slots, window, segments)
-        out = attend(q, k, v, mask=visible[:, None], **options)
-        return out.swapaxes(1, 2)
-    options |= {
-        "is_causal": True,
-        "local_window_size": None if window is None else (window - 1, 0),
-    }
-    if unpadded:
-        return attend(q, k, v, **options).swapaxes(1, 2)
-    return _without_padding(q, k, v, query_slots, key_slots >= 0, options).swapaxes(1, 2)
+        out = attend(q, k, v, mask=visible[:, None])
+    return out.swapaxes(1, 2)
 
 
-def _without_padding(q, k, v, slots, valid, options) -> jax.Array:
+def _without_padding(causal: Callable[..., jax.Array], q, k, v, slots, valid) -> jax.Array:
     """Attends with each row's tokens moved to its start, in their order, and moves them back.
 
     What is computed of padding may be anything, in a gradient too, so it is selected away.
 
     Args:
+      causal: the attention, which takes lengths too.
       q, k, v: [B, S, heads or kv, D].
       slots: [B, S], each valid token's place in its row.
       valid: [B, S] bool, False for padding.
-      options: of the attention.
     """
     order = jnp.argsort(~valid, axis=1)  # stable: tokens in order, then padding
     lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
@@ -68,7 +68,5 @@ def _without_padding(q, k, v, slots, valid, options) -> jax.Array:
     q, k, v = (move(array, order, holds_token) for array in (q, k, v))
     # A row of nothing but padding has one query, of zeros, because a softmax needs a key.
     lengths = jnp.maximum(lengths, 1)
-    out = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, **options
-    )
+    out = causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return move(out, jnp.maximum(slots, 0), valid)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_jax.experts import ExpertWeights, experts
 from tests.pallas_kernels.machine import INTERPRET, examples
 
-T, K, E, H, I = 9, 2, 3, 128, 128
+T, K, E, H, I = 45, 3, 3, 128, 128
 BACKEND = "grouped_pallas_interpret" if INTERPRET else "grouped_pallas"
 
 
@@ -42,9 +42,9 @@ def value_and_gradients(backend, x, weights, ids, expert_weights):
 
 
 # As many examples as a slow interpreter allows; test_groups.py draws many more of the layout.
-@examples(on_cpu=2, on_gpu=30)
+@examples(on_cpu=1, on_gpu=30)
 @given(st.lists(st.integers(-1, E), min_size=T * K, max_size=T * K))
-@example([1] * (T * K))  # an expert twice in a token, and no other
+@example([1] * (T * K))  # an expert twice in a token, of two tiles, and no other
 def test_values_and_gradients(ids):
     ids = np.array(ids, np.int32).reshape(T, K)
     padding = (ids < 0) | (ids >= E)
@@ -55,13 +55,15 @@ def test_values_and_gradients(ids):
         ids,
         jnp.where(padding, jnp.inf, ROUTING_WEIGHTS),
     )
-    expected = value_and_gradients("reference", *arguments)
+    # From float32 weights, because their gradients would be added up in bfloat16 otherwise.
+    x, weights = jax.tree.map(lambda a: a.astype(jnp.float32), arguments[:2])
+    expected = value_and_gradients("reference", x, weights, *arguments[2:])
     gate_up = WEIGHTS.gate_up.at[unused].set(jnp.nan)
     poisoned = arguments[0], ExpertWeights(gate_up=gate_up, down=WEIGHTS.down), *arguments[2:]
     found = value_and_gradients(BACKEND, *poisoned)
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        assert np.linalg.norm(one - other) <= 1e-2 * np.linalg.norm(other)
+        assert np.linalg.norm(one - other) <= 6e-3 * np.linalg.norm(other)
     y, (of_x, of_weights, of_expert_weights) = jax.tree.map(np.asarray, found)
     for nothing in (
         y[padding.all(axis=1)],
