@@ -40,6 +40,7 @@ from pallas_kernels.grouped_matmul import runs_on
 
 BASELINES = ("none", "transformers")
 _LONGEST_ERROR = 300
+_COMPILING = 0.8  # of the time that is left, where there is a budget
 _BACKWARD = 3  # a forward pass, and two products for each of its own
 
 
@@ -161,30 +162,36 @@ def _measure_prefill(session: Session) -> None:
     config = settings.config(settings.layers)
     model = Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=jnp.bfloat16)
     options = {"chunk": settings.chunk, "seed": settings.seed}
-    _compile_all(session, functools.partial(prefill_trials.first_token, model, **options))
+    compiled = _compile_all(
+        session, functools.partial(prefill_trials.first_token, model, **options)
+    )
     options["repeats"] = settings.repeats
     for B, S in settings.pairs():
-        session.take(
-            "prefill",
-            "generate",
-            S,
-            forward_flop(config, B, S, predicted=1),
-            functools.partial(prefill_trials.time_first_token, model, B, S, **options),
-            batch=B,
-        )
+
+        def work(B=B, S=S):
+            if (B, S) not in compiled:
+                raise TimeoutError("it was not compiled in time")
+            return prefill_trials.time_first_token(model, B, S, **options)
+
+        flop = forward_flop(config, B, S, predicted=1)
+        session.take("prefill", "generate", S, flop, work, batch=B)
 
 
-def _compile_all(session: Session, call: Callable[[int, int], None]) -> None:
-    """Calls call(batch, tokens) for each pair, all at once, because compiling takes the longest."""
+def _compile_all(session: Session, call: Callable[[int, int], None]) -> set[tuple[int, int]]:
+    """Calls call(batch, tokens) for each pair, all at once, because compiling takes the longest.
+
+    Returns:
+      The pairs whose calls have ended, well or not, when the time for it is over.
+    """
     pairs = session.settings.pairs()
-    pool = concurrent.futures.ThreadPoolExecutor(len(pairs))
-    futures = [pool.submit(call, B, S) for B, S in pairs]
-    left_s = session.left_s()
-    timeout = None if left_s == math.inf else max(0.0, left_s)
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, len(pairs)))
+    futures = {pool.submit(call, B, S): (B, S) for B, S in pairs}
+    timeout = session.left_s() * _COMPILING if session.settings.budget_s else None
     done, _ = concurrent.futures.wait(futures, timeout)
     pool.shutdown(wait=False, cancel_futures=True)
     taken = time.perf_counter() - session.begun
     session.say(f"{len(done)} of {len(pairs)} prefills are compiled after {taken:.0f} s in all")
+    return {futures[future] for future in done}
 
 
 def _measure_training(session: Session) -> None:
