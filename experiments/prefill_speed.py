@@ -49,7 +49,7 @@ class Settings:
     """The flags."""
 
     preset: str = flag("qwen3_30b_a3b", "Whose sizes; the weights are random.", of=PRESETS)
-    layers: int = flag(0, "Only so many layers; 0 for all.", least=0)
+    layers: int = flag(0, "Only the first ones; 0 for all.", least=0)
     tokens: tuple[int, ...] = flag(
         (128, 512, 2048, 4096, 16384, 32768), "Of each prompt.", least=1, needs="as in 512,4096"
     )
@@ -80,7 +80,7 @@ class Settings:
         return f"{self.preset}_{self.layers}_layers" if self.layers else self.preset
 
     def config(self, layers: int) -> Qwen3MoeConfig:
-        """The preset's, with so many layers; 0 for all."""
+        """The preset's, with that number of layers; 0 for all."""
         config = PRESETS[self.preset]
         if not layers:
             return config

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import BLOCK_M, Groups
 from pallas_kernels.grouped_matmul.tiles import (
-    MULTIPLIER_ROWS,
+    CONSUMER_ROWS,
     GroupedMatmulConfig,
     block_n_for,
     copy_box,
@@ -68,7 +68,7 @@ def gradient_to_weights(
     block_m, block_n, block_k = BLOCK_M, block_n_for(n, config), config.block_k
     across, down = n // block_n, m // block_m
 
-    def kernel(block_id, first_row, num_rows, cotangent, rows, out, a, b, pieces, full, consumed):
+    def kernel(block_id, first_row, num_rows, cotangent, rows, out, a, b, pieces, full, empty):
         def tile_at(index):
             expert = lax.div(index, jnp.int32(down * across))
             within = lax.rem(index, jnp.int32(down * across))
@@ -86,18 +86,18 @@ def gradient_to_weights(
             copy_box(cotangent, row, block_k, tile.row_column, block_m, a.at[stage], barrier)
             copy_box(rows, row, block_k, tile.column, block_n, b.at[stage], barrier)
 
-        def multiply(acc, stage, multiplier):
-            mine = a.at[stage, :, pl.ds(multiplier * MULTIPLIER_ROWS, MULTIPLIER_ROWS)]
+        def multiply(acc, stage, consumer):
+            mine = a.at[stage, :, pl.ds(consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
             plgpu.wgmma(acc, mine.transpose((1, 0)), b.at[stage])
 
-        def finish(tile, value, multiplier):
-            row = tile.out_row + multiplier * MULTIPLIER_ROWS
-            store_value(value, pieces, multiplier, out, row, tile.column)
+        def finish(tile, value, consumer):
+            row = tile.out_row + consumer * CONSUMER_ROWS
+            store_value(value, pieces, consumer, out, row, tile.column)
 
         product = TileProduct(
             num_stages=config.num_stages,
             copies=2,
-            acc_shape=(MULTIPLIER_ROWS, block_n),
+            acc_shape=(CONSUMER_ROWS, block_n),
             tile=tile_at,
             num_steps=lambda tile: lax.div(tile.num_rows, jnp.int32(block_k)),
             load=load,
@@ -105,7 +105,7 @@ def gradient_to_weights(
             finish=finish,
         )
         num_tiles = jnp.int32(groups.E * down * across)
-        run_tiles(product, block_id, num_blocks, num_tiles, full, consumed)
+        run_tiles(product, block_id, num_blocks, num_tiles, full, empty)
 
     num_blocks = core_count(interpret)
     return launch(

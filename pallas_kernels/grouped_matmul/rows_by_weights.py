@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import BLOCK_M, Groups
 from pallas_kernels.grouped_matmul.tiles import (
-    MULTIPLIER_ROWS,
+    CONSUMER_ROWS,
     PIECE,
     SIZE_MULTIPLE,
     GroupedMatmulConfig,
@@ -75,7 +75,7 @@ def rows_by_weights(
     num_columns = columns // block_n
     shared_b = (block_k, block_n) if transposed else (block_n, block_k)
 
-    def kernel(block_id, table, rows, weights, out, a, b, pieces, full, consumed):
+    def kernel(block_id, table, rows, weights, out, a, b, pieces, full, empty):
         def load(tile, step, stage, barrier):
             k = step * block_k
             copy_box(rows, tile.row, BLOCK_M, k, block_k, a.at[stage], barrier)
@@ -85,19 +85,19 @@ def rows_by_weights(
                 at = tile.expert * columns + tile.column, block_n, k, block_k
             copy_box(weights, *at, b.at[stage], barrier)
 
-        def multiply(acc, stage, multiplier):
-            mine = a.at[stage, pl.ds(multiplier * MULTIPLIER_ROWS, MULTIPLIER_ROWS)]
+        def multiply(acc, stage, consumer):
+            mine = a.at[stage, pl.ds(consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
             theirs = b.at[stage]
             plgpu.wgmma(acc, mine, theirs if transposed else theirs.transpose((1, 0)))
 
-        def finish(tile, value, multiplier):
-            row = tile.row + multiplier * MULTIPLIER_ROWS
-            store_value(value, pieces, multiplier, out, row, tile.column)
+        def finish(tile, value, consumer):
+            row = tile.row + consumer * CONSUMER_ROWS
+            store_value(value, pieces, consumer, out, row, tile.column)
 
         product = TileProduct(
             num_stages=config.num_stages,
             copies=2,
-            acc_shape=(MULTIPLIER_ROWS, block_n),
+            acc_shape=(CONSUMER_ROWS, block_n),
             tile=lambda index: _rows_tile(table, index, num_columns, block_n),
             num_steps=lambda _: contracted // block_k,
             load=load,
@@ -106,7 +106,7 @@ def rows_by_weights(
             takes_part=_has_rows,
         )
         num_tiles = table[3 * groups.max_tiles] * num_columns
-        run_tiles(product, block_id, num_blocks, num_tiles, full, consumed)
+        run_tiles(product, block_id, num_blocks, num_tiles, full, empty)
 
     num_blocks = core_count(interpret)
     return launch(
@@ -160,7 +160,7 @@ def swiglu_by_weights(
 
     def kernel(block_id, table, rows, weights, row_weights, *rest):
         hidden, projected = rest[0], rest[1] if keep_projected else None
-        a, b, pieces, full, consumed = rest[-5:]
+        a, b, pieces, full, empty = rest[-5:]
 
         def load(tile, step, stage, barrier):
             k = step * block_k
@@ -170,16 +170,16 @@ def swiglu_by_weights(
                 to = b.at[stage, pl.ds(half * neurons, neurons)]
                 copy_box(weights, neuron, neurons, k, block_k, to, barrier)
 
-        def multiply(acc, stage, multiplier):
-            mine = a.at[stage, pl.ds(multiplier * MULTIPLIER_ROWS, MULTIPLIER_ROWS)]
+        def multiply(acc, stage, consumer):
+            mine = a.at[stage, pl.ds(consumer * CONSUMER_ROWS, CONSUMER_ROWS)]
             plgpu.wgmma(acc, mine, b.at[stage].transpose((1, 0)))
 
-        def finish(tile, value, multiplier):
-            row, stored = tile.row + multiplier * MULTIPLIER_ROWS, 0
+        def finish(tile, value, consumer):
+            row, stored = tile.row + consumer * CONSUMER_ROWS, 0
             scale = plgpu.load(
-                row_weights.at[pl.ds(row, MULTIPLIER_ROWS)], layout=_BY_ROW, optimized=False
+                row_weights.at[pl.ds(row, CONSUMER_ROWS)], layout=_BY_ROW, optimized=False
             )
-            scale = lax.broadcast_in_dim(scale, (MULTIPLIER_ROWS, PIECE), (0,))
+            scale = lax.broadcast_in_dim(scale, (CONSUMER_ROWS, PIECE), (0,))
             for first in range(0, neurons, PIECE):
                 gate, up = (value[:, start : start + PIECE] for start in (first, neurons + first))
                 column = tile.column + first
@@ -187,13 +187,13 @@ def swiglu_by_weights(
                 if keep_projected:
                     outputs += [(projected, column, gate), (projected, I + column, up)]
                 for out, column, piece in outputs:
-                    store_piece(piece, pieces, stored, multiplier, out, row, column)
+                    store_piece(piece, pieces, stored, consumer, out, row, column)
                     stored += 1
 
         product = TileProduct(
             num_stages=config.num_stages,
             copies=3,
-            acc_shape=(MULTIPLIER_ROWS, 2 * neurons),
+            acc_shape=(CONSUMER_ROWS, 2 * neurons),
             tile=lambda index: _rows_tile(table, index, num_columns, neurons),
             num_steps=lambda _: H // block_k,
             load=load,
@@ -202,7 +202,7 @@ def swiglu_by_weights(
             takes_part=_has_rows,
         )
         num_tiles = table[3 * groups.max_tiles] * num_columns
-        run_tiles(product, block_id, num_blocks, num_tiles, full, consumed)
+        run_tiles(product, block_id, num_blocks, num_tiles, full, empty)
 
     num_blocks = core_count(interpret)
     widths = (I, 2 * I) if keep_projected else (I,)
@@ -233,5 +233,5 @@ def _rows_tile(table, index, num_columns: int, block_n: int) -> _RowsTile:
     )
 
 
-def _has_rows(tile: _RowsTile, multiplier) -> Any:
-    return tile.rows > multiplier * MULTIPLIER_ROWS
+def _has_rows(tile: _RowsTile, consumer) -> Any:
+    return tile.rows > consumer * CONSUMER_ROWS

@@ -9,12 +9,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import BLOCK_M
 from pallas_kernels.mosaic.operands import SWIZZLE, WGMMA_TILING
-from pallas_kernels.mosaic.warp_specialised import MULTIPLIERS
+from pallas_kernels.mosaic.warp_specialised import CONSUMERS
 
 SIZE_MULTIPLE = 128  # of every width
-MULTIPLIER_ROWS = BLOCK_M // MULTIPLIERS  # of one multiplier
+CONSUMER_ROWS = BLOCK_M // CONSUMERS  # of one consumer
 PIECE = 64  # columns that are stored at once
-_SLOTS = 2  # pieces of a multiplier that are stored while it fills the next
+_SLOTS = 2  # pieces of a consumer that are stored while it fills the next
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,32 +46,32 @@ def copy_box(source, row, num_rows: int, column, num_columns: int, to, barrier) 
 
 def pieces_type() -> Any:
     """Shared memory for the pieces of a tile that are being stored."""
-    shape = (MULTIPLIERS * _SLOTS, MULTIPLIER_ROWS, PIECE)
+    shape = (CONSUMERS * _SLOTS, CONSUMER_ROWS, PIECE)
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=(WGMMA_TILING, SWIZZLE))
 
 
-def store_piece(piece, pieces, nth: int, multiplier, out, row, column) -> None:
+def store_piece(piece, pieces, nth: int, consumer, out, row, column) -> None:
     """Starts to store [64, 64] as bf16, once the copy before the last has left its slot.
 
     Args:
       piece: float32, in the accumulator's layout.
       pieces: of pieces_type.
-      nth: of this multiplier's pieces of this tile.
-      multiplier: which one stores.
+      nth: of this consumer's pieces of this tile.
+      consumer: which one stores.
       out: the output in global memory.
       row, column: where, multiples of 64.
     """
-    slot = pieces.at[multiplier * _SLOTS + nth % _SLOTS]
+    slot = pieces.at[consumer * _SLOTS + nth % _SLOTS]
     plgpu.wait_smem_to_gmem(_SLOTS - 1, wait_read_only=True)
     slot[...] = piece.astype(jnp.bfloat16)
     plgpu.commit_smem()
     row, column = pl.multiple_of(row, 64), pl.multiple_of(column, 64)
-    plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, MULTIPLIER_ROWS), pl.ds(column, PIECE)])
+    plgpu.copy_smem_to_gmem(slot, out.at[pl.ds(row, CONSUMER_ROWS), pl.ds(column, PIECE)])
 
 
-def store_value(value, pieces, multiplier, out, row, column) -> None:
+def store_value(value, pieces, consumer, out, row, column) -> None:
     """Starts to store a whole accumulator [64, n] in pieces; arguments as in store_piece."""
     for nth in range(value.shape[1] // PIECE):
         first = nth * PIECE
         piece = value[:, first : first + PIECE]
-        store_piece(piece, pieces, nth, multiplier, out, row, column + first)
+        store_piece(piece, pieces, nth, consumer, out, row, column + first)
