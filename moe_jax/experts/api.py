@@ -104,7 +104,7 @@ _GROUPED_KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 2.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": SIZE_MULTIPLE,
-    "features": _AROUND,
+    "features": (*_AROUND, _QUANTISED, _OTHER_BLOCKS),
 }
 
 EXPERTS_BACKENDS: dict[str, Backend] = {

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels.block_scaled_fp8 import dequantise
 from pallas_kernels.decode_experts import ExpertWeights
 from pallas_kernels.grouped_matmul import (
     combine_rows,
@@ -27,13 +28,16 @@ def grouped_pallas_experts(
     its gradient needs no outputs, and the last sum adds rows as they are.
 
     Arguments and result as in portable_experts, bfloat16 only; weights of experts that are not used
-    may hold anything.
+    may hold anything. BlockScaledFp8 weights are dequantised first, all of the layer's.
 
     Args:
       activation: silu, which the kernels have built in.
       interpret: whether to run in Pallas's interpret mode.
     """
     del activation  # the backends declare which
+    if weights.quantised:
+        gate_up, down = (dequantise(each, x.dtype) for each in (weights.gate_up, weights.down))
+        weights = ExpertWeights(gate_up=gate_up, down=down)
     assignments = group_assignments(ids, weights.gate_up.shape[0])
     groups = assignments.groups
     rows = gather_rows(x, assignments)  # [R, H]

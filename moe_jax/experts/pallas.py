@@ -44,12 +44,9 @@ def _forward(x, weights, ids, expert_weights, activation, interpret):
 def _backward(activation, interpret, saved, cotangent):
     x, weights, ids, expert_weights = saved
     sizes = weights.gate_up.shape[2:]
-    if weights.quantised or any(size % SIZE_MULTIPLE for size in sizes):
-        run = portable_experts
-    elif interpret or runs_on(device_kind()):
+    run = portable_experts
+    if not any(size % SIZE_MULTIPLE for size in sizes) and (interpret or runs_on(device_kind())):
         run = functools.partial(grouped_pallas_experts, interpret=interpret)
-    else:
-        run = portable_experts
 
     def differentiable(x, weights, expert_weights):
         return run(x, weights, ids, expert_weights, activation)

@@ -234,9 +234,10 @@ def test_weights_that_do_not_fit_each_other_are_named():
         ({"platform": "cuda", "phase": "prefill", "T": 512}, "pallas"),
         ({"platform": "cuda", "phase": "prefill", "T": 2049}, "grouped_pallas"),
         ({"platform": "cuda", "phase": "training", "T": 1}, "grouped_pallas"),
+        ({"platform": "cuda", "phase": "prefill", "T": 513, "quantised": True}, "grouped_pallas"),
         # What the grouped products do not take.
-        ({"platform": "cuda", "phase": "prefill", "T": 2048, "quantised": True}, "pallas"),
-        ({"platform": "cuda", "phase": "prefill", "T": 2049, "quantised": True}, "portable"),
+        ({"platform": "cuda", "phase": "prefill", "T": 2048, "width": 64}, "pallas"),
+        ({"platform": "cuda", "phase": "prefill", "T": 2049, "width": 64}, "portable"),
         ({"platform": "cuda", "phase": "prefill", "T": 2048, "hopper": False}, "pallas"),
         ({"platform": "cuda", "phase": "training", "hopper": False}, "portable"),
         ({"platform": "cuda", "phase": "training", "width": 64}, "portable"),

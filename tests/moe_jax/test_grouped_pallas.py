@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moe_jax.experts import ExpertWeights, experts
+from moe_jax.experts import ExpertWeights, experts, grouped_pallas
+from tests.moe_jax.scaled_weights import dequantised, quantised
 from tests.pallas_kernels.machine import INTERPRET, examples
 
 T, K, E, H, I = 45, 3, 3, 128, 128
@@ -85,3 +86,19 @@ def test_it_is_the_gradient_of_the_decode_kernels():
     text = str(jax.make_jaxpr(jax.grad(loss))(WEIGHTS))
     for kernel in ("grouped_swiglu", "grouped_matmul_transposed", "grouped_matmul_to_weights"):
         assert kernel in text
+
+
+def test_quantised_weights_are_dequantised_before_the_products(monkeypatch):
+    scaled = jax.tree.map(lambda weight: quantised(weight, (128, 48)), WEIGHTS)
+    taken = []
+
+    def product(rows, weight, *operands, **options):
+        taken.append(weight)
+        return jnp.zeros((rows.shape[0], weight.shape[-2]), rows.dtype)
+
+    monkeypatch.setattr(grouped_pallas, "grouped_swiglu", product)
+    monkeypatch.setattr(grouped_pallas, "grouped_matmul", product)
+    experts(X, scaled, np.zeros((T, K), np.int32), ROUTING_WEIGHTS, backend=BACKEND)
+    for weight, stored in zip(taken, (scaled.gate_up, scaled.down), strict=True):
+        assert weight.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(weight, dequantised(stored, jnp.bfloat16))
