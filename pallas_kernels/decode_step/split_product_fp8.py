@@ -66,7 +66,9 @@ class SplitProductFp8(SplitProduct):
 
     def shared_types(self) -> tuple:
         tokens = min(self.N, _MOST_TOKENS)
-        buffers = self.steps if self._at_once == self.steps else 2
+        passes = -(-self.N // _MOST_TOKENS)
+        # Two buffers take turns, unless all is converted at once.
+        buffers = self._at_once * min(2, passes * self.steps // self._at_once)
         return (
             [
                 weights_type(self.steps, 1, BLOCK_M, COLUMNS),
