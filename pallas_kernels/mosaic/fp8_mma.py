@@ -274,7 +274,7 @@ def store_column(groups: Sequence[jax.Array], column: Any, row: Any) -> None:
                 is_it = arith.cmpi(arith.CmpIPredicate.eq, index, constant(place))
                 value = arith.select(is_it, other, value)
             mgpu.utils.inline_ptx(
-                f"st.global.f32 [$0+{4 * GROUP * number}], $1;",
+                f"st.relaxed.gpu.global.f32 [$0+{4 * GROUP * number}], $1;",
                 at,
                 value,
                 predicate=has_it,

@@ -78,7 +78,7 @@ def load_global(at, offset: int, words: int, there) -> tuple:
         f"""{{
         .reg .pred there;
         setp.ne.b32 there, ${words + 1}, 0;
-        @there ld.global.cg.v{words}.b32 {{{names}}}, [${words}+{offset}];
+        @there ld.relaxed.gpu.global.v{words}.b32 {{{names}}}, [${words}+{offset}];
         }}""",
         at,
         there,

@@ -71,7 +71,9 @@ def product_task(T: int, columns: int) -> Task:
     )
 
 
-@pytest.mark.parametrize(("T", "columns"), [(35, 640), (33, 128), *([(64, 4096), (9, 128)] * ON_GPU)])
+@pytest.mark.parametrize(
+    ("T", "columns"), [(35, 640), (33, 128), *([(64, 4096), (9, 128)] * ON_GPU)]
+)
 def test_many_rows_and_a_split_that_the_end_cuts_off(T, columns, seed):
     task, rng = product_task(T, columns), np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-30, 4, (task.work.N, 1))
