@@ -29,6 +29,7 @@ from moe_jax.decoder import (
     scoped,
 )
 from moe_jax.dispatch import Backend, Request, backend_named, resolve_backend
+from moe_jax.parallel_layers import run_on_mesh
 from moe_jax.routing import Routing
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
@@ -119,6 +120,7 @@ class _Call(NamedTuple):
 _QUANTISED: dict[str, Callable[[_Call], bool]] = {
     "quantised weights": lambda call: holds_fp8(call.params),
 }
+ON_A_MESH = "a mesh of devices"
 # Likewise, what only the blocks take.
 _OF_CALL: dict[str, Callable[[_Call], bool]] = {
     f"FP8 weights in other blocks than whole ones of {BLOCK[0]} x {BLOCK[1]}": lambda call: (
@@ -128,6 +130,7 @@ _OF_CALL: dict[str, Callable[[_Call], bool]] = {
     "a replay": lambda call: call.replay is not None,
     "a backend named for its experts or attention": lambda call: call.names_backends,
     "parameters or a cache of another dtype than its inputs": lambda call: call.mixes_dtypes,
+    ON_A_MESH: lambda call: call.options.parallelism is not None,
 }
 
 
@@ -215,7 +218,8 @@ def layers(
 def _by_blocks(params, x, positions, caches, replay, options: StepOptions):
     rope = tuple(table.astype(x.dtype) for table in positions.rope)  # once for all layers
     positions = positions._replace(rope=rope)
-    return scoped(run_layers, options)(params, x, positions, caches, replay)
+    run, arrays = scoped(run_layers, options), (params, x, positions, caches, replay)
+    return run(*arrays) if options.parallelism is None else run_on_mesh(run, options, *arrays)
 
 
 def _by_kernels(

@@ -19,10 +19,12 @@ from moe_jax.cache import LayerCache, extend
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import ExpertWeights, SharedExperts, experts
 from moe_jax.layers import LinearParams, MLPParams, linear, mlp, rms_norm
+from moe_jax.parallel_layers import gathered, linear_of_split, rematerialised, summed
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import has_all_of_xla
 from moe_jax.rope import apply_rope
 from moe_jax.routing import Routing, replay_route, route, router_logits
+from moe_jax.sharding import Parallelism
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.block_scaled_fp8 import holds_fp8
@@ -41,6 +43,7 @@ class StepOptions:
       remat: whether a gradient computes each layer anew, so that of a layer only its input is kept.
       unpadded: whether all tokens are known to be valid.
       empty_cache: whether the cache, if there is one, is known to be empty.
+      parallelism: the mesh that the layers run on; None for one device.
     """
 
     config: Qwen3MoeConfig
@@ -52,6 +55,7 @@ class StepOptions:
     remat: bool = False
     unpadded: bool = False
     empty_cache: bool = False
+    parallelism: Parallelism | None = None
 
 
 class TokenPositions(NamedTuple):
@@ -136,9 +140,7 @@ def run_layers(
       Each layer's output [B, S, H], the caches with these tokens, and each MoE layer's Routing.
     """
     outputs, updated, routings = [], [], []
-    run_layer = functools.partial(decoder_layer, options=options)
-    if options.remat:
-        run_layer = jax.checkpoint(run_layer)
+    run_layer = rematerialised(functools.partial(decoder_layer, options=options), options)
     for index, layer in enumerate(params):
         if holds_fp8(layer) and has_all_of_xla(options.platform):
             # Tied to x, because XLA would dequantise all layers first: it moves what does not
@@ -174,6 +176,7 @@ def decoder_layer(
       x [B, S, H], the layer's cache with these tokens, and the Routing of an MoE layer.
     """
     config = options.config
+    params = gathered(params, options.parallelism)
     with jax.named_scope("attention"):
         normed = rms_norm(x, params.input_layernorm, config.rms_norm_eps)
         attend = scoped(attention_block, options)
@@ -182,7 +185,8 @@ def decoder_layer(
     normed = rms_norm(x, params.post_attention_layernorm, config.rms_norm_eps)
     if isinstance(params.mlp, MLPParams):
         with jax.named_scope("mlp"):
-            return x + mlp(params.mlp, normed, config.hidden_act), cache, None
+            y = summed(mlp(params.mlp, normed, config.hidden_act), options.parallelism, "tensor")
+            return x + y, cache, None
     with jax.named_scope("moe"):
         y, routing = moe_block(params.mlp, normed, positions.valid, options, replay)
     return x + y, cache, routing
@@ -241,7 +245,8 @@ def attention_block(
         platform=options.platform,
         phase=options.phase,
     )
-    return linear(attended.swapaxes(1, 2).reshape(B, S, -1), *params.o_proj), cache
+    attended = attended.swapaxes(1, 2).reshape(B, S, -1)
+    return linear_of_split(attended, params.o_proj, options.parallelism), cache
 
 
 def moe_block(
@@ -306,6 +311,7 @@ def routed_experts(
         platform=options.platform,
         phase=options.phase,
         chunk=config.moe_chunk_max_len,
+        parallelism=options.parallelism,
     )
 
 

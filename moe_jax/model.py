@@ -22,10 +22,12 @@ from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear, rms_norm
 from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of, to_config_format
 from moe_jax.packing import places_in_segments, segments_of
+from moe_jax.parallel_layers import embed_on_mesh, head_of
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.rope import rope_tables
 from moe_jax.routing import Routing
+from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace
 
 
@@ -117,6 +119,7 @@ class Qwen3Moe(nnx.Module):
         platform: str | None = None,
         phase: str | None = None,
         remat: bool = False,
+        parallelism: Parallelism | None = None,
         replay: RoutingTrace | None = None,
     ) -> CausalLMOutput:
         """Runs the model on new tokens.
@@ -153,6 +156,9 @@ class Qwen3Moe(nnx.Module):
             "decode" with a cache and S = 1, else "prefill".
           remat: whether a gradient computes each layer anew, so that of a layer only its input is
             kept.
+          parallelism: the mesh to run on, in a compiled function. The parameters should lie as its
+            rule says, because others are moved at each call. None: one device, or as the compiler
+            places a computation with split arrays.
           replay: a trace with [MoE layers, B*S, K] experts, in place of the routers' choice.
 
         Raises:
@@ -174,20 +180,27 @@ class Qwen3Moe(nnx.Module):
             replay=replay,
         )
         params = params_of(self)
+        phase = _phase(labels, cache, S) if phase is None else phase
         with jax.named_scope("embed"):
-            x = embed(input_ids, params.embed_tokens) if inputs_embeds is None else inputs_embeds
+            if inputs_embeds is not None:
+                x = inputs_embeds
+            elif parallelism is None:
+                x = embed(input_ids, params.embed_tokens)
+            else:
+                x = embed_on_mesh(input_ids, params.embed_tokens, parallelism, phase)
 
         # 1. Where each token stands in its row, and the angles that this gives.
         options = StepOptions(
             config=config,
             platform=resolve_platform(platform),
-            phase=_phase(labels, cache, S) if phase is None else phase,
+            phase=phase,
             experts_backend=experts_backend,
             attention_backend=attention_backend,
             layers_backend=layers_backend,
             remat=remat,
             unpadded=attention_mask is None,
             empty_cache=empty_cache,
+            parallelism=parallelism,
         )
         valid = jnp.ones((B, S), bool) if attention_mask is None else attention_mask > 0
         lengths = jnp.zeros(B, jnp.int32) if cache is None else cache.lengths
@@ -220,7 +233,7 @@ class Qwen3Moe(nnx.Module):
         # 3. The head.
         with jax.named_scope("lm_head"):
             head = params.embed_tokens if params.lm_head is None else params.lm_head.weight
-            logits = linear(_keep(normed, logits_to_keep), head)
+            logits = linear(_keep(normed, logits_to_keep), head_of(head, parallelism))
         if cache is not None:
             logits = jnp.where(overflowed(cache, config)[:, None, None], jnp.nan, logits)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.dispatch import PHASES, Backend, Request, resolve_backend
+from moe_jax.experts.exchange import experts_on_mesh
 from moe_jax.experts.grouped import grouped_experts
 from moe_jax.experts.grouped_pallas import grouped_pallas_experts
 from moe_jax.experts.latent_and_shared import (
@@ -20,6 +21,7 @@ from moe_jax.experts.pallas import pallas_experts
 from moe_jax.experts.portable import portable_experts
 from moe_jax.integers import int32_ids
 from moe_jax.platforms import has_all_of_xla, resolve_platform
+from moe_jax.sharding import Parallelism
 from pallas_kernels.block_scaled_fp8 import (
     BlockScaledFp8,
     Weight,
@@ -178,6 +180,7 @@ def experts(
     phase: str = "prefill",
     chunk: int | None = None,
     dequantize: bool = False,
+    parallelism: Parallelism | None = None,
 ) -> jax.Array:
     """out[t] = fc2 @ sum over k of w[t,k] * down_e(a(gate_e z_t) * up_e z_t) + shared(x_t).
 
@@ -202,6 +205,8 @@ def experts(
         backend would take too much memory.
       dequantize: whether a backend without quantised weights may be given the experts' weights in
         x's dtype, all E of them: twice FP8's bytes beside it in bfloat16.
+      parallelism: of the mesh whose device this runs on, inside jax.shard_map: x and ids are the
+        device's, `weights` hold its shard, [E / n, 2, I / m, L], and the others' experts are added.
 
     Returns:
       [T, H] in x's dtype.
@@ -219,6 +224,13 @@ def experts(
     check_latent_and_shared(x.shape[1], weights, fc1_latent_proj, fc2_latent_proj, shared_experts)
     E, _, I, width = weights.gate_up.shape
     T, K = ids.shape
+    if parallelism is not None:
+        return _on_mesh(
+            x, weights, ids, expert_weights, parallelism, phase, resolve_platform(platform),
+            {"backend": backend, "chunk": chunk, "dequantize": dequantize},
+            activation=activation, fc1_latent_proj=fc1_latent_proj, fc2_latent_proj=fc2_latent_proj,
+            shared_experts=shared_experts,
+        )  # fmt: skip
     ids = int32_ids(ids, E)
     request = ExpertsRequest(
         platform=resolve_platform(platform),
@@ -261,6 +273,17 @@ def experts(
         parts = [slice(first, first + chunk) for first in range(0, T, chunk)]
         return jnp.concatenate([run(x[p], ids[p], expert_weights[p]) for p in parts])
     return _in_chunks(run, chunk, x, ids, expert_weights)
+
+
+def _on_mesh(
+    x, weights, ids, expert_weights, parallelism: Parallelism, phase, platform, how, **around
+) -> jax.Array:
+    """The experts of all shards; each shard's are `experts` of what it has."""
+    E = weights.gate_up.shape[0] * parallelism.size("expert")
+    mesh = {"parallelism": parallelism, "phase": phase, "platform": platform}
+    one_shard = functools.partial(experts, phase=phase, platform=platform, **how)
+    run = with_latent_and_shared(functools.partial(experts_on_mesh, one_shard, E=E, **mesh))
+    return run(x, weights, int32_ids(ids, E), expert_weights, num_experts=E, **around)
 
 
 def _check_shapes(x, weights: ExpertWeights, ids, expert_weights) -> None:

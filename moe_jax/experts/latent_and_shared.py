@@ -89,12 +89,14 @@ def with_latent_and_shared(core: Core, *, wide: bool = False) -> Callable[..., j
         fc1_latent_proj: Weight | None = None,
         fc2_latent_proj: Weight | None = None,
         shared_experts: SharedExperts | None = None,
+        num_experts: int | None = None,
     ) -> jax.Array:
         dtype = jnp.float32 if wide else x.dtype
         latent = fc1_latent_proj is not None
         if not latent and shared_experts is None:
             return core(x, weights, ids, expert_weights, activation).astype(x.dtype)
-        inside = (ids >= 0) & (ids < weights.gate_up.shape[0])
+        E = num_experts or weights.gate_up.shape[0]  # a shard's weights are fewer
+        inside = (ids >= 0) & (ids < E)
         # A row that is all padding may hold NaN, and comes out as zeros.
         rows = jnp.where(jnp.any(inside, axis=1, keepdims=True), x, 0).astype(dtype)
         z = rows

@@ -9,12 +9,14 @@ a row, which attends to itself only. Example, S = 6, documents of 4 and 5 tokens
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from moe_jax.losses import IGNORED_LABEL
+from moe_jax.sharding import Parallelism
 
 PADDING_SEGMENT = -1
 
@@ -70,7 +72,7 @@ class PackedDocuments:
         segments[:total] = np.repeat(np.arange(len(lengths)), lengths)
         self._tokens, self._segments = tokens.reshape(-1, S), segments.reshape(-1, S)
 
-    def batch(self, step: int, *, A: int, B: int) -> Batch:
+    def batch(self, step: int, *, A: int, B: int, rows: slice = slice(None)) -> Batch:
         """The batch of this step: rows step * A * B and on, one epoch after the other.
 
         Labels are the tokens, -100 for padding.
@@ -79,6 +81,7 @@ class PackedDocuments:
           step: from 0 up; the same one gives the same batch.
           A: micro-batches.
           B: rows of each.
+          rows: of the B of each micro-batch, those that the result has.
 
         Raises:
           ValueError: step is negative, or A or B is below 1.
@@ -86,13 +89,13 @@ class PackedDocuments:
         for name, value, least in (("step", step, 0), ("A", A, 1), ("B", B, 1)):
             if value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
-        places = np.arange(step * A * B, (step + 1) * A * B)
+        places = np.arange(step * A * B, (step + 1) * A * B).reshape(A, B)[:, rows].reshape(-1)
         epochs = places // self.rows
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             order = np.random.default_rng([self._seed, epoch]).permutation(self.rows)
             chosen[epochs == epoch] = order[places[epochs == epoch] % self.rows]
-        shape = (A, B, self._tokens.shape[1])
+        shape = (A, -1, self._tokens.shape[1])
         tokens, segments = self._tokens[chosen], self._segments[chosen]
         labels = np.where(segments == PADDING_SEGMENT, IGNORED_LABEL, tokens)
         return Batch(
@@ -100,3 +103,31 @@ class PackedDocuments:
             labels=labels.reshape(shape),
             segment_ids=segments.reshape(shape),
         )
+
+    def batch_on_mesh(self, step: int, *, A: int, B: int, parallelism: Parallelism) -> Batch:
+        """`batch` on a mesh of one process or of several, each of which reads its devices' rows.
+
+        Args:
+          step, A, B: as `batch` takes them, of all processes.
+          parallelism: the mesh.
+
+        Raises:
+          ValueError: as `batch`, or the mesh does not divide B.
+        """
+        axes = parallelism.rows("training", B)
+        sharding = parallelism.sharding(None, axes)
+        shape = (A, B, self._tokens.shape[1])
+        parts: dict[tuple[int, int], Batch] = {}
+
+        def part(index: tuple[slice, ...], name: str) -> np.ndarray:
+            first, last, _ = index[1].indices(B)
+            if (first, last) not in parts:
+                parts[first, last] = self.batch(step, A=A, B=B, rows=slice(first, last))
+            return getattr(parts[first, last], name)
+
+        return Batch(**{
+            field.name: jax.make_array_from_callback(
+                shape, sharding, functools.partial(part, name=field.name)
+            )
+            for field in dataclasses.fields(Batch)
+        })  # fmt: skip

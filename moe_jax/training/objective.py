@@ -20,9 +20,11 @@ import jax.numpy as jnp
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.layers import linear
 from moe_jax.losses import IGNORED_LABEL, balance_of_sums, next_token_targets, summed_cross_entropy
+from moe_jax.parallel_layers import head_of
 from moe_jax.parameters import from_arrays
 from moe_jax.routing import Routing
 from moe_jax.routing_stats import entropy_of, expert_load
+from moe_jax.sharding import Parallelism
 from moe_jax.training.batches import Batch
 from moe_jax.training.optimizer import OptimizerOptions
 
@@ -44,6 +46,8 @@ class TrainOptions:
         is kept.
       logit_columns: how many of a row's S positions have their logits in memory at once; None: all.
       experts_backend, attention_backend, platform: as in Qwen3Moe.__call__.
+      parallelism: the mesh of the step, which splits a micro-batch's rows over data and expert, and
+        parameters as its table says; None for one device. The losses stay those of all rows.
 
     Raises:
       ValueError: a name is none of those; logit_columns is below 1.
@@ -58,6 +62,7 @@ class TrainOptions:
     experts_backend: str = "auto"
     attention_backend: str = "auto"
     platform: str | None = None
+    parallelism: Parallelism | None = None
 
     def __post_init__(self):
         accepted = {"compute_dtype": COMPUTE_DTYPES, "balance": ("pooled", "per_layer")}
@@ -146,9 +151,10 @@ def micro_sums(
         platform=options.platform,
         phase="training",
         remat=options.remat,
+        parallelism=options.parallelism,
     )
     tied = options.config.tie_word_embeddings
-    head = params["embed_tokens.weight" if tied else "lm_head.weight"]
+    head = head_of(params["embed_tokens.weight" if tied else "lm_head.weight"], options.parallelism)
     with jax.named_scope("cross_entropy"):
         nll = _head_nll(output.hidden_states[-1], head, targets, options.logit_columns)
     if not output.routings:

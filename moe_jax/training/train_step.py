@@ -16,6 +16,7 @@ import optax
 
 from moe_jax.quantization import SCALES, VALUES
 from moe_jax.routing_stats import entropy_of, imbalance_of
+from moe_jax.sharding import Parallelism
 from moe_jax.training.batches import Batch
 from moe_jax.training.objective import (
     MicroSums,
@@ -80,16 +81,20 @@ class TrainMetrics:
     router_entropy: jax.Array
 
 
-def init_state(params: Params, optimizer: OptimizerOptions) -> TrainState:
+def init_state(
+    params: Params, optimizer: OptimizerOptions, *, parallelism: Parallelism | None = None
+) -> TrainState:
     """The state before the first step.
 
     Args:
       params: as moe_jax.parameters.to_arrays gives them, of any floating dtype; float32 copies are
         trained.
       optimizer: the optimiser's options.
+      parallelism: the mesh that the state is put on, as Parallelism.shardings_of says; None for the
+        device that each parameter is on.
 
     Raises:
-      ValueError: a parameter is quantised.
+      ValueError: a parameter is quantised, or the mesh does not divide it.
     """
     quantised = sorted(name for name in params if name.endswith((VALUES, SCALES)))
     if quantised:
@@ -97,13 +102,21 @@ def init_state(params: Params, optimizer: OptimizerOptions) -> TrainState:
             f"params has {quantised[0]}, which is FP8; expected plain parameters, as a load with "
             "dequantize=True gives them"
         )
-    # A copy, because a caller may donate the state and keep its model.
-    params = {name: jnp.array(array, jnp.float32, copy=True) for name, array in params.items()}
-    return TrainState(
-        params=params,
-        optimizer_state=make_optimizer(optimizer).init(params),
-        step=jnp.zeros((), jnp.int32),
-    )
+
+    def make(params: Params) -> TrainState:
+        # A copy, because a caller may donate the state and keep its model.
+        params = {name: jnp.array(array, jnp.float32, copy=True) for name, array in params.items()}
+        return TrainState(
+            params=params,
+            optimizer_state=make_optimizer(optimizer).init(params),
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    if parallelism is None:
+        return make(params)
+    placed = parallelism.place(params)
+    shardings = parallelism.shardings_of(jax.eval_shape(make, placed))
+    return jax.jit(make, out_shardings=shardings)(placed)
 
 
 def train_step(
@@ -136,7 +149,12 @@ def train_step(
         gradient_norm=optax.tree.norm(gradients),
         learning_rate=learning_rate_at(options.optimizer, state.step),
     )
-    return TrainState(params=params, optimizer_state=optimizer_state, step=state.step + 1), metrics
+    state = TrainState(params=params, optimizer_state=optimizer_state, step=state.step + 1)
+    if options.parallelism is None:
+        return state, metrics
+    shardings = options.parallelism.shardings_of(state)
+    whole = options.parallelism.sharding()  # what every process can read
+    return jax.lax.with_sharding_constraint((state, metrics), (shardings, whole))
 
 
 def gradients_of(
@@ -163,7 +181,13 @@ def gradients_of(
             load = sums.router.load
         return losses_of(sums, Totals(*divisors, load), options)[0], sums
 
-    differentiate = jax.grad(part, has_aux=True)
+    def differentiate(params: Params, micro: tuple, load: jax.Array | None):
+        gradients, sums = jax.grad(part, has_aux=True)(params, micro, load)
+        if options.parallelism is not None:  # each device keeps its own part of the sum
+            shardings = options.parallelism.shardings_of(gradients)
+            gradients = jax.lax.with_sharding_constraint(gradients, shardings)
+        return gradients, sums
+
     if A == 1:
         gradients, sums = differentiate(
             params, jax.tree.map(lambda a: a[0], (batch, targets)), None

@@ -19,6 +19,7 @@ from moe_jax.generation import stream
 from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.quantization import fp8_config
 from moe_jax.rope import RopeConfig
+from moe_jax.sharding import Parallelism, make_mesh
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.decode_step import LayerStep, Residual
 from tests.moe_jax.scaled_weights import in_format_of
@@ -246,6 +247,7 @@ ONLY_BLOCKS = {
     },
     "a replay": {"replay": REPLAY},
     "a backend named for its experts or attention": {"attention_backend": "xla"},
+    "a mesh of devices": {"parallelism": Parallelism(mesh=make_mesh(devices=jax.devices()[:1]))},
 }  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""Training on meshes: equality with one device, what is refused, rows of several processes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from moe_jax.sharding import Parallelism, make_mesh
+from moe_jax.training import PackedDocuments
+from tests.moe_jax.training import on_four_devices
+from tests.quick_process import XLA_FLAGS
+
+
+def test_on_four_devices():
+    """See on_four_devices: every gradient on seven meshes, and a step on one.
+
+    The balance loss's gradient reaches the routers there, because it does on one device
+    (test_train_step.py) and the gradients are the same.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}",
+    }
+    command = [sys.executable, "-m", on_four_devices.__name__]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "all good"
+
+
+def test_each_device_reads_its_own_rows():
+    """On a mesh of one device these are all; the parts of two add up to the batch."""
+    packed = PackedDocuments([range(1, 60)], 5)
+    whole = packed.batch(1, A=2, B=4)
+    found = packed.batch_on_mesh(1, A=2, B=4, parallelism=Parallelism(mesh=make_mesh()))
+    for name in ("input_ids", "labels", "segment_ids"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        halves = [
+            getattr(packed.batch(1, A=2, B=4, rows=slice(first, first + 2)), name)
+            for first in (0, 2)
+        ]
+        np.testing.assert_array_equal(np.concatenate(halves, axis=1), getattr(whole, name))
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused():
+    parallelism = Parallelism(mesh=AbstractMesh((2, 2), ("data", "expert")))
+    with pytest.raises(ValueError, match="a micro-batch has 6 rows; expected a multiple of 4"):
+        parallelism.rows("training", 6)
