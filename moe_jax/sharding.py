@@ -220,6 +220,11 @@ class Parallelism:
         """Of an array that is no parameter; without arguments it is whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
+    def cache_sharding(self, B: int) -> NamedSharding:
+        """Of a layer's keys or values [B, kv, C, D]: rows over data, kv over tensor."""
+        rows = "data" if self.size("data") > 1 and self.rows("decode", B) else None
+        return self.sharding(rows, "tensor" if self.size("tensor") > 1 else None)
+
     def shardings_of(self, state: Any) -> Any:
         """A NamedSharding for each array of a train state, as restoring it onto the mesh needs.
 

@@ -8,6 +8,7 @@ One dispatch runs several decode steps, because a host may need longer for a dis
 a step. `loop_for` decides how.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from moe_jax.generation.sampling import Steps, choose
 from moe_jax.parameters import from_arrays
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import has_all_of_xla
+from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace, trace_of
 
 # Decode steps of a dispatch, where it is not said: 8 of Qwen3-30B-A3B take an H100 20 ms or more,
@@ -83,6 +85,7 @@ class Plan(NamedTuple):
         token's; None computes none.
       empty_cache: whether the cache is known to hold no token.
       unpadded: whether all of prefill's tokens are known to be valid.
+      parallelism: the mesh, or None for one device.
     """
 
     config: Qwen3MoeConfig
@@ -94,6 +97,7 @@ class Plan(NamedTuple):
     logprobs: int | None = None
     empty_cache: bool = False
     unpadded: bool = False
+    parallelism: Parallelism | None = None
 
 
 class StepInputs(NamedTuple):
@@ -277,6 +281,7 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
         output_routings=plan.capture,
         experts_backend=plan.backend,
         platform=plan.platform,
+        parallelism=plan.parallelism,
     )
     with jax.named_scope("choose"):
         logits = output.logits[:, -1]  # [B, V]
@@ -289,7 +294,23 @@ def _advance(plan: Plan, inputs: StepInputs, state: DecodeState, ids, valid, act
             logprobs = logprobs_of(logits, tokens, plan.logprobs, ops)
     active = active & (tokens != NO_TOKEN) & ~stops
     state = DecodeState(output.cache, history)
-    return Step(Sampled(tokens, active, index), state, trace, logprobs)
+    made = Step(Sampled(tokens, active, index), state, trace, logprobs)
+    if plan.parallelism is None:
+        return made
+    # As the state came in, because a step of another placement would be compiled anew; and what
+    # the host reads is whole in every process.
+    whole = jax.tree.map(lambda _: plan.parallelism.sharding(), made)
+    whole = whole._replace(state=state_shardings(made.state, plan.parallelism))
+    return jax.lax.with_sharding_constraint(made, whole)
+
+
+def state_shardings(state: DecodeState, parallelism: Parallelism) -> DecodeState:
+    """Where a state's arrays lie: the cache as the layers need it, the rest whole."""
+    whole = jax.tree.map(lambda _: parallelism.sharding(), state)
+    of_layer = parallelism.cache_sharding(state.cache.lengths.shape[0])
+    cache = jax.tree.map(lambda array: of_layer, (state.cache.keys, state.cache.values))
+    cache = dataclasses.replace(whole.cache, keys=cache[0], values=cache[1])
+    return whole._replace(cache=cache)
 
 
 # How both are compiled; the state, which they return anew, is donated.

@@ -18,6 +18,7 @@ from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
 from moe_jax.platforms import resolve_platform
+from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace
 
 GREEDY = Sampling()
@@ -78,6 +79,7 @@ def stream(
 
     Args:
       model: its parameters are used in place; changing them while iterating changes what follows.
+        Where they lie on a mesh of data, expert and tensor (moe_jax.sharding), it generates there.
       prompts: rows of token ids, of any lengths.
       sampling: greedy by default.
       max_new_tokens: for every row.
@@ -165,6 +167,7 @@ def stream(
         loop=compiled.loop_for(platform, steps_per_dispatch, capacity),
         logprobs=logprobs,
         on_routing=on_routing,
+        parallelism=Parallelism.of(to_arrays(model)),
     )
     return _events(job)
 
@@ -189,13 +192,20 @@ class _Job:
     loop: compiled.Loop
     logprobs: int | None
     on_routing: Callable[[RoutingTrace], None] | None
+    parallelism: Parallelism | None
 
     def prefill_plan(self) -> compiled.Plan:
         # Without what config.json has besides, which differs by checkpoint and computes nothing.
         config = dataclasses.replace(self.model.config, extra={})
         steps, platform = self.sampling.steps, self.platform
         return compiled.Plan(
-            config, steps, self.prefill_backend, platform, capture=False, logprobs=self.logprobs
+            config,
+            steps,
+            self.prefill_backend,
+            platform,
+            capture=False,
+            logprobs=self.logprobs,
+            parallelism=self.parallelism,
         )
 
     def decode_plan(self) -> compiled.Plan:
@@ -269,8 +279,15 @@ def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
     """Runs the prompts chunk by chunk; returns the last chunk's Step."""
     config, B = job.model.config, len(job.rows)
     dtype = inputs.parameters["embed_tokens.weight"].dtype
-    history = job.sampling.steps.empty_history(B, config.vocab_size, job.capacity)
-    state = compiled.DecodeState(init_cache(config, B, job.capacity, dtype), history)
+
+    def empty() -> compiled.DecodeState:
+        history = job.sampling.steps.empty_history(B, config.vocab_size, job.capacity)
+        return compiled.DecodeState(init_cache(config, B, job.capacity, dtype), history)
+
+    if job.parallelism is not None:
+        shardings = compiled.state_shardings(jax.eval_shape(empty), job.parallelism)
+        empty = jax.jit(empty, out_shardings=shardings)
+    state = empty()
     ids, valid = arguments.pad_left(job.rows, job.columns)
     plan = job.prefill_plan()
     for first in range(0, job.columns, job.prefill_chunk):
