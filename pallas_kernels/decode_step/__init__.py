@@ -4,17 +4,18 @@ Start at `api.py` (what a user calls) and `reference.py` (what it means); `layer
 tasks, and `tasks.py` runs such a list.
 """
 
-from pallas_kernels.decode_step.api import (
+from pallas_kernels.decode_step.api import decode_layer, stamp_layer
+from pallas_kernels.decode_step.layer_arrays import (
+    LayerShard,
     LayerStep,
     LayerWeights,
     Residual,
     RowPositions,
-    decode_layer,
-    stamp_layer,
 )
 from pallas_kernels.decode_step.reference import reference_decode_layer
 
 __all__ = [
+    "LayerShard",
     "LayerStep",
     "LayerWeights",
     "Residual",

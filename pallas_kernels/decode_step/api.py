@@ -1,13 +1,14 @@
 """decode_layer: one new token of each row through a whole decoder layer, in few launches."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pallas_kernels.block_scaled_fp8 import Weight
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
 from pallas_kernels.decode_experts.expert_major_config import tall_config
 from pallas_kernels.decode_experts.shapes import ExpertShapes
@@ -21,104 +22,16 @@ from pallas_kernels.decode_step.layer import (
     experts_tasks,
     router_tasks,
 )
+from pallas_kernels.decode_step.layer_arrays import (
+    LayerShard,
+    LayerStep,
+    LayerWeights,
+    Residual,
+    RowPositions,
+)
 from pallas_kernels.decode_step.tasks import Task, mailbox_shapes, run_as_grid
 from pallas_kernels.mosaic import device
 from pallas_kernels.mosaic.mailbox import fresh_mailboxes
-
-
-class LayerWeights(NamedTuple):
-    """A layer's weights, [out, in]: bfloat16, or BlockScaledFp8 in blocks of 128 x 128.
-
-    The norms and the gate are bfloat16. Of q_proj, k_proj and v_proj all three are FP8 or none,
-    and of gate_up and down both or none; H, and with FP8 experts I, are then multiples of 128.
-
-    Attributes:
-      input_layernorm, post_attention_layernorm: [H].
-      q_proj: [heads * D, H].
-      k_proj, v_proj: [kv * D, H].
-      q_norm, k_norm: [D].
-      o_proj: [H, heads * D].
-      gate: [E, H], the router's.
-      gate_up, down: [E, 2, I, H] and [E, H, I].
-    """
-
-    input_layernorm: jax.Array
-    q_proj: Weight
-    k_proj: Weight
-    v_proj: Weight
-    q_norm: jax.Array
-    k_norm: jax.Array
-    o_proj: Weight
-    post_attention_layernorm: jax.Array
-    gate: jax.Array
-    gate_up: Weight
-    down: Weight
-
-
-class Residual(NamedTuple):
-    """The residual stream between two layers: x, and what the next layer adds to it.
-
-    Attributes:
-      x: [N, H] bfloat16, N = B rounded up to a multiple of 8; rows from B on may hold anything.
-      parts: None, or [number, N, H] float32. Those of rows that are not valid do not count.
-      mailboxes: what a layer hands to the next one for its tasks' use, see mosaic/mailbox.py. None
-        makes fresh ones, by one more launch.
-    """
-
-    x: jax.Array
-    parts: jax.Array | None = None
-    mailboxes: dict[str, tuple[jax.Array, jax.Array]] | None = None
-
-    @classmethod
-    def of(cls, x: jax.Array) -> "Residual":
-        """From x [B, H] alone."""
-        return cls(jnp.pad(x, ((0, -len(x) % 8), (0, 0))))
-
-    def total(self, valid: jax.Array) -> jax.Array:
-        """[B, H]: the sum, rounded once; valid is [B]."""
-        B = len(valid)
-        if self.parts is None:
-            return self.x[:B]
-        total = self.x[:B].astype(jnp.float32)
-        for part in self.parts[:, :B]:
-            # Select, never multiply by zero: unwritten rows may hold inf or NaN.
-            total += jnp.where(valid[:, None] > 0, part, 0)
-        return total.astype(self.x.dtype)
-
-
-class RowPositions(NamedTuple):
-    """Where the new tokens stand.
-
-    Attributes:
-      cos, sin: [B, D] float32, RoPE's tables at the tokens' positions.
-      lengths: [B] int32, tokens in each row of the cache before these.
-      valid: [B] int32; a row with 0 appends nothing and is routed nowhere.
-    """
-
-    cos: jax.Array
-    sin: jax.Array
-    lengths: jax.Array
-    valid: jax.Array
-
-
-class LayerStep(NamedTuple):
-    """What a layer returns.
-
-    Attributes:
-      residual: the Residual for the next layer.
-      keys, values: [B, kv, C, D], the cache with the new tokens.
-      ids: [B, K] int32, the experts of each row; -1 in a row that is not valid.
-      weights: [B, K] float32, their weights.
-      logits: [B, E] float32, the router's.
-    """
-
-    residual: Residual
-    keys: jax.Array
-    values: jax.Array
-    ids: jax.Array
-    weights: jax.Array
-    logits: jax.Array
-
 
 # How a layer is cut into grids; beyond 8 rows the experts are launches of their own.
 LAUNCHES = ("layer", "blocks")
@@ -136,6 +49,7 @@ def decode_layer(
     norm_topk_prob: bool = True,
     launches: str = "layer",
     config: LayerConfig | None = None,
+    shard: LayerShard | None = None,
     interpret: Any = False,
 ) -> LayerStep:
     """Computes x + attention(norm(x)), then + experts(norm(x)), for one new token of each row.
@@ -156,6 +70,9 @@ def decode_layer(
       launches: "layer", one grid up to 8 rows; or "blocks", one for attention and the router's
         product, one for top-k and the experts.
       config: None takes default_config of B and of the experts' format.
+      shard: the part of the layer that weights and caches hold; None for all of it. A shard's
+        experts are launches of their own, whatever `launches` says, and so is the router where
+        heads are split. The result is the whole layer's, but for the caches, on each device.
       interpret: as in decode_experts.
 
     Raises:
@@ -165,7 +82,7 @@ def decode_layer(
     """
     step, _ = _checked_run(
         residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
-        interpret,
+        shard, interpret,
     )  # fmt: skip
     return step
 
@@ -193,24 +110,26 @@ def stamp_layer(
     """
     return _checked_run(
         residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
-        stamped=True,
+        None, stamped=True,
     )  # fmt: skip
 
 
 def _checked_run(
     residual, weights, keys, values, positions, K, eps, norm_topk_prob, launches, config,
-    interpret=False, stamped=False,
+    shard, interpret=False, stamped=False,
 ) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:  # fmt: skip
     device.check_interpret(interpret)
     if launches not in LAUNCHES:
         raise ValueError(f"launches is {launches!r}; expected one of {list(LAUNCHES)}")
-    shapes = check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob)
+    shapes = check_inputs(
+        residual, weights, keys, values, positions, K, eps, norm_topk_prob, shard is not None
+    )
     quantised = "experts" in shapes.fp8
     config = default_config(shapes.B, quantised) if config is None else config
     check_config(config, quantised)
     device.expect_capability("decode_layer", (device.HOPPER,), {INSTEAD: device.ANY}, interpret)
     return _run(
-        residual, weights, keys, values, positions, shapes=shapes, launches=launches,
+        residual, weights, keys, values, positions, shard, shapes=shapes, launches=launches,
         config=config, interpret=interpret, stamped=stamped,
     )  # fmt: skip
 
@@ -219,7 +138,7 @@ def _checked_run(
     jax.jit, static_argnames=("shapes", "launches", "config", "interpret", "stamped")
 )
 def _run(
-    residual, weights, keys, values, positions,
+    residual, weights, keys, values, positions, shard,
     *, shapes: LayerShapes, launches: str, config: LayerConfig, interpret, stamped: bool,
 ) -> tuple[LayerStep, dict[str, dict[str, jax.Array]]]:  # fmt: skip
     s, stamps = shapes, {}
@@ -231,14 +150,24 @@ def _run(
     if residual.parts is not None:
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
-    mailboxes = _mailboxes(s, config, launches, residual.mailboxes, interpret)
-    for name, tasks in grids(s, config, num_parts, launches).items():
+    if shard is None:
+        mailboxes = _mailboxes(s, config, launches, residual.mailboxes, interpret)
+        all_grids = grids(s, config, num_parts, launches)
+    else:
+        mailboxes, all_grids = {}, shard_grids(s, config, num_parts, bool(shard.heads_over))
+    for name, tasks in all_grids.items():
         given = {array: mailboxes[array] for array in mailbox_shapes(tasks)}
         found, stamps[name], turned = _launch(name, tasks, known, given, interpret, stamped)
         known, mailboxes = known | found, mailboxes | turned
+        if name == "decode_heads":
+            known["o"] = lax.psum(jnp.sum(known["o"], axis=0, keepdims=True), shard.heads_over)
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
     if "outputs" in known:
         outputs = known["outputs"].reshape(s.K, s.N, s.H)
+    elif shard is not None:
+        outputs = _experts_of_shards(known["moe_input"][: s.B], experts, ids, chosen_weights, shard,
+                                     interpret)  # fmt: skip
+        outputs = jnp.pad(outputs, ((0, s.N - s.B), (0, 0)))[None]
     else:
         padding = ((0, s.N - s.B), (0, 0))
         outputs = decode_experts(
@@ -275,6 +204,27 @@ def grids(
     if launches == "layer":
         return {"decode_layer": [*attention, *router, *experts]}
     return {"decode_attention": attention, "decode_moe": [*router, *experts]}
+
+
+def shard_grids(
+    s: LayerShapes, config: LayerConfig, num_parts: int, heads_split: bool
+) -> dict[str, list[Task]]:
+    """The same of a shard, up to the ids: o's products are added up between two grids, if split."""
+    *heads, add_2 = attention_tasks(s, config, num_parts, num_parts > 0)
+    router = router_tasks(s)
+    if not heads_split:
+        return {"decode_attention": [*heads, add_2, *router]}
+    add_2 = dataclasses.replace(add_2, work=dataclasses.replace(add_2.work, num_parts=1))
+    return {"decode_heads": heads, "decode_router": [add_2, *router]}
+
+
+def _experts_of_shards(tokens, experts, ids, weights, shard: LayerShard, interpret) -> jax.Array:
+    """[B, H] float32: what the experts of all shards add."""
+    own = jnp.where(ids >= 0, ids - shard.first_expert, -1)
+    outputs = decode_experts(
+        tokens, experts, own, weights, out_dtype=jnp.float32, interpret=interpret
+    )
+    return lax.psum(outputs, shard.experts_over)
 
 
 def _launch(

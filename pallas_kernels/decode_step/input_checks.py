@@ -22,8 +22,13 @@ MAX_SPREAD_NS = 1_000_000  # see mosaic.grid_sync.pause
 INSTEAD = "reference_decode_layer"
 
 
-def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_prob) -> LayerShapes:
-    """The sizes, or ValueError, TypeError or NotImplementedError where an input is not accepted."""
+def check_inputs(
+    residual, weights, keys, values, positions, K, eps, norm_topk_prob, sharded: bool = False
+) -> LayerShapes:
+    """The sizes, or ValueError, TypeError or NotImplementedError where an input is not accepted.
+
+    Arguments as decode_layer's; `sharded` is whether the experts may be fewer than the router's.
+    """
     letters = {
         "input_layernorm": "[H]", "q_proj": "[heads*D, H]", "k_proj": "[kv*D, H]",
         "v_proj": "[kv*D, H]", "q_norm": "[D]", "k_norm": "[D]", "o_proj": "[H, heads*D]",
@@ -49,14 +54,15 @@ def check_inputs(residual, weights, keys, values, positions, K, eps, norm_topk_p
     if parts is not None:
         expect_array("residual.parts", parts, "[number, N, H]", jnp.float32, instead=INSTEAD)
     (N, H), (B, kv, C, D) = residual.x.shape, keys.shape
-    E, _, I, _ = weights.gate_up.shape
+    stored, _, I, _ = weights.gate_up.shape
+    E = weights.gate.shape[0] if sharded else stored
     heads = max(1, weights.q_proj.shape[0] // D)
     expected = {
         "weights.input_layernorm": (H,), "weights.q_proj": (heads * D, H),
         "weights.k_proj": (kv * D, H), "weights.v_proj": (kv * D, H), "weights.q_norm": (D,),
         "weights.k_norm": (D,), "weights.o_proj": (H, heads * D),
         "weights.post_attention_layernorm": (H,), "weights.gate": (E, H),
-        "weights.gate_up": (E, 2, I, H), "weights.down": (E, H, I), "keys": (B, kv, C, D),
+        "weights.gate_up": (stored, 2, I, H), "weights.down": (stored, H, I), "keys": (B, kv, C, D),
         "values": (B, kv, C, D), "positions.cos": (B, D), "positions.sin": (B, D),
         "positions.lengths": (B,), "positions.valid": (B,),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from moe_jax.generation import stream
 from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.quantization import fp8_config
 from moe_jax.rope import RopeConfig
-from moe_jax.sharding import Parallelism, make_mesh
+from moe_jax.sharding import MESH_AXES, Parallelism
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.decode_step import LayerStep, Residual
 from tests.moe_jax.scaled_weights import in_format_of
@@ -208,6 +208,11 @@ def cache_of(dtype="bfloat16"):
     return jax.eval_shape(lambda: init_cache(ONE_LAYER, 1, C, jnp.dtype(dtype)))
 
 
+def on_mesh(**sizes):
+    shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
+    return Parallelism(mesh=jax.sharding.AbstractMesh(shape, MESH_AXES))
+
+
 def b200():
     device = jax.sharding.AbstractDevice("NVIDIA B200", 148, "gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
@@ -247,7 +252,9 @@ ONLY_BLOCKS = {
     },
     "a replay": {"replay": REPLAY},
     "a backend named for its experts or attention": {"attention_backend": "xla"},
-    "a mesh of devices": {"parallelism": Parallelism(mesh=make_mesh(devices=jax.devices()[:1]))},
+    "parameters split over a mesh's data": {"parallelism": on_mesh(data=2)},
+    "more experts for a token than a shard has": {"parallelism": on_mesh(expert=8)},
+    "H, I, C = (128, 32, 64) (it takes multiples of 64)": {"parallelism": on_mesh(tensor=2)},
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training on meshes: equality with one device, what is refused, rows of several processes."""
+"""Meshes of several devices: equality with one device, what is refused, who reads which rows."""
 
 import os
 import subprocess
@@ -10,12 +10,19 @@ from jax.sharding import AbstractMesh
 
 from moe_jax.sharding import Parallelism, make_mesh
 from moe_jax.training import PackedDocuments
-from tests.moe_jax.training import on_four_devices
+from tests.moe_jax import on_meshes
 from tests.quick_process import XLA_FLAGS
 
+FAST = ("gradients", "step", "generation")
 
-def test_on_four_devices():
-    """See on_four_devices: every gradient on seven meshes, and a step on one.
+
+@pytest.mark.parametrize(
+    "checks",
+    [FAST, pytest.param(sorted(on_meshes.CHECKS.keys() - {*FAST}), marks=pytest.mark.slow)],
+    ids=["fast", "slow"],
+)
+def test_on_four_devices(checks):
+    """See on_meshes: every gradient on seven meshes, a step on one, and generated tokens.
 
     The balance loss's gradient reaches the routers there, because it does on one device
     (test_train_step.py) and the gradients are the same.
@@ -24,7 +31,7 @@ def test_on_four_devices():
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {XLA_FLAGS}",
     }
-    command = [sys.executable, "-m", on_four_devices.__name__]
+    command = [sys.executable, "-m", on_meshes.__name__, *checks]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "all good"

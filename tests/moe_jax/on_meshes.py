@@ -1,16 +1,24 @@
 """What test_meshes.py checks, in a process of its own that has four CPU devices.
 
-    python -m tests.moe_jax.training.on_four_devices
+    python -m tests.moe_jax.on_meshes gradients step generation
 
 with XLA_FLAGS=--xla_force_host_platform_device_count=4 and JAX_PLATFORMS=cpu.
 """
 
 import dataclasses
+import functools
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import AxisType
 
+import tests.quick_process  # noqa: F401  before JAX makes its devices
+from moe_jax.cache import init_cache
+from moe_jax.generation import decode, generate
+from moe_jax.parameters import from_arrays
 from moe_jax.sharding import Parallelism, make_mesh
 from moe_jax.training import (
     OptimizerOptions,
@@ -19,7 +27,8 @@ from moe_jax.training import (
     init_state,
     train_step,
 )
-from tests.moe_jax.tiny import random_arrays
+from tests.moe_jax import test_decode_step
+from tests.moe_jax.tiny import TINY, random_arrays
 from tests.moe_jax.training import test_train_step
 
 CONFIG = dataclasses.replace(
@@ -55,8 +64,14 @@ def run(options: TrainOptions) -> tuple[dict, dict]:
     return gradients(parallelism.place(PARAMS), batch, options=options)
 
 
-def check_gradients(one: tuple[dict, dict]) -> None:
+@functools.cache
+def on_one() -> tuple[dict, dict]:
+    return gradients(PARAMS, ROWS, options=OPTIONS)
+
+
+def check_gradients() -> None:
     """Loss, balance loss and every gradient are those of one device."""
+    one = on_one()
     explicit = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
     assert explicit.axis_types == (AxisType.Explicit,)
     for options in (
@@ -74,7 +89,7 @@ def check_gradients(one: tuple[dict, dict]) -> None:
         expect_same(metrics, one[1], what)
 
 
-def check_a_step(one: tuple[dict, dict]) -> None:
+def check_a_step() -> None:
     """A step over two micro-batches, one of them padding: the losses are the global batch's.
 
     The state stays where it lies, a part on each device, and its first moments are the gradients.
@@ -90,6 +105,7 @@ def check_a_step(one: tuple[dict, dict]) -> None:
     for array, sharding in zip(*map(jax.tree.leaves, (state, shardings)), strict=True):
         assert array.sharding.is_equivalent_to(sharding, array.ndim)
     moments = state.optimizer_state[1][0]
+    one = on_one()
     expect_same({name: mu / (1 - optimizer.b1) for name, mu in moments.mu.items()}, one[0], "step")
     for name, expected in one[1].items():
         found = getattr(metrics, name)
@@ -100,13 +116,85 @@ def check_a_step(one: tuple[dict, dict]) -> None:
         assert [part.data.shape for part in parts] == [(2, 8, 8)] * 4
 
 
-def main() -> None:
+# What each device has of everything beside attention and experts is covered here, too.
+GENERATES = dataclasses.replace(
+    TINY,
+    mlp_only_layers=(0,),
+    attention_bias=True,
+    moe_latent_size=16,
+    moe_shared_expert_intermediate_size=24,
+)
+
+
+def check_generation(*meshes: dict) -> None:
+    """Token for token what one device generates, and no step is compiled twice."""
+    params = random_arrays(GENERATES)
+
+    def tokens(arrays) -> list:
+        model = from_arrays(GENERATES, arrays)
+        return generate(model, [[5, 1, 7], [2]], max_new_tokens=6).tokens
+
+    expected = tokens(params)
+    for sizes in meshes:
+        arrays = Parallelism(mesh=make_mesh(**sizes)).place(params)
+        before = decode.decode._cache_size()
+        assert tokens(arrays) == expected, sizes
+        assert decode.decode._cache_size() == before + 1, sizes
+
+
+def check_kernels() -> None:
+    """A decode step by the kernels, heads and experts split, is within rounding of one device's."""
+    # The interpreter asks whether any device still has barriers, when one of them is done.
+    gpu_callbacks.call_assert_no_barriers_allocated = lambda token: token
+    config = dataclasses.replace(
+        test_decode_step.ONE_LAYER, num_key_value_heads=2, moe_intermediate_size=128
+    )
+    params = random_arrays(config, "bfloat16")
+    draw = np.random.default_rng(1).normal
+    cache = jax.tree.map(
+        lambda held: jnp.asarray(draw(size=held.shape), held.dtype), init_cache(config, 2, 64)
+    )
+    cache = dataclasses.replace(cache, lengths=jnp.array([5, 63], jnp.int32))
+
+    @functools.partial(jax.jit, static_argnames=("parallelism", "options"))
+    def step(arrays, cache, parallelism, options):
+        model = from_arrays(config, arrays)
+        ids = jnp.array([[1], [2]])
+        return model(ids, cache=cache, parallelism=parallelism, **dict(options))
+
+    def run(parallelism=None, **options):
+        arrays = params if parallelism is None else parallelism.place(params)
+        out = step(arrays, cache, parallelism, tuple(options.items()))
+        return [np.asarray(out.logits, np.float32), *map(np.float32, out.cache.keys)]
+
+    expected = run(layers_backend="blocks")
+    ways = [{"layers_backend": "pallas_interpret"}, {"experts_backend": "pallas_interpret"}]
+    for sizes in ({"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2}):
+        for options in ways:
+            for found, wanted in zip(
+                run(Parallelism(mesh=make_mesh(**sizes)), **options), expected, strict=True
+            ):
+                error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+                assert error < 2e-2, (sizes, options, error)  # both are within half of float32
+
+
+CHECKS = {
+    "gradients": check_gradients,
+    "step": check_a_step,
+    "generation": lambda: check_generation({"expert": 2, "tensor": 2}),
+    "generation on other meshes": lambda: check_generation(
+        {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}
+    ),
+    "kernels": check_kernels,
+}
+
+
+def main(names: list[str]) -> None:
     assert len(jax.devices()) == 4
-    one = gradients(PARAMS, ROWS, options=OPTIONS)
-    check_gradients(one)
-    check_a_step(one)
+    for name in names:
+        CHECKS[name]()
     print("all good")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
