@@ -35,10 +35,11 @@ from experiments.generate import DTYPES
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.attention import ATTENTION_BACKENDS
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.decode_step import LAYERS_BACKENDS, LayersRequest
+from moe_jax.decode_step import LAYERS_BACKENDS
 from moe_jax.dispatch import PHASES, RULES, BackendChoice, Request, choose_backend
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.experts.portable import form_of
+from moe_jax.layers_request import LayersRequest
 from moe_jax.model import Qwen3Moe
 from moe_jax.platforms import resolve_platform
 from moe_jax.presets import PRESETS
