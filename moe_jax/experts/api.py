@@ -78,6 +78,7 @@ class ExpertsRequest(Request):
             _QUANTISED: self.quantised,
             _OTHER_BLOCKS: self.quantised and not self.whole_blocks,
             _OTHER_GPUS: self.platform == "cuda" and not self.hopper,
+            _FEW: self.K > self.E,
         }
         return tuple(feature for feature, is_asked in asked.items() if is_asked)
 
@@ -85,6 +86,7 @@ class ExpertsRequest(Request):
 _LATENT, _SHARED, _QUANTISED = "latent projections", "shared experts", "quantised weights"
 _OTHER_BLOCKS = "FP8 weights in other blocks than whole ones of 128 x 128"
 _OTHER_GPUS = "GPUs that are no Hopper"
+_FEW = "more experts for a token than a shard has"
 
 
 def _reference(x, weights, ids, expert_weights, activation):
@@ -95,7 +97,7 @@ def _reference(x, weights, ids, expert_weights, activation):
 # The sum of what is rounded to bf16: two products, the output, and around latent projections.
 _XLA_ERROR = {"float32": 1e-5, "bfloat16": 6e-3, "float16": 1e-3}
 _AROUND = (_LATENT, _SHARED)  # with_latent_and_shared gives both to every backend
-_PLAIN_XLA = (*_AROUND, _QUANTISED, _OTHER_BLOCKS, _OTHER_GPUS)
+_PLAIN_XLA = (*_AROUND, _QUANTISED, _OTHER_BLOCKS, _OTHER_GPUS, _FEW)
 _KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 1.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
@@ -106,7 +108,7 @@ _GROUPED_KERNELS = {
     "rel_error": {"bfloat16": 6e-3},  # 2.8e-3 without latent projections and shared experts
     "activations": ("silu", "swish"),
     "size_multiple": SIZE_MULTIPLE,
-    "features": (*_AROUND, _QUANTISED, _OTHER_BLOCKS),
+    "features": (*_AROUND, _QUANTISED, _OTHER_BLOCKS, _FEW),
 }
 
 EXPERTS_BACKENDS: dict[str, Backend] = {
@@ -126,7 +128,7 @@ EXPERTS_BACKENDS: dict[str, Backend] = {
         run=with_latent_and_shared(grouped_experts),
         what="XLA: sorts by expert, lax.ragged_dot_general",
         rel_error=_XLA_ERROR,
-        features=(*_AROUND, _OTHER_GPUS),
+        features=(*_AROUND, _OTHER_GPUS, _FEW),
         platforms=("cpu", "cuda"),
     ),
     "grouped_pallas": Backend(

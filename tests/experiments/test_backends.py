@@ -43,6 +43,22 @@ def test_it_says_what_the_kernels_of_all_layers_lack(capsys):
     assert found[0][4].startswith("pallas does not support dtype float32 (it takes bfloat16); the")
 
 
+def test_it_says_what_a_mesh_s_devices_run(capsys):
+    flags = ["--platforms=cuda", "--tokens=32", "--preset=qwen3_30b_a3b"]
+    backends.run([*flags, "--mesh=expert=2,tensor=2"])
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert next(row for row in found if row[:3] == ["cuda", "decode", "32"])[3] == "pallas"
+    said = " ".join(out.split())
+    assert "on a mesh of data 1, expert 2, tensor 2" in said
+    assert "E = 64, K = 8, H = 2048, I = 384" in said
+    backends.run([*flags, "--mesh=expert=32"])
+    found = rows(capsys.readouterr().out)
+    row = next(row for row in found if row[:3] == ["cuda", "decode", "32"])
+    assert row[3] == "blocks"
+    assert row[4].startswith("pallas does not support more experts for a token than a shard has")
+
+
 def test_run_shows_what_ran_and_that_the_tokens_agree(capsys):
     flags = "--run=auto,reference --preset=tiny --layers=1 --dtype=float32"
     backends.run([*flags.split(), "--rows=2", "--new_tokens=3"])
@@ -103,6 +119,8 @@ def test_a_tie_is_a_gap_that_rounding_explains():
         (["--time=triton"], "--time has 'triton'; expected one of reference"),
         (["--dtype=int8"], "--dtype is 'int8'"),
         (["--activation=tanh"], "--activation is 'tanh'; expected one of"),
+        (["--mesh=tensor=8"], "num_key_value_heads is 4; expected a multiple of 8, the size of"),
+        (["--mesh=expert=0"], "--mesh has 'expert=0'; expected each of data, expert, tensor once"),
         (["left over"], "takes flags only; left over: left over"),
     ],
 )

@@ -63,6 +63,12 @@ def test_the_kernels_are_among_the_backends():
     assert "pallas" in able() or "pallas_interpret" in able()
 
 
+def test_a_shard_with_fewer_experts_than_a_token_takes_has_no_kernel():
+    choice = choose_backend(ask(platform="cuda", E=K - 1), EXPERTS_BACKENDS)
+    assert choice.backend == "portable"
+    assert choice.why.startswith("pallas does not support more experts for a token than a shard h")
+
+
 @pytest.mark.parametrize(("backend", "dtype"), cases())
 def test_backend_is_close_to_float32(backend, dtype):
     x, weights, ids, w = make(dtype)
