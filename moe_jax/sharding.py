@@ -251,10 +251,10 @@ class Parallelism:
         def put(name: str, array: jax.Array | np.ndarray) -> jax.Array:
             if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
                 return array
-            sharding, host = (
-                NamedSharding(self.mesh, self.spec(name, array.shape)),
-                np.asarray(array),
-            )
+            sharding = NamedSharding(self.mesh, self.spec(name, array.shape))
+            if sharding.is_fully_addressable:
+                return jax.device_put(array, sharding)
+            host = np.asarray(array)
             return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
         return {name: put(name, array) for name, array in params.items()}

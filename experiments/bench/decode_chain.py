@@ -34,6 +34,7 @@ from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.routing import Routing
+from moe_jax.sharding import Parallelism
 from moe_jax.traces import trace_of
 
 FEEDS = ("given", "sampled")
@@ -62,15 +63,25 @@ def _random_array(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
     return jax.random.normal(key, shape, dtype)
 
 
-def draw_cache(model: Qwen3Moe, B: int, context: int, capacity: int, seed: int) -> KVCache:
-    """A cache of B rows that hold `context` random tokens each, drawn on the device."""
+def draw_cache(
+    model: Qwen3Moe,
+    B: int,
+    context: int,
+    capacity: int,
+    seed: int,
+    parallelism: Parallelism | None = None,
+) -> KVCache:
+    """A cache of B rows that hold `context` random tokens each, drawn on a device."""
     dtype = model.embed_tokens.weight.dtype
     shapes = jax.eval_shape(lambda: init_cache(model.config, B, capacity, dtype))
     keys = iter(jax.random.split(jax.random.key(seed), 2 * len(shapes.keys)))
-    arrays = [
-        tuple(_random_array(next(keys), array.shape, array.dtype) for array in layers)
-        for layers in (shapes.keys, shapes.values)
-    ]
+    sharding = None if parallelism is None else parallelism.cache_sharding(B)
+
+    def draw(array) -> jax.Array:
+        drawn = _random_array(next(keys), array.shape, array.dtype)
+        return drawn if sharding is None else jax.device_put(drawn, sharding)
+
+    arrays = [tuple(map(draw, layers)) for layers in (shapes.keys, shapes.values)]
     return KVCache(keys=arrays[0], values=arrays[1], lengths=jnp.full(B, context, jnp.int32))
 
 
@@ -81,12 +92,14 @@ class _Carried(NamedTuple):
       keys, values: of the cache.
       chosen: [steps, B] int32, the tokens chosen.
       expert_ids: [steps, MoE layers, B, K] int32.
+      logits: [B, V] of the last step, or None.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     chosen: jax.Array
     expert_ids: jax.Array
+    logits: jax.Array | None
 
 
 class DecodeChain:
@@ -108,6 +121,8 @@ class DecodeChain:
         experts_backend: str = "auto",
         attention_backend: str = "auto",
         platform: str | None = None,
+        parallelism: Parallelism | None = None,
+        keep_logits: bool = False,
     ):
         """Draws the cache and the tokens, and compiles the program.
 
@@ -118,6 +133,8 @@ class DecodeChain:
           feed: one of FEEDS.
           seed: of the cache, the tokens and the draws.
           experts_backend, attention_backend, platform: as in Qwen3Moe.__call__.
+          parallelism: the mesh that the model's parameters lie on; None for one device.
+          keep_logits: whether a run keeps the logits of its last step.
 
         Raises:
           ValueError, NotImplementedError: as the model's; there are more rows than tokens.
@@ -125,7 +142,7 @@ class DecodeChain:
         config = model.config
         self.steps, self.context = steps, context
         self.tokens = draw_tokens(config.vocab_size, B, steps, seed)
-        cache = draw_cache(model, B, context, capacity_of(context, steps), seed)
+        cache = draw_cache(model, B, context, capacity_of(context, steps), seed, parallelism)
         K = config.num_experts_per_tok if config.moe_layers else 0
         routed = (steps, len(config.moe_layers), B, K)
         self._carried = _Carried(
@@ -133,6 +150,7 @@ class DecodeChain:
             cache.values,
             jnp.zeros((steps, B), jnp.int32),
             jnp.zeros(routed, jnp.int32),
+            jnp.zeros((B, config.vocab_size), cache.keys[0].dtype) if keep_logits else None,
         )
         rows = jnp.arange(B, dtype=jnp.uint32)
         seeds = jnp.full(B, seed, jnp.uint32)
@@ -143,9 +161,22 @@ class DecodeChain:
             row_keys(seeds, rows),
         )
         program = _program(
-            config, feed, experts_backend, attention_backend, resolve_platform(platform)
+            config,
+            feed,
+            experts_backend=experts_backend,
+            attention_backend=attention_backend,
+            platform=resolve_platform(platform),
+            parallelism=parallelism,
         )
-        jitted = jax.jit(program, donate_argnums=0, keep_unused=True)
+        shardings = None
+        if parallelism is not None:
+            whole = parallelism.sharding()
+            keys, values, *others = self._carried
+            self._carried = _Carried(keys, values, *jax.device_put(others, whole))
+            self._fixed = (self._fixed[0], *jax.device_put(self._fixed[1:], whole))
+            # As they came in, because a run takes over what the one before has left.
+            shardings = jax.tree.map(lambda array: array.sharding, self._carried)
+        jitted = jax.jit(program, donate_argnums=0, keep_unused=True, out_shardings=shardings)
         begun = time.perf_counter()
         with record_choices() as choices:
             lowered = jitted.lower(self._carried, *self._fixed)
@@ -179,6 +210,10 @@ class DecodeChain:
         """[steps, MoE layers, B, K] int32 of the last run."""
         return np.asarray(self._carried.expert_ids)
 
+    def logits(self) -> np.ndarray:
+        """[B, V] float32 of the last run's last step, where it keeps them."""
+        return np.asarray(self._carried.logits, np.float32)
+
     def chosen(self) -> np.ndarray:
         """[steps, B] int32: the tokens that the last run chose.
 
@@ -197,10 +232,11 @@ def _expert_ids(routings: Sequence[Routing], B: int) -> jax.Array:
     return trace_of(routings).expert_ids if routings else jnp.zeros((0, B, 0), jnp.int32)
 
 
-def _program(
-    config, feed: str, experts_backend: str, attention_backend: str, platform: str
-) -> Callable:
-    """program(carried, parameters, lengths [B], tokens [steps, B], keys [B]) -> carried."""
+def _program(config, feed: str, *, platform: str, **how) -> Callable:
+    """program(carried, parameters, lengths [B], tokens [steps, B], keys [B]) -> carried.
+
+    `how` is the model's call's.
+    """
     if feed not in FEEDS:
         raise ValueError(f"feed is {feed!r}; expected one of {', '.join(FEEDS)}")
     sampling = Sampling(temperature=0.0 if feed == "given" else 1.0)
@@ -213,7 +249,7 @@ def _program(
         values = sampling.values()
 
         def step(state, inputs):
-            cache, last = state
+            cache, last, _ = state
             index, given = inputs
             # `last` is never below NO_TOKEN, which XLA does not know: the step waits for it.
             ids = jnp.where(last >= NO_TOKEN, given, last) if feed == "given" else last
@@ -224,19 +260,20 @@ def _program(
                 logits_to_keep=1,
                 output_router_logits=False,
                 output_routings=True,
-                experts_backend=experts_backend,
-                attention_backend=attention_backend,
                 platform=platform,
+                **how,
             )
             with jax.named_scope("choose"):
                 chosen = choose(
                     output.logits[:, -1], history, keys, index, sampling.steps, values, ops
                 )
-            return (output.cache, chosen), (chosen, _expert_ids(output.routings, B))
+            kept = None if carried.logits is None else output.logits[:, -1]
+            return (output.cache, chosen, kept), (chosen, _expert_ids(output.routings, B))
 
         cache = KVCache(keys=carried.keys, values=carried.values, lengths=lengths)
         numbers = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        (cache, _), ran = lax.scan(step, (cache, tokens[0]), (numbers, tokens))
-        return _Carried(cache.keys, cache.values, *ran)
+        first = (cache, tokens[0], carried.logits)
+        (cache, _, logits), ran = lax.scan(step, first, (numbers, tokens))
+        return _Carried(cache.keys, cache.values, *ran, logits)
 
     return program
