@@ -3,6 +3,7 @@
     python -m experiments.train                                          # on Python's own library
     python -m experiments.train --aux_loss_coef=0 --out=out/unbalanced --beside=out/train
     python -m experiments.train --from=Qwen3-30B-A3B --text=notes --learning_rate=1e-5
+    python -m experiments.train --mesh=data=2,expert=2                   # on four devices
     python -m experiments.generate --checkpoint=out/train/checkpoint --prompt="def "
     python -m experiments.evaluate --checkpoint=out/train/checkpoint --context=128 \
         --text=out/train/held_out.txt
@@ -15,6 +16,11 @@ of all of them together. --from trains a checkpoint of either format on, with it
 Whatever ends a run, the same command goes on from the last state in --out, and comes to the same
 numbers, bit for bit on one device. Other options are refused by name; only --steps and how a step
 is computed may change. --noresume begins anew.
+
+--mesh splits a micro-batch's rows over data and expert, parameters and the optimiser's state over
+data, experts over expert, and heads and widths over tensor. The losses stay those of all rows. With
+--coordinator=host:port, --processes and --process_id the devices may be several processes', each of
+which reads its own rows; the first one writes the files.
 
 --out gets metrics.jsonl, train.png (loss, imbalance and load of the experts over time), states,
 held_out.txt, sample.txt and checkpoint, a Hugging Face folder. --beside draws the run of another
@@ -31,17 +37,16 @@ from absl import logging
 from experiments.bench import (
     corpus,
     environment,
+    processes,
     records,
     script,
     train_records,
+    training_flags,
     training_run,
     training_start,
 )
 from experiments.bench.script import flag
-from moe_jax.attention import ATTENTION_BACKENDS
 from moe_jax.checkpoints import save_hugging_face
-from moe_jax.config import Qwen3MoeConfig
-from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import read_generation_defaults
 from moe_jax.json_files import local_path
 from moe_jax.parameters import active_parameter_count, from_arrays, parameter_count, to_arrays
@@ -49,9 +54,7 @@ from moe_jax.scoring import Scorer
 from moe_jax.training import (
     OptimizerOptions,
     PackedDocuments,
-    TrainOptions,
 )
-from moe_jax.training.objective import COMPUTE_DTYPES
 from moe_jax.training.optimizer import SCHEDULES
 from moe_jax.training.same_run import Json
 from moe_jax.training.states import TrainingStates
@@ -64,8 +67,8 @@ def _size(name: str, help: str, least: int = 1):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The flags."""
+class Settings(training_flags.StepFlags):
+    """The flags; those of how and where a step is computed are training_flags.py's."""
 
     text: tuple[pathlib.Path, ...] = flag(
         (),
@@ -91,12 +94,6 @@ class Settings:
     z_loss_coef: float | None = flag(
         None, "Of the router z-loss; 0 by default, or the checkpoint's own.", least=0
     )
-    balance: str = flag(
-        "per_layer",
-        "What the balance loss is taken over: all layers' tokens pooled, as Hugging Face has it, "
-        "hide a layer behind the others.",
-        of=("pooled", "per_layer"),
-    )
     steps: int = flag(480, "Updates.", least=1)
     context: int = flag(128, "Tokens of a row.", least=2)
     batch: int = flag(8, "Rows that run at once.", least=1)
@@ -106,15 +103,6 @@ class Settings:
     schedule: str = flag("cosine", "How it falls to a tenth.", of=SCHEDULES)
     weight_decay: float = flag(0.1, "AdamW's; not of norms and biases.", least=0)
     clip_norm: float | None = flag(1.0, "The largest gradient norm; empty for none.", least=0)
-    compute_dtype: str = flag("bfloat16", "What the step computes in.", of=COMPUTE_DTYPES)
-    remat: bool = flag(False, "Whether the backward pass computes each layer anew.")
-    logit_columns: int | None = flag(
-        None, "Positions of a row whose logits are in memory at once; all by default.", least=1
-    )
-    experts_backend: str = flag("auto", "What computes experts.", of=("auto", *EXPERTS_BACKENDS))
-    attention_backend: str = flag(
-        "auto", "What computes attention.", of=("auto", *ATTENTION_BACKENDS)
-    )
     seed: int = flag(0, "Of the sample, the weights, the order of rows and the draws.", least=0)
     log_every: int = flag(20, "Steps between two lines of metrics.", least=1)
     save_every: int = flag(100, "Steps between two saves of the whole state.", least=1)
@@ -134,6 +122,8 @@ class Settings:
     commit: str = flag("", "The commit to record; the checkout's by default.")
 
     def __post_init__(self):
+        super().__post_init__()
+        self.check_rows(self.batch)
         if self.source is not None:
             local_path(self.source, "--from")
             for name in training_start.SIZES:
@@ -186,20 +176,6 @@ class Settings:
             clip_norm=self.clip_norm,
         )
 
-    def options(self, config: Qwen3MoeConfig) -> TrainOptions:
-        """How a step is computed."""
-        return TrainOptions(
-            # Without what config.json has besides, which the step does not depend on.
-            config=dataclasses.replace(config, extra={}),
-            optimizer=self.optimizer(),
-            compute_dtype=self.compute_dtype,
-            balance=self.balance,
-            remat=self.remat,
-            logit_columns=self.logit_columns,
-            experts_backend=self.experts_backend,
-            attention_backend=self.attention_backend,
-        )
-
     def start(self, texts: corpus.Corpus) -> training_start.Start:
         """Raises a ValueError that names what cannot be loaded, or does not fit."""
         coefficients = {
@@ -243,6 +219,7 @@ def main(settings: Settings) -> None:
       ValueError, OSError, NotImplementedError, FloatingPointError: it cannot be done; the message
         says what is wrong.
     """
+    settings.join()
     # Orbax logs a page of notes, and the trace of an error that it raises besides.
     logging.set_verbosity(logging.FATAL)
     console = script.make_console()
@@ -254,14 +231,16 @@ def main(settings: Settings) -> None:
         texts = corpus.read_corpus(
             settings.text, max_bytes=round(settings.max_mb * 1e6), seed=settings.seed
         )
-        model, tokenizer, sidecars = settings.start(texts)
+        with processes.first_before_others():
+            model, tokenizer, sidecars = settings.start(texts)
         config = model.config
-        options = settings.options(config)
+        options = settings.step_options(config, settings.optimizer())
         train = training_start.token_ids(tokenizer, texts.train, config.vocab_size)
         held_out = "".join(texts.held_out)
         held_out_ids = tokenizer.encode(held_out, add_special_tokens=False)
         held_out_rows = training_run.pack_held_out(held_out_ids, settings.context)
-        (settings.out / _HELD_OUT).write_text(held_out, encoding="utf-8")
+        if processes.is_first():
+            (settings.out / _HELD_OUT).write_text(held_out, encoding="utf-8")
         bar.say(
             f"{parameter_count(config) / 1e6:.2f} M parameters, "
             f"{active_parameter_count(config) / 1e6:.2f} M of them for a token; "
@@ -278,7 +257,7 @@ def main(settings: Settings) -> None:
             )
         )
         params = to_arrays(model)
-        state = training_run.first_state(states, params, options.optimizer, bar.say)
+        state = training_run.first_state(states, params, options, bar.say)
         del model, params  # or they would stay beside those in training
         run = environment.describe(
             seed=settings.seed, repeats=1, commit=settings.commit, read_ceiling_tbps=None
@@ -300,7 +279,14 @@ def main(settings: Settings) -> None:
             run=run,
             report=bar.report,
         )
-        model = from_arrays(config, state.params)
+        done = int(state.step)
+        params = state.params
+        if options.parallelism is not None:
+            params = processes.whole_here(params)
+        del state
+        if not processes.is_first():
+            return
+        model = from_arrays(config, params)
         save_hugging_face(settings.out / _CHECKPOINT, model, overwrite=True, copy_from=sidecars)
         bar.say("scoring the held-out text")
         row = training_run.score_held_out(
@@ -308,7 +294,7 @@ def main(settings: Settings) -> None:
             held_out_ids,
             train,
             context=settings.context,
-            step=int(state.step),
+            step=done,
             run=run,
         )
         record.rows.append(row)

@@ -10,6 +10,7 @@ import jax
 
 from experiments.bench.corpus import unigram_perplexity
 from experiments.bench.environment import Environment
+from experiments.bench.processes import is_first
 from experiments.bench.records import Record, write_record
 from experiments.bench.train_records import HeldOutRow, Row, SavedRow, StepRow, rows_until
 from moe_jax.generation import GenerationDefaults, generate
@@ -18,7 +19,6 @@ from moe_jax.scoring import Scorer, score
 from moe_jax.tokenization import Tokenizer
 from moe_jax.training import (
     Batch,
-    OptimizerOptions,
     PackedDocuments,
     TrainOptions,
     TrainState,
@@ -37,7 +37,7 @@ _compiled_step = jax.jit(train_step, static_argnames="options", donate_argnames=
 def first_state(
     states: TrainingStates,
     params: Params,
-    optimizer: OptimizerOptions,
+    options: TrainOptions,
     say: Callable[[str], None],
 ) -> TrainState:
     """The last whole state or, where there is none, that of `params`; says what it found.
@@ -45,10 +45,17 @@ def first_state(
     Raises:
       CheckpointError: as TrainingStates.restore.
     """
-    begin = functools.partial(init_state, params, optimizer)
-    restored = states.restore(jax.eval_shape(begin))
+    parallelism, optimizer = options.parallelism, options.optimizer
+    target = jax.eval_shape(lambda: init_state(params, optimizer))
+    if parallelism is not None:
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            target,
+            parallelism.shardings_of(target),
+        )
+    restored = states.restore(target)
     if restored is None:
-        return begin()
+        return init_state(params, optimizer, parallelism=parallelism)
     done, steps = int(restored.state.step), optimizer.total_steps
     nothing = ": nothing is left to train; --noresume begins anew" if done == steps else ""
     say(f"going on from step {done} of {steps} in {states.folder}{nothing}")
@@ -96,7 +103,8 @@ def run_and_save(
 
     def add(row: Row) -> None:
         record.rows.append(row)
-        write_record(metrics, record)
+        if is_first():
+            write_record(metrics, record)
 
     def on_step(done: int, row: StepRow | None) -> None:
         if row is not None:
@@ -160,7 +168,7 @@ def run_steps(
     """
     begun, tokens, compiles = time.perf_counter(), 0, True
     for number in range(int(state.step), steps):
-        batch = packed.batch(number, A=A, B=B)
+        batch = packed.batch_on_mesh(number, A=A, B=B, parallelism=options.parallelism)
         state, metrics = _compiled_step(state, batch, options=options)
         done = number + 1
         tokens += batch.input_ids.size
@@ -213,10 +221,13 @@ def held_out_loss(
     Raises:
       FloatingPointError: it is not finite.
     """
-    B = min(B, packed.rows)
-    nll = targets = 0
+    B, mesh, nll, targets = min(B, packed.rows), options.parallelism, 0, 0
+    if mesh is not None:
+        devices = mesh.size("data") * mesh.size("expert")
+        B = max(B - B % devices, devices)  # of fewer rows than devices, some come twice
     for number in range(max(min(packed.rows, _HELD_OUT_ROWS) // B, 1)):
-        sums = _compiled_sums(params, packed.batch(number, A=1, B=B), options=options)
+        batch = packed.batch_on_mesh(number, A=1, B=B, parallelism=mesh)
+        sums = _compiled_sums(params, batch, options=options)
         nll, targets = nll + float(sums[0]), targets + int(sums[1])
     loss = nll / max(targets, 1)
     if not math.isfinite(loss):

@@ -104,16 +104,18 @@ class PackedDocuments:
             segment_ids=segments.reshape(shape),
         )
 
-    def batch_on_mesh(self, step: int, *, A: int, B: int, parallelism: Parallelism) -> Batch:
+    def batch_on_mesh(self, step: int, *, A: int, B: int, parallelism: Parallelism | None) -> Batch:
         """`batch` on a mesh of one process or of several, each of which reads its devices' rows.
 
         Args:
           step, A, B: as `batch` takes them, of all processes.
-          parallelism: the mesh.
+          parallelism: the mesh; None gives what `batch` gives.
 
         Raises:
           ValueError: as `batch`, or the mesh does not divide B.
         """
+        if parallelism is None:
+            return self.batch(step, A=A, B=B)
         axes = parallelism.rows("training", B)
         sharding = parallelism.sharding(None, axes)
         shape = (A, B, self._tokens.shape[1])

@@ -27,6 +27,7 @@ _ROUNDING = {
     "step.experts_backend",
     "step.attention_backend",
     "step.platform",
+    "step.parallelism",
     "data.micro_batches",
     "host.jax",
     "host.device",
