@@ -2,11 +2,13 @@
 
     python -m tests.moe_jax.on_meshes gradients step generation
 
-with XLA_FLAGS=--xla_force_host_platform_device_count=4 and JAX_PLATFORMS=cpu.
+with XLA_FLAGS=--xla_force_host_platform_device_count=4 and JAX_PLATFORMS=cpu. On GPUs it runs with
+as many as there are, and leaves out what needs more.
 """
 
 import dataclasses
 import functools
+import math
 import sys
 
 import jax
@@ -30,6 +32,7 @@ from moe_jax.training import (
 from tests.moe_jax import test_decode_step
 from tests.moe_jax.tiny import TINY, random_arrays
 from tests.moe_jax.training import test_train_step
+from tests.pallas_kernels.machine import ON_GPU
 
 CONFIG = dataclasses.replace(
     test_train_step.CONFIG,
@@ -43,7 +46,17 @@ ROWS = test_train_step.make_batch(1, 4)
 # Two micro-batches; the second is padding alone.
 ACCUMULATED = test_train_step.make_batch(2, 4, masked=(4, 5, 6, 7))
 
+BOUND = 1e-4 if ON_GPU else 3e-6  # a GPU adds each product in its own order
+
 gradients = jax.jit(gradients_of, static_argnames="options")
+
+
+def there(**sizes) -> bool:
+    """Whether there are devices for a mesh; says what is left out."""
+    enough = math.prod(sizes.values()) <= len(jax.devices())
+    if not enough:
+        print(f"left out, for want of devices: {sizes}")
+    return enough
 
 
 def on_mesh(exchange="auto", mesh=None, **sizes) -> TrainOptions:
@@ -55,7 +68,7 @@ def expect_same(found: dict, expected: dict, what: str) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         a, b = np.asarray(found[name], np.float64), np.asarray(value, np.float64)
-        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b), f"{what}: {name}"
+        assert np.linalg.norm(a - b) <= BOUND * np.linalg.norm(b), f"{what}: {name}"
 
 
 def run(options: TrainOptions) -> tuple[dict, dict]:
@@ -74,15 +87,12 @@ def check_gradients() -> None:
     one = on_one()
     explicit = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
     assert explicit.axis_types == (AxisType.Explicit,)
-    for options in (
-        on_mesh(),
-        on_mesh(data=2),
-        on_mesh(mesh=explicit),
-        on_mesh(expert=2, exchange="gather"),
-        on_mesh(tensor=2),
-        on_mesh(expert=4),
-        on_mesh(data=2, tensor=2),
-    ):
+    meshes = [on_mesh(), on_mesh(mesh=explicit), on_mesh(expert=2, exchange="gather")]
+    if ON_GPU:
+        meshes.append(on_mesh(expert=2, exchange="padded"))
+    sizes = ({"data": 2}, {"tensor": 2}, {"expert": 4}, {"data": 2, "tensor": 2})
+    meshes += [on_mesh(**each) for each in sizes if there(**each)]
+    for options in meshes:
         what = f"{dict(options.parallelism.mesh.shape)}, {options.parallelism.exchange}"
         found, metrics = run(options)
         expect_same(found, one[0], what)
@@ -94,6 +104,8 @@ def check_a_step() -> None:
 
     The state stays where it lies, a part on each device, and its first moments are the gradients.
     """
+    if not there(data=2, expert=2):
+        return
     optimizer = OptimizerOptions(clip_norm=None)
     options = dataclasses.replace(on_mesh(data=2, expert=2), optimizer=optimizer)
     parallelism = options.parallelism
@@ -109,7 +121,7 @@ def check_a_step() -> None:
     expect_same({name: mu / (1 - optimizer.b1) for name, mu in moments.mu.items()}, one[0], "step")
     for name, expected in one[1].items():
         found = getattr(metrics, name)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found, expected, rtol=max(BOUND, 1e-5), err_msg=name)
         assert found.is_fully_replicated
     for tree in (state.params, moments.mu, moments.nu):
         parts = tree["layers.0.mlp.experts.down"].addressable_shards
@@ -136,6 +148,8 @@ def check_generation(*meshes: dict) -> None:
 
     expected = tokens(params)
     for sizes in meshes:
+        if not there(**sizes):
+            continue
         arrays = Parallelism(mesh=make_mesh(**sizes)).place(params)
         before = decode.decode._cache_size()
         assert tokens(arrays) == expected, sizes
@@ -168,8 +182,10 @@ def check_kernels() -> None:
         return [np.asarray(out.logits, np.float32), *map(np.float32, out.cache.keys)]
 
     expected = run(layers_backend="blocks")
-    ways = [{"layers_backend": "pallas_interpret"}, {"experts_backend": "pallas_interpret"}]
-    for sizes in ({"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2}):
+    kernels = test_decode_step.KERNELS
+    ways = [{"layers_backend": kernels}, {"experts_backend": kernels}]
+    sizes_of_meshes = ({"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2})
+    for sizes in filter(lambda sizes: there(**sizes), sizes_of_meshes):
         for options in ways:
             for found, wanted in zip(
                 run(Parallelism(mesh=make_mesh(**sizes)), **options), expected, strict=True
@@ -183,16 +199,17 @@ CHECKS = {
     "step": check_a_step,
     "generation": lambda: check_generation({"expert": 2, "tensor": 2}),
     "generation on other meshes": lambda: check_generation(
-        {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}
+        {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}
     ),
     "kernels": check_kernels,
 }
 
 
 def main(names: list[str]) -> None:
-    assert len(jax.devices()) == 4
+    assert ON_GPU or len(jax.devices()) == 4
     for name in names:
         CHECKS[name]()
+        print(f"{name}: right")
     print("all good")
 
 
