@@ -37,9 +37,10 @@ from moe_jax.activations import ACTIVATIONS
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.model import Qwen3Moe
+from moe_jax.parallelism import Parallelism
 from moe_jax.platforms import resolve_platform
 from moe_jax.presets import PRESETS
-from moe_jax.sharding import MESH_AXES, Parallelism
+from moe_jax.sharding import MESH_AXES
 
 _RUNS = collections.ChainMap({"auto": "what the tables choose"}, EXPERTS_BACKENDS)
 

@@ -34,9 +34,9 @@ from experiments.bench.mesh_records import ONE, MeshRow
 from experiments.bench.script import flag
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.presets import PRESETS
-from moe_jax.sharding import Parallelism
 
 _LONGEST_ERROR = 400
 

@@ -192,6 +192,7 @@ class Settings(training_flags.StepFlags):
             context=self.context,
             coefficients=coefficients,
             seed=self.seed,
+            parallelism=self.parallelism,
             **self.sizes,
         )
 

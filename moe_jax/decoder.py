@@ -20,11 +20,11 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import ExpertWeights, SharedExperts, experts
 from moe_jax.layers import LinearParams, MLPParams, linear, mlp, rms_norm
 from moe_jax.parallel_layers import gathered, linear_of_split, rematerialised, summed
+from moe_jax.parallelism import Parallelism
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import has_all_of_xla
 from moe_jax.rope import apply_rope
 from moe_jax.routing import Routing, replay_route, route, router_logits
-from moe_jax.sharding import Parallelism
 from moe_jax.superkernel import configured_scope
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.block_scaled_fp8 import holds_fp8

@@ -12,7 +12,7 @@ import jax
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.decoder import Caches, LayerParams, MoeParams, StepOptions, TokenPositions
 from moe_jax.dispatch import Request, backend_named
-from moe_jax.sharding import Parallelism
+from moe_jax.parallelism import Parallelism
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.block_scaled_fp8 import (
     BLOCK,

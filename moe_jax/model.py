@@ -20,14 +20,23 @@ from moe_jax.decoder import LayerParams, StepOptions, TokenPositions
 from moe_jax.input_checks import check_inputs
 from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear, rms_norm
-from moe_jax.modules import DecoderLayer, Embedding, Linear, RMSNorm, params_of, to_config_format
+from moe_jax.modules import (
+    DecoderLayer,
+    Embedding,
+    Linear,
+    Place,
+    RMSNorm,
+    params_of,
+    placed,
+    to_config_format,
+)
 from moe_jax.packing import places_in_segments, segments_of
 from moe_jax.parallel_layers import embed_on_mesh, head_of
+from moe_jax.parallelism import Parallelism
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.rope import rope_tables
 from moe_jax.routing import Routing
-from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace
 
 
@@ -76,11 +85,25 @@ class Qwen3Moe(nnx.Module):
 
     Params = ModelParams
 
-    def __init__(self, config: Qwen3MoeConfig, *, rngs: nnx.Rngs | None, dtype=jnp.bfloat16):
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        *,
+        rngs: nnx.Rngs | None,
+        dtype=jnp.bfloat16,
+        place: Place | None = None,
+    ):
         """Makes random parameters in `dtype`, as the config's initializer_range says.
 
         Those that its quantization_config says are FP8 are quantised, a layer at a time. Without
         rngs the parameters are shapes, to be replaced by arrays.
+
+        Args:
+          config: the model's.
+          rngs: what they are drawn from, or None.
+          dtype: of plain parameters.
+          place: what moves a layer's parameters once they are drawn, as Parallelism.place does:
+            then the default device holds one layer at a time. None leaves them there.
 
         Raises:
           NotImplementedError: a quantisation other than FP8 in blocks.
@@ -88,8 +111,12 @@ class Qwen3Moe(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config, rngs=rngs, dtype=dtype)
         self.layers = nnx.List(
-            to_config_format(
-                DecoderLayer(config, layer, rngs=rngs, dtype=dtype), config, f"layers.{layer}"
+            placed(
+                to_config_format(
+                    DecoderLayer(config, layer, rngs=rngs, dtype=dtype), config, f"layers.{layer}"
+                ),
+                f"layers.{layer}",
+                place,
             )
             for layer in range(config.num_hidden_layers)
         )
@@ -97,6 +124,7 @@ class Qwen3Moe(nnx.Module):
         tied = config.tie_word_embeddings
         H, V = config.hidden_size, config.vocab_size
         self.lm_head = None if tied else Linear(config, H, V, rngs=rngs, dtype=dtype)
+        placed(self, "", place)  # those that are left
 
     def __call__(
         self,

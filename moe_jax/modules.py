@@ -5,6 +5,7 @@ module's `Params` is the NamedTuple that the functions of decoder.py and layers.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from moe_jax.experts import ExpertWeights
 from moe_jax.layers import LinearParams, MLPParams
 from moe_jax.quantization import block_of, is_quantised
 from pallas_kernels.block_scaled_fp8 import VALUES_DTYPE, BlockScaledFp8, quantise, scales_shape
+
+# Parameters by name, of a part of a model -> the same on other devices.
+Place = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 def params_of(module):
@@ -112,6 +116,20 @@ def _scaled(weight: jax.Array | jax.ShapeDtypeStruct, block: tuple[int, int]) ->
         scales=jax.ShapeDtypeStruct(scales_shape(weight.shape, block), jnp.float32),
         block=block,
     )
+
+
+def placed(module: nnx.Module, name: str, place: Place | None) -> nnx.Module:
+    """The module with its arrays where `place` puts them; `name` is the module's in the model."""
+    if place is None:
+        return module
+    flat = list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    names = [".".join(map(str, (name, *path) if name else path)) for path, _ in flat]
+    arrays = place({key: param[...] for key, (_, param) in zip(names, flat, strict=True)})
+    held = [
+        (path, param.replace(arrays[key])) for key, (path, param) in zip(names, flat, strict=True)
+    ]
+    nnx.update(module, nnx.from_flat_state(held))
+    return module
 
 
 class Linear(nnx.Module):

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 
 from moe_jax.integers import at_least_int32
 from moe_jax.layers import LinearParams, embed, linear
-from moe_jax.sharding import Parallelism, axes_of
+from moe_jax.parallelism import Parallelism
+from moe_jax.sharding import axes_of
 from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, is_fp8
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from moe_jax.generation import Sampling
 from moe_jax.generation.logits_processors import NO_TOKEN
 from moe_jax.generation.sampling import choose, row_keys
 from moe_jax.model import Qwen3Moe
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import resolve_platform
 from moe_jax.routing import Routing
-from moe_jax.sharding import Parallelism
 from moe_jax.traces import trace_of
 
 FEEDS = ("given", "sampled")

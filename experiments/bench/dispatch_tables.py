@@ -14,7 +14,7 @@ from moe_jax.dispatch import PHASES, RULES, BackendChoice, Request, choose_backe
 from moe_jax.experts import EXPERTS_BACKENDS, ExpertsRequest
 from moe_jax.experts.portable import form_of
 from moe_jax.layers_request import LayersRequest
-from moe_jax.sharding import Parallelism
+from moe_jax.parallelism import Parallelism
 from pallas_kernels.decode_experts import choose_layout
 
 _ALL = "all"

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from moe_jax.sharding import MESH_AXES, Parallelism, make_mesh
+from moe_jax.parallelism import Parallelism
+from moe_jax.sharding import MESH_AXES, make_mesh
 
 MESH_HELP = f"Sizes of some of {', '.join(MESH_AXES)}, as in data=2,expert=4; empty: one device."
 

@@ -8,7 +8,7 @@ from experiments.bench.script import flag
 from moe_jax.attention import ATTENTION_BACKENDS
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS
-from moe_jax.sharding import EXCHANGES
+from moe_jax.parallelism import EXCHANGES, Parallelism
 from moe_jax.training import OptimizerOptions, TrainOptions
 from moe_jax.training.objective import COMPUTE_DTYPES
 
@@ -75,13 +75,18 @@ class StepFlags:
         if self.processes > 1:
             processes.join(self.coordinator, self.processes, self.process_id)
 
+    @property
+    def parallelism(self) -> Parallelism | None:
+        """Raises a ValueError if there are too few devices."""
+        return mesh_flags.parallelism_of(self.mesh, exchange=self.expert_exchange)
+
     def step_options(self, config: Qwen3MoeConfig, optimizer: OptimizerOptions) -> TrainOptions:
         """How a step is computed.
 
         Raises:
           ValueError: there are too few devices, or the mesh does not divide the config.
         """
-        parallelism = mesh_flags.parallelism_of(self.mesh, exchange=self.expert_exchange)
+        parallelism = self.parallelism
         if parallelism is not None:
             parallelism.check(config)
         return TrainOptions(

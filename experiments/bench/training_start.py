@@ -15,6 +15,7 @@ from experiments.bench import corpus
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.generation.arguments import position_limit
 from moe_jax.model import Qwen3Moe
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, to_arrays
 from moe_jax.tokenization import Tokenizer
 
@@ -73,6 +74,7 @@ def new_model(
     context: int,
     coefficients: Mapping[str, float | None],
     seed: int,
+    parallelism: Parallelism | None = None,
     **sizes: int,
 ) -> Start:
     """A small model with drawn weights, and a tokenizer made of the texts.
@@ -83,17 +85,23 @@ def new_model(
       vocab_size: at most as many tokens.
       context, coefficients: as in from_checkpoint.
       seed: of the weights.
+      parallelism: the mesh that they are drawn onto, a layer at a time; None for one device.
       sizes: the others of small_config.
 
     Raises:
-      ValueError: vocab_size is below 257.
+      ValueError: vocab_size is below 257, or the mesh does not divide a size.
     """
     tokenizer = corpus.trained_tokenizer(folder, texts, vocab_size)
     config = small_config(
         vocab_size=vocab_size, context=context, eos_token_id=tokenizer.eos_id, **sizes
     )
     config = _with_coefficients(config, coefficients)
-    return Start(Qwen3Moe(config, rngs=nnx.Rngs(seed), dtype=jnp.float32), tokenizer, folder)
+    place = None
+    if parallelism is not None:
+        parallelism.check(config)
+        place = parallelism.place
+    model = Qwen3Moe(config, rngs=nnx.Rngs(seed), dtype=jnp.float32, place=place)
+    return Start(model, tokenizer, folder)
 
 
 def _with_coefficients(

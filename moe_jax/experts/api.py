@@ -20,8 +20,8 @@ from moe_jax.experts.latent_and_shared import (
 from moe_jax.experts.pallas import pallas_experts
 from moe_jax.experts.portable import portable_experts
 from moe_jax.integers import int32_ids
+from moe_jax.parallelism import Parallelism
 from moe_jax.platforms import has_all_of_xla, resolve_platform
-from moe_jax.sharding import Parallelism
 from pallas_kernels.block_scaled_fp8 import (
     BlockScaledFp8,
     Weight,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.parallel_layers import summed
-from moe_jax.sharding import Parallelism
+from moe_jax.parallelism import Parallelism
 from pallas_kernels.decode_experts import ExpertWeights
 
 # (x [T, H], ids [T, K], expert_weights [T, K]) -> [T, H], of the experts of one shard.

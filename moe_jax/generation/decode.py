@@ -20,10 +20,10 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.generation.logits_processors import NO_TOKEN, TokenHistory
 from moe_jax.generation.logprobs import StepLogprobs, logprobs_of, no_logprobs
 from moe_jax.generation.sampling import Steps, choose
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
 from moe_jax.platform_ops import platform_ops
 from moe_jax.platforms import has_all_of_xla
-from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace, trace_of
 
 # Decode steps of a dispatch, where it is not said: 8 of Qwen3-30B-A3B take an H100 20 ms or more,

@@ -16,9 +16,9 @@ from moe_jax.generation.logprobs import StepLogprobs, TokenLogprobs, of_token
 from moe_jax.generation.sampling import Sampling, row_keys, token_table
 from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import to_arrays
 from moe_jax.platforms import resolve_platform
-from moe_jax.sharding import Parallelism
 from moe_jax.traces import RoutingTrace
 
 GREEDY = Sampling()

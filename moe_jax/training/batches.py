@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.losses import IGNORED_LABEL
-from moe_jax.sharding import Parallelism
+from moe_jax.parallelism import Parallelism
 
 PADDING_SEGMENT = -1
 

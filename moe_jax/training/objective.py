@@ -21,10 +21,10 @@ from moe_jax.config import Qwen3MoeConfig
 from moe_jax.layers import linear
 from moe_jax.losses import IGNORED_LABEL, balance_of_sums, next_token_targets, summed_cross_entropy
 from moe_jax.parallel_layers import head_of
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
 from moe_jax.routing import Routing
 from moe_jax.routing_stats import entropy_of, expert_load
-from moe_jax.sharding import Parallelism
 from moe_jax.training.batches import Batch
 from moe_jax.training.optimizer import OptimizerOptions
 

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_jax.parallelism import Parallelism
 from moe_jax.quantization import SCALES, VALUES
 from moe_jax.routing_stats import entropy_of, imbalance_of
-from moe_jax.sharding import Parallelism
 from moe_jax.training.batches import Batch
 from moe_jax.training.objective import (
     MicroSums,

@@ -6,9 +6,10 @@ import pytest
 
 from experiments import decode_on_mesh
 from experiments.bench import decode_chain, mesh_flags, mesh_records, timing
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
 from moe_jax.presets import PRESETS
-from moe_jax.sharding import Parallelism, make_mesh
+from moe_jax.sharding import make_mesh
 from tests.moe_jax.tiny import TINY, random_arrays
 
 

@@ -20,8 +20,9 @@ from jax.sharding import AxisType
 import tests.quick_process  # noqa: F401  before JAX makes its devices
 from moe_jax.cache import init_cache
 from moe_jax.generation import decode, generate
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
-from moe_jax.sharding import Parallelism, make_mesh
+from moe_jax.sharding import make_mesh
 from moe_jax.training import (
     OptimizerOptions,
     TrainOptions,

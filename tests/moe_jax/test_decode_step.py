@@ -16,10 +16,11 @@ from moe_jax.cache import KVCache, init_cache
 from moe_jax.decode_step import LAYERS_BACKENDS
 from moe_jax.dispatch import BackendChoice, record_choices
 from moe_jax.generation import stream
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.quantization import fp8_config
 from moe_jax.rope import RopeConfig
-from moe_jax.sharding import MESH_AXES, Parallelism
+from moe_jax.sharding import MESH_AXES
 from moe_jax.traces import RoutingTrace
 from pallas_kernels.decode_step import LayerStep, Residual
 from tests.moe_jax.scaled_weights import in_format_of

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from moe_jax.cache import init_cache
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, parameter_shapes
 from moe_jax.presets import PRESETS
-from moe_jax.sharding import MESH_AXES, Parallelism
+from moe_jax.sharding import MESH_AXES
 from moe_jax.training import Batch, TrainOptions, gradients_of
 from tests.pallas_kernels.machine import kernels_of, lower_for_cuda
 

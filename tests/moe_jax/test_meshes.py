@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from moe_jax.sharding import Parallelism, make_mesh
+from moe_jax.parallelism import Parallelism
+from moe_jax.sharding import make_mesh
 from moe_jax.training import PackedDocuments
 from tests.moe_jax import on_meshes
 from tests.quick_process import XLA_FLAGS

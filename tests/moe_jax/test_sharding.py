@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from moe_jax.model import Qwen3Moe
 from moe_jax.modules import params_of
 from moe_jax.parallel_layers import parameter_specs
+from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, parameter_shapes, to_arrays
 from moe_jax.quantization import fp8_config
-from moe_jax.sharding import MESH_AXES, Parallelism, expert_parallel, make_mesh
+from moe_jax.sharding import MESH_AXES, expert_parallel, make_mesh
 from tests.moe_jax.tiny import TINY, model_of
 
 
@@ -138,3 +139,21 @@ def test_fp8_weights_are_split_in_whole_blocks():
     message = r"layers.0.self_attn.q_proj.weight has 128 in dimension 0, in FP8 blocks of \(128, 1"
     with pytest.raises(ValueError, match=message):
         parameter_specs(layers, parallelism(tensor=2))
+
+
+def test_a_model_is_drawn_where_its_parameters_lie():
+    """A layer at a time, and with the same numbers; FP8 scales beside their values."""
+    config = dataclasses.replace(TINY, quantization_config=fp8_config((0,)), num_hidden_layers=2)
+    placing = Parallelism(mesh=make_mesh(devices=jax.devices()[:1]))
+    groups = []
+
+    def place(arrays):
+        groups.append({name.split(".")[1] for name in arrays if name.startswith("layers.")})
+        return placing.place(arrays)
+
+    found = to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(0), place=place))
+    assert groups == [{"0"}, {"1"}, {"0", "1"}]
+    expected = to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(0)))
+    for name, array in expected.items():
+        assert found[name].sharding.mesh == placing.mesh, name
+        assert (found[name] == array).all(), name
