@@ -5,8 +5,9 @@
     python -m experiments.decode_on_mesh --preset=tiny --mesh=one --batches=2 --context=17
 
 expert=n splits the experts among n devices, tensor=n every expert's neurons and the heads, and
-expert=n,tensor=m both. For each mesh and batch: milliseconds a step in a chain that never waits for
-the host (experiments/bench/decode_chain.py), of the same random weights, caches and tokens.
+expert=n,tensor=m both. tensor=n,whole_heads splits the neurons alone. For each mesh and batch:
+milliseconds a step in a chain that never waits for the host (experiments/bench/decode_chain.py), of
+the same random weights, caches and tokens.
 
 At --check_batch rows the last step's logits are compared with one device's. Rounding sends some
 tokens to other experts, so the yardstick is how far two ways of one device are apart: its kernels
@@ -51,8 +52,9 @@ class Settings:
     layers: int = flag(0, "Only the model's first ones; 0 for all.", least=0)
     mesh: tuple[str, ...] = flag(
         (),
-        "one, or axes and sizes as in expert=2,tensor=2; may be given several times. By default "
-        "one, and all devices along expert, and along tensor.",
+        "one, or axes and sizes as in expert=2,tensor=2, with whole_heads where attention is not "
+        "to be split; may be given several times. By default one, and all devices along expert, "
+        "along tensor, and along tensor with whole heads.",
         repeated=True,
     )
     batches: tuple[int, ...] = flag(
@@ -73,7 +75,7 @@ class Settings:
     def __post_init__(self):
         for name in self.mesh:
             if name != ONE:
-                mesh_flags.sizes_of(name.split(","))
+                mesh_flags.sizes_of([p for p in name.split(",") if p != mesh_flags.WHOLE_HEADS])
         most = PRESETS[self.preset].num_hidden_layers
         if self.layers > most:
             raise ValueError(f"--layers is {self.layers}; expected 0 to {most}")
@@ -93,7 +95,9 @@ def main(settings: Settings) -> str | None:
     logging.set_verbosity(logging.WARNING)
     console = script.make_console(width=190)
     begun, count = time.perf_counter(), len(jax.devices())
-    names = settings.mesh or (ONE, f"expert={count}", f"tensor={count}")
+    names = settings.mesh or (
+        ONE, f"expert={count}", f"tensor={count}", f"tensor={count},{mesh_flags.WHOLE_HEADS}"
+    )  # fmt: skip
     run = environment.describe(
         seed=settings.seed, repeats=settings.repeats, commit=settings.commit, read_ceiling_tbps=None
     )

@@ -152,7 +152,7 @@ def _shard(options: StepOptions, params: tuple[LayerParams, ...]) -> LayerShard 
     return LayerShard(
         first_expert=jax.lax.axis_index("expert") * own,
         experts_over=tuple(axes),
-        heads_over=("tensor",) if "tensor" in axes else (),
+        heads_over=("tensor",) if "tensor" in axes and parallelism.split_heads else (),
     )
 
 

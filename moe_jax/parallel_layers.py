@@ -1,6 +1,7 @@
 """All layers on a mesh: one function on every device, which says itself what moves between them.
 
-    attention       its own rows and heads; o's products are added up over tensor
+    attention       its own rows and, with split_heads, heads; then o's products are added up over
+                    tensor
     router          its own rows; on every device along tensor alike
     experts         moe_jax/experts/exchange.py
     parameters      where fsdp splits them, a layer gathers its own over data when it begins
@@ -53,7 +54,7 @@ def run_on_mesh(run: Callable, options: "StepOptions", *arguments: Any) -> Any:
     parallelism.check(options.config)
     rows = parallelism.rows(options.phase, x.shape[0])
     by_rows = PartitionSpec(rows or None)
-    cache = PartitionSpec(rows or None, "tensor")
+    cache = PartitionSpec(rows or None, "tensor" if parallelism.split_heads else None)
     every = PartitionSpec()
 
     def of_positions(array: jax.Array) -> PartitionSpec:
@@ -146,8 +147,11 @@ def summed(x: jax.Array, parallelism: Parallelism | None, *axes: str) -> jax.Arr
 
 
 def linear_of_split(x: jax.Array, params: LinearParams, parallelism: Parallelism | None):
-    """`linear` whose x and weight hold a tensor shard's columns; the bias is added once."""
-    if parallelism is None:
+    """`linear` of attention's output: where heads are split, x and weight hold some columns each.
+
+    The bias is added once.
+    """
+    if parallelism is None or not parallelism.split_heads:
         return linear(x, *params)
     y = summed(linear(x, params.weight), parallelism, "tensor")
     return y if params.bias is None else (y + params.bias).astype(y.dtype)

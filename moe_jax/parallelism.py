@@ -33,6 +33,8 @@ class Parallelism:
         AbstractMesh is for lowering to devices that are not there.
       fsdp: whether parameters are split over data too. A step that reads them gathers them first,
         which decoding should not do at each step.
+      split_heads: whether tensor splits attention's heads too. Where it does not, each device has
+        all of attention and its cache, and a layer has one sum over devices less.
       exchange: of EXCHANGES, how tokens get to other shards' experts in training. "ragged" sends
         what is needed (lax.ragged_all_to_all, CUDA), "padded" blocks that are filled up
         (all_to_all), "gather" all tokens to all shards. "auto" is "ragged" on CUDA, else "padded".
@@ -43,6 +45,7 @@ class Parallelism:
 
     mesh: Mesh | AbstractMesh
     fsdp: bool = True
+    split_heads: bool = True
     exchange: str = "auto"
 
     def __post_init__(self):
@@ -64,16 +67,27 @@ class Parallelism:
     def of(cls, arrays: Mapping[str, jax.Array]) -> "Parallelism | None":
         """That of parameters by name; None if they are on one device, or on another kind of mesh.
 
-        `fsdp` is whether any of them is split over data.
+        `fsdp` is whether any of them is split over data, and `split_heads` is False where tensor
+        leaves q_proj whole.
         """
         shardings = [getattr(array, "sharding", None) for array in arrays.values()]
         named = [s for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1]
         if not named or not set(named[0].mesh.axis_names) <= set(MESH_AXES):
             return None
-        if not isinstance(named[0].mesh, Mesh):
+        mesh = named[0].mesh
+        if not isinstance(mesh, Mesh):
             return None
-        fsdp = any("data" in jax.tree.leaves(tuple(sharding.spec)) for sharding in named)
-        return cls(mesh=named[0].mesh, fsdp=fsdp)
+
+        def splits(axis: str, part: str = "") -> bool:
+            """Whether an axis splits any parameter with `part` in its name."""
+            return any(
+                axis in jax.tree.leaves(tuple(array.sharding.spec))
+                for name, array in arrays.items()
+                if part in name and isinstance(array.sharding, NamedSharding)
+            )
+
+        whole_heads = mesh.shape.get("tensor", 1) > 1 and not splits("tensor", ".self_attn.q_proj.")
+        return cls(mesh=mesh, fsdp=splits("data"), split_heads=not whole_heads)
 
     def size(self, axis: str) -> int:
         """Of one of MESH_AXES."""
@@ -112,6 +126,7 @@ class Parallelism:
         found: list[str | None] = []
         for dimension, axis in enumerate(axes_of(name)):
             whole = axis is None or (axis == "data" and not fsdp)
+            whole |= axis == "tensor" and ".self_attn." in name and not self.split_heads
             size = 1 if whole else self.size(axis)
             if shape[dimension] % size and name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 size = 1  # the vocabulary may be of any size
@@ -135,10 +150,10 @@ class Parallelism:
     def check(self, config: Qwen3MoeConfig) -> None:
         """Raises a ValueError that lists what of the config the mesh does not divide."""
         refuse_explicit_context()
-        divided = {
-            "num_attention_heads": (config.num_attention_heads, "tensor"),
-            "num_key_value_heads": (config.num_key_value_heads, "tensor"),
-        }
+        divided = {}
+        if self.split_heads:
+            divided["num_attention_heads"] = (config.num_attention_heads, "tensor")
+            divided["num_key_value_heads"] = (config.num_key_value_heads, "tensor")
         if config.moe_layers:
             divided["num_experts"] = (config.num_experts, "expert")
             divided["moe_intermediate_size"] = (config.moe_intermediate_size, "tensor")
@@ -163,7 +178,8 @@ class Parallelism:
     def cache_sharding(self, B: int) -> NamedSharding:
         """Of a layer's keys or values [B, kv, C, D]: rows over data, kv over tensor."""
         rows = "data" if self.size("data") > 1 and self.rows("decode", B) else None
-        return self.sharding(rows, "tensor" if self.size("tensor") > 1 else None)
+        split = self.split_heads and self.size("tensor") > 1
+        return self.sharding(rows, "tensor" if split else None)
 
     def shardings_of(self, state: Any) -> Any:
         """A NamedSharding for each array of a train state, as restoring it onto the mesh needs.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moe_jax.parallelism import Parallelism
 from moe_jax.sharding import MESH_AXES, make_mesh
 
+WHOLE_HEADS = "whole_heads"
 MESH_HELP = f"Sizes of some of {', '.join(MESH_AXES)}, as in data=2,expert=4; empty: one device."
 
 
@@ -30,10 +31,13 @@ def parallelism_of(parts: Sequence[str], **options) -> Parallelism | None:
     """Over the first devices; None without parts, for one device.
 
     Args:
-      parts: as `sizes_of` takes them.
+      parts: as `sizes_of` takes them; among them WHOLE_HEADS leaves attention whole.
       options: Parallelism's.
 
     Raises:
       ValueError: as `sizes_of`, or there are fewer devices.
     """
+    if WHOLE_HEADS in parts:
+        parts = [part for part in parts if part != WHOLE_HEADS]
+        options["split_heads"] = False
     return Parallelism(mesh=make_mesh(**sizes_of(parts)), **options) if parts else None

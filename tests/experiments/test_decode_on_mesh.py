@@ -92,6 +92,7 @@ def test_wrong_flags(flag, message, tmp_path):
 def test_sizes_of_a_mesh():
     assert mesh_flags.sizes_of(("expert=2", "data=4")) == {"expert": 2, "data": 4}
     assert mesh_flags.parallelism_of(()) is None
+    assert not mesh_flags.parallelism_of(("tensor=1", "whole_heads")).split_heads
 
 
 def test_a_chain_on_a_mesh_keeps_the_logits_that_it_chooses_by():

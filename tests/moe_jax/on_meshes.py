@@ -151,7 +151,9 @@ def check_generation(*meshes: dict) -> None:
     for sizes in meshes:
         if not there(**sizes):
             continue
-        arrays = Parallelism(mesh=make_mesh(**sizes)).place(params)
+        whole_heads = sizes == {"tensor": 4}
+        placing = Parallelism(mesh=make_mesh(**sizes), split_heads=not whole_heads)
+        arrays = placing.place(params)
         before = decode.decode._cache_size()
         assert tokens(arrays) == expected, sizes
         assert decode.decode._cache_size() == before + 1, sizes
@@ -185,11 +187,14 @@ def check_kernels() -> None:
     expected = run(layers_backend="blocks")
     kernels = test_decode_step.KERNELS
     ways = [{"layers_backend": kernels}, {"experts_backend": kernels}]
-    sizes_of_meshes = ({"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2})
-    for sizes in filter(lambda sizes: there(**sizes), sizes_of_meshes):
+    meshes = [{"expert": 2}, {"tensor": 2}, {"expert": 2, "tensor": 2}]
+    meshes = [(sizes, True) for sizes in meshes] + [({"tensor": 2}, False)]
+    for sizes, split_heads in [(sizes, split) for sizes, split in meshes if there(**sizes)]:
         for options in ways:
             for found, wanted in zip(
-                run(Parallelism(mesh=make_mesh(**sizes)), **options), expected, strict=True
+                run(Parallelism(mesh=make_mesh(**sizes), split_heads=split_heads), **options),
+                expected,
+                strict=True,
             ):
                 error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
                 assert error < 2e-2, (sizes, options, error)  # both are within half of float32
@@ -200,7 +205,7 @@ CHECKS = {
     "step": check_a_step,
     "generation": lambda: check_generation({"expert": 2, "tensor": 2}),
     "generation on other meshes": lambda: check_generation(
-        {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}
+        {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}, {"tensor": 4}
     ),
     "kernels": check_kernels,
 }

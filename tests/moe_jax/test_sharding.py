@@ -157,3 +157,11 @@ def test_a_model_is_drawn_where_its_parameters_lie():
     for name, array in expected.items():
         assert found[name].sharding.mesh == placing.mesh, name
         assert (found[name] == array).all(), name
+
+
+def test_heads_may_stay_whole():
+    split = parallelism(tensor=8, split_heads=False)
+    rule = split.rule(TINY)  # which has 2 kv heads
+    assert rule("layers.0.self_attn.q_proj.weight", (8, 4)).spec == PartitionSpec(None, None)
+    assert rule("layers.0.mlp.up_proj.weight", (8, 4)).spec == PartitionSpec("tensor", None)
+    assert split.cache_sharding(2).spec == PartitionSpec(None, None)
