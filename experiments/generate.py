@@ -6,6 +6,7 @@
 A checkpoint is a Hugging Face directory, or an Orbax one as experiments.convert_checkpoint writes
 it. The text is written while it is made, then the time to the first token and the tokens a second
 of the decode steps. A random model takes bytes as tokens, and what it writes is hardly ever text.
+With --mesh=expert=2, say, each device reads its own part of the weights.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments.bench import script
+from experiments.bench import mesh_flags, script
 from experiments.bench.generated_text import logprobs_report, report, show_text
 from experiments.bench.script import flag
 from moe_jax.checkpoints import detect_format, load_hugging_face, load_orbax
@@ -78,6 +79,7 @@ class Settings:
         None, "Of what is not FP8: by default as stored, bfloat16 for a random model.", of=DTYPES
     )
     dequantize: bool = flag(False, "Whether an FP8 checkpoint becomes bfloat16, or --dtype.")
+    mesh: tuple[str, ...] = flag((), mesh_flags.MESH_HELP)
     prefill_chunk: int | None = flag(
         None, "Prompt tokens that run at once; the platform's own by default.", least=1
     )
@@ -216,11 +218,14 @@ def load_to_generate(settings: Settings) -> LoadedModel:
     Raises:
       ValueError, OSError, NotImplementedError: the checkpoint cannot be loaded; names the file.
     """
+    # Decoding would gather parameters that data splits at each step.
+    parallelism = mesh_flags.parallelism_of(settings.mesh, fsdp=False)
     if settings.checkpoint is None:
         config = PRESETS[settings.preset]
         dtype = jnp.dtype(settings.dtype or "bfloat16")
+        place = None if parallelism is None else parallelism.place
         return LoadedModel(
-            model=Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=dtype),
+            model=Qwen3Moe(config, rngs=nnx.Rngs(settings.seed), dtype=dtype, place=place),
             tokenizer=ByteTokenizer(config.vocab_size),
             defaults=GenerationDefaults(),
         )
@@ -235,7 +240,12 @@ def load_to_generate(settings: Settings) -> LoadedModel:
         tokenizer = None
     defaults = read_generation_defaults(settings.checkpoint)
     settings.sampling_over(defaults.sampling)
-    model = load_weights(settings.checkpoint, dtype=settings.dtype, dequantize=settings.dequantize)
+    model = load_weights(
+        settings.checkpoint,
+        dtype=settings.dtype,
+        dequantize=settings.dequantize,
+        shardings=None if parallelism is None else parallelism.rule(),
+    )
     if not defaults.stop_ids:  # Orbax keeps the config where read_generation_defaults does not look
         defaults = read_generation_defaults(settings.checkpoint, model.config.extra)
     return LoadedModel(model=model, tokenizer=tokenizer, defaults=defaults)

@@ -138,13 +138,19 @@ class Parallelism:
             found.append(axis if size > 1 else None)
         return PartitionSpec(*found)
 
-    def rule(self, config: Qwen3MoeConfig) -> Rule:
+    def rule(self, config: Qwen3MoeConfig | None = None) -> Rule:
         """(parameter name, shape) -> NamedSharding, as the loaders of moe_jax.checkpoints take.
+
+        Args:
+          config: to be checked; None leaves that to the first call of the model.
 
         Raises:
           ValueError: the mesh does not divide what it has to, or jax.set_mesh holds Explicit axes.
         """
-        self.check(config)
+        if config is None:
+            refuse_explicit_context()
+        else:
+            self.check(config)
         return lambda name, shape: NamedSharding(self.mesh, self.spec(name, shape))
 
     def check(self, config: Qwen3MoeConfig) -> None:

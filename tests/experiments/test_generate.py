@@ -20,7 +20,9 @@ from moe_jax.checkpoints import save_hugging_face, save_orbax
 from moe_jax.generation import Event, Generation, Sampling, TokenLogprobs
 from moe_jax.generation import generate as generate_tokens
 from moe_jax.model import Qwen3Moe
+from moe_jax.parameters import to_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.sharding import MESH_AXES
 from moe_jax.tokenization import ByteTokenizer, ChatTemplateError, load_tokenizer
 from moe_jax.traces import load_trace
 
@@ -312,3 +314,14 @@ def test_report_without_a_decode_step():
     assert "prompt tokens: 2, new tokens: 2 (length 1, stop_id 1)" in text
     assert "time to first token: 250.0 ms, compiling included" in text
     assert "decode" not in text
+
+
+def test_a_model_is_loaded_onto_the_mesh_that_flags_say():
+    """On one device here, where the parts are the whole."""
+    settings = generate.Settings(
+        preset="tiny", random=True, prompt_tokens=1, mesh=("data=1", "expert=1")
+    )
+    arrays = to_arrays(load_to_generate(settings).model)
+    assert {array.sharding.mesh.axis_names for array in arrays.values()} == {MESH_AXES}
+    with pytest.raises(ValueError, match="expected 64 for data 1, expert 64, tensor 1"):
+        load_to_generate(dataclasses.replace(settings, mesh=("expert=64",)))
