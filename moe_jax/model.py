@@ -191,10 +191,13 @@ class Qwen3Moe(nnx.Module):
 
         Raises:
           ValueError: both or none of input_ids and inputs_embeds, a shape or dtype that does not
-            fit, ids out of range, labels with logits_to_keep, segment_ids with a cache.
+            fit, ids out of range, labels with logits_to_keep, segment_ids with a cache; a mesh that
+            does not divide the config or the rows, or Explicit axes in jax.set_mesh.
           TypeError: a list in place of an array.
         """
         config = self.config
+        if parallelism is not None:
+            parallelism.check(config)
         B, S = check_inputs(
             config,
             input_ids=input_ids,

@@ -47,11 +47,10 @@ def run_on_mesh(run: Callable, options: "StepOptions", *arguments: Any) -> Any:
       What run_layers returns, whole.
 
     Raises:
-      ValueError: the mesh does not divide the config or the rows; the message names the field.
+      ValueError: the mesh does not divide the rows.
     """
     params, x, positions, caches, replay = arguments
     parallelism = options.parallelism
-    parallelism.check(options.config)
     rows = parallelism.rows(options.phase, x.shape[0])
     by_rows = PartitionSpec(rows or None)
     cache = PartitionSpec(rows or None, "tensor" if parallelism.split_heads else None)

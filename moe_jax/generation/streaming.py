@@ -150,6 +150,9 @@ def stream(
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
+    parallelism = Parallelism.of(to_arrays(model))
+    if parallelism is not None:
+        parallelism.check(config)
     job = _Job(
         model=model,
         sampling=sampling.for_model(config.vocab_size, stops),
@@ -167,7 +170,7 @@ def stream(
         loop=compiled.loop_for(platform, steps_per_dispatch, capacity),
         logprobs=logprobs,
         on_routing=on_routing,
-        parallelism=Parallelism.of(to_arrays(model)),
+        parallelism=parallelism,
     )
     return _events(job)
 

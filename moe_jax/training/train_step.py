@@ -163,9 +163,12 @@ def gradients_of(
     """The float32 gradients of the batch's loss, and the TrainMetrics that need no optimiser.
 
     Raises:
-      ValueError: the batch is not of the shape [A, B, S].
+      ValueError: the batch is not of the shape [A, B, S], or the mesh does not divide it or the
+        config.
     """
     _check(batch)
+    if options.parallelism is not None:
+        options.parallelism.check(options.config)
     A = batch.input_ids.shape[0]
     targets = targets_of(batch)
     counts = {

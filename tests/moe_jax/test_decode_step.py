@@ -255,7 +255,9 @@ ONLY_BLOCKS = {
     "a backend named for its experts or attention": {"attention_backend": "xla"},
     "parameters split over a mesh's data": {"parallelism": on_mesh(data=2)},
     "more experts for a token than a shard has": {"parallelism": on_mesh(expert=8)},
-    "H, I, C = (128, 32, 64) (it takes multiples of 64)": {"parallelism": on_mesh(tensor=2)},
+    "H, I, C = (128, 32, 64) (it takes multiples of 64)": {
+        "config": changed(num_key_value_heads=2), "parallelism": on_mesh(tensor=2),
+    },
 }  # fmt: skip
 
 

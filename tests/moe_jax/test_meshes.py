@@ -1,16 +1,19 @@
 """Meshes of several devices: equality with one device, what is refused, who reads which rows."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
 from moe_jax.parallelism import Parallelism
+from moe_jax.parameters import from_arrays
 from moe_jax.sharding import make_mesh
-from moe_jax.training import PackedDocuments
+from moe_jax.training import PackedDocuments, gradients_of
 from tests.moe_jax import on_meshes
 from tests.quick_process import XLA_FLAGS
 
@@ -56,3 +59,16 @@ def test_rows_that_the_mesh_does_not_divide_are_refused():
     parallelism = Parallelism(mesh=AbstractMesh((2, 2), ("data", "expert")))
     with pytest.raises(ValueError, match="a micro-batch has 6 rows; expected a multiple of 4"):
         parallelism.rows("training", 6)
+
+
+def test_explicit_axes_in_context_are_refused_by_name():
+    options = dataclasses.replace(
+        on_meshes.OPTIONS, parallelism=Parallelism(mesh=make_mesh(devices=jax.devices()[:1]))
+    )
+    model = from_arrays(on_meshes.CONFIG, on_meshes.PARAMS)
+    refused = pytest.raises(ValueError, match=r"jax.set_mesh holds .*Explicit.*; expected AxisType")
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
+        with refused:
+            gradients_of(on_meshes.PARAMS, on_meshes.ROWS, options)
+        with refused:
+            model(on_meshes.ROWS.input_ids[0], parallelism=options.parallelism)
