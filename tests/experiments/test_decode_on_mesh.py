@@ -95,6 +95,7 @@ def test_sizes_of_a_mesh():
     assert not mesh_flags.parallelism_of(("tensor=1", "whole_heads")).split_heads
 
 
+@pytest.mark.slow
 def test_a_chain_on_a_mesh_keeps_the_logits_that_it_chooses_by():
     config = decode_on_mesh.Settings(preset="tiny", layers=1).config
     parallelism = Parallelism(mesh=make_mesh(devices=jax.devices()[:1]), fsdp=False)

@@ -85,14 +85,24 @@ def on_one() -> tuple[dict, dict]:
 
 def check_gradients() -> None:
     """Loss, balance loss and every gradient are those of one device."""
-    one = on_one()
     explicit = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
     assert explicit.axis_types == (AxisType.Explicit,)
-    meshes = [on_mesh(), on_mesh(mesh=explicit), on_mesh(expert=2, exchange="gather")]
-    if ON_GPU:
-        meshes.append(on_mesh(expert=2, exchange="padded"))
     sizes = ({"data": 2}, {"tensor": 2}, {"expert": 4}, {"data": 2, "tensor": 2})
-    meshes += [on_mesh(**each) for each in sizes if there(**each)]
+    expect_one_device_s([
+        on_mesh(), on_mesh(mesh=explicit), *(on_mesh(**each) for each in sizes if there(**each))
+    ])  # fmt: skip
+
+
+def check_exchanges() -> None:
+    """The same by the other ways for tokens to get to other shards, with and without remat."""
+    gather = on_mesh(expert=2, exchange="gather")
+    expect_one_device_s([
+        gather, dataclasses.replace(gather, remat=True), on_mesh(expert=2, exchange="padded")
+    ])  # fmt: skip
+
+
+def expect_one_device_s(meshes: list[TrainOptions]) -> None:
+    one = on_one()
     for options in meshes:
         what = f"{dict(options.parallelism.mesh.shape)}, {options.parallelism.exchange}"
         found, metrics = run(options)
@@ -207,6 +217,7 @@ CHECKS = {
     "generation on other meshes": lambda: check_generation(
         {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}, {"tensor": 4}
     ),
+    "exchanges": check_exchanges,
     "kernels": check_kernels,
 }
 

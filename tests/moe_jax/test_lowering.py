@@ -84,12 +84,11 @@ OUTPUT_MAJOR = ["output_major_gate_up", "output_major_down"]
 EXPERT_MAJOR = ["gather_rows", "expert_major_gate_up", "expert_major_down"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "B", "kernels", "sums"),
     [
-        pytest.param(
-            {"expert": 2}, 1, ["decode_attention", *OUTPUT_MAJOR], 1, marks=pytest.mark.slow
-        ),
+        ({"expert": 2}, 1, ["decode_attention", *OUTPUT_MAJOR], 1),
         ({"tensor": 2}, 16, ["decode_heads", "decode_router", *EXPERT_MAJOR], 2),
     ],
 )

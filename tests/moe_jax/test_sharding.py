@@ -143,7 +143,7 @@ def test_fp8_weights_are_split_in_whole_blocks():
 
 def test_a_model_is_drawn_where_its_parameters_lie():
     """A layer at a time, and with the same numbers; FP8 scales beside their values."""
-    config = dataclasses.replace(TINY, quantization_config=fp8_config((0,)), num_hidden_layers=2)
+    config = dataclasses.replace(TINY, quantization_config=fp8_config((0,)), num_hidden_layers=1)
     placing = Parallelism(mesh=make_mesh(devices=jax.devices()[:1]))
     groups = []
 
@@ -152,7 +152,7 @@ def test_a_model_is_drawn_where_its_parameters_lie():
         return placing.place(arrays)
 
     found = to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(0), place=place))
-    assert groups == [{"0"}, {"1"}, {"0", "1"}]
+    assert groups == [{"0"}, {"0"}]  # by itself, then what is left
     expected = to_arrays(Qwen3Moe(config, rngs=nnx.Rngs(0)))
     for name, array in expected.items():
         assert found[name].sharding.mesh == placing.mesh, name
