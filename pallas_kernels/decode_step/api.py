@@ -70,9 +70,10 @@ def decode_layer(
       launches: "layer", one grid up to 8 rows; or "blocks", one for attention and the router's
         product, one for top-k and the experts.
       config: None takes default_config of B and of the experts' format.
-      shard: the part of the layer that weights and caches hold; None for all of it. A shard's
-        experts are launches of their own, whatever `launches` says, and so is the router where
-        heads are split. The result is the whole layer's, but for the caches, on each device.
+      shard: the part of the layer that weights and caches hold; None for all of it. It is one grid
+        where all of it would be, but the router's tasks are another where heads are split, and then
+        the experts are launches of their own. The result is the whole layer's on each device, but
+        for the caches.
       interpret: as in decode_experts.
 
     Raises:
@@ -151,24 +152,30 @@ def _run(
         known["parts"] = residual.parts
     num_parts = 0 if residual.parts is None else len(residual.parts)
     if shard is None:
-        mailboxes = _mailboxes(s, config, launches, residual.mailboxes, interpret)
-        all_grids = grids(s, config, num_parts, launches)
+        cut = functools.partial(grids, s, config, launches=launches)
     else:
-        mailboxes, all_grids = {}, shard_grids(s, config, num_parts, bool(shard.heads_over))
-    for name, tasks in all_grids.items():
+        known["first_expert"] = jnp.reshape(shard.first_expert, 1).astype(jnp.int32)
+        heads_split, stored = bool(shard.heads_over), weights.gate_up.shape[0]
+        cut = functools.partial(shard_grids, s, config, launches, heads_split, stored)
+    mailboxes = _mailboxes(cut(num_parts=s.K), residual.mailboxes, interpret)
+    for name, tasks in cut(num_parts=num_parts).items():
         given = {array: mailboxes[array] for array in mailbox_shapes(tasks)}
         found, stamps[name], turned = _launch(name, tasks, known, given, interpret, stamped)
         known, mailboxes = known | found, mailboxes | turned
         if name == "decode_heads":
             known["o"] = lax.psum(jnp.sum(known["o"], axis=0, keepdims=True), shard.heads_over)
     ids, chosen_weights = (known[name].reshape(s.B, s.K) for name in ("ids", "weights"))
-    if "outputs" in known:
-        outputs = known["outputs"].reshape(s.K, s.N, s.H)
-    elif shard is not None:
-        outputs = _experts_of_shards(known["moe_input"][: s.B], experts, ids, chosen_weights, shard,
-                                     interpret)  # fmt: skip
+    outputs = known["outputs"].reshape(s.K, s.N, s.H) if "outputs" in known else None
+    if shard is not None:
+        if outputs is None:
+            outputs = _experts_of_shard(
+                known["moe_input"][: s.B], experts, ids, chosen_weights, shard, interpret
+            )
+        else:
+            outputs = _sum_of_shard(outputs[:, : s.B], ids, shard, stored)
+        outputs = lax.psum(outputs, shard.experts_over)
         outputs = jnp.pad(outputs, ((0, s.N - s.B), (0, 0)))[None]
-    else:
+    elif outputs is None:
         padding = ((0, s.N - s.B), (0, 0))
         outputs = decode_experts(
             known["moe_input"],
@@ -207,24 +214,40 @@ def grids(
 
 
 def shard_grids(
-    s: LayerShapes, config: LayerConfig, num_parts: int, heads_split: bool
+    s: LayerShapes,
+    config: LayerConfig,
+    launches: str,
+    heads_split: bool,
+    stored: int,
+    num_parts: int,
 ) -> dict[str, list[Task]]:
-    """The same of a shard, up to the ids: o's products are added up between two grids, if split."""
-    *heads, add_2 = attention_tasks(s, config, num_parts, num_parts > 0)
-    router = router_tasks(s)
+    """The same of a shard with `stored` experts; it may leave them to others with few rows, too.
+
+    Where heads are split, o's products are added up between two grids.
+    """
+    one_grid = WholeBatchTiles.fit(s.B, s.K) and launches == "layer" and not heads_split
+    mailed = config.mailboxes and one_grid
+    *heads, add_2 = attention_tasks(s, config, num_parts, num_parts > 0, mailed)
+    router = router_tasks(s, mailed, sharded=mailed)
+    if mailed:
+        experts = experts_tasks(s, config, mailed, stored)
+        return {"decode_layer": [*heads, add_2, *router, *experts]}
     if not heads_split:
         return {"decode_attention": [*heads, add_2, *router]}
     add_2 = dataclasses.replace(add_2, work=dataclasses.replace(add_2.work, num_parts=1))
     return {"decode_heads": heads, "decode_router": [add_2, *router]}
 
 
-def _experts_of_shards(tokens, experts, ids, weights, shard: LayerShard, interpret) -> jax.Array:
-    """[B, H] float32: what the experts of all shards add."""
+def _experts_of_shard(tokens, experts, ids, weights, shard: LayerShard, interpret) -> jax.Array:
+    """[B, H] float32: what a shard's experts add."""
     own = jnp.where(ids >= 0, ids - shard.first_expert, -1)
-    outputs = decode_experts(
-        tokens, experts, own, weights, out_dtype=jnp.float32, interpret=interpret
-    )
-    return lax.psum(outputs, shard.experts_over)
+    return decode_experts(tokens, experts, own, weights, out_dtype=jnp.float32, interpret=interpret)
+
+
+def _sum_of_shard(outputs: jax.Array, ids: jax.Array, shard: LayerShard, stored: int) -> jax.Array:
+    """[B, H] float32 of outputs [K, B, H], in which rows of other shards' experts are unwritten."""
+    own = (ids >= shard.first_expert) & (ids < shard.first_expert + stored)
+    return jnp.sum(jnp.where(own.T[:, :, None], outputs, 0), axis=0)
 
 
 def _launch(
@@ -251,13 +274,16 @@ def _launch(
 
 
 def _mailboxes(
-    s: LayerShapes, config: LayerConfig, launches: str, given: dict | None, interpret
+    of_grids: dict[str, list[Task]], given: dict | None, interpret
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Those given, if they are of such a layer; else fresh ones.
 
-    All that any layer needs: the first one has no parts to add, and uses fewer.
+    Args:
+      of_grids: the tasks of a layer with parts to add; the first layer has none, and uses fewer.
+      given: those that the layer before has handed on, or None.
+      interpret: as in decode_layer.
     """
-    tasks = [task for grid in grids(s, config, s.K, launches).values() for task in grid]
+    tasks = [task for grid in of_grids.values() for task in grid]
     shapes = mailbox_shapes(tasks)
     if given is not None and {name: pair[0].shape for name, pair in given.items()} == shapes:
         return given

@@ -231,10 +231,10 @@ def _in_mailboxes(task: Task) -> Task:
     return dataclasses.replace(task, posts=posts, writes=writes, waits_for={})
 
 
-def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
+def router_tasks(s: LayerShapes, mailed: bool = False, sharded: bool = False) -> list[Task]:
     """From the router's partial sums to logits, ids, weights, and the experts' input.
 
-    Arguments as those of attention_tasks.
+    Arguments as those of attention_tasks; `sharded` as in TopK.
     """
     norm = NormInput(T=s.B, H=s.H, N=s.N, eps=s.eps, mailed=mailed, after="add_2")
     top_k = TopK(
@@ -246,8 +246,10 @@ def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
         num_splits=s.H // COLUMNS,
         norm_topk_prob=s.norm_topk_prob,
         mailed=mailed,
+        sharded=sharded,
         after="add_2",
     )
+    first = {"first_expert": "first_expert"} if sharded else {}
     waits_for = {} if mailed else {"add_2": s.B}
     return [
         Task(
@@ -264,7 +266,7 @@ def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
         Task(
             kind="top_k",
             work=top_k,
-            reads={"partials": "logits_partials", "squares": "squares_2", "valid": "valid"},
+            reads={"partials": "logits_partials", "squares": "squares_2", "valid": "valid"} | first,
             writes={name: name for name in ("logits", "ids", "weights")},
             posts={name: name for name in ("id_words", "weight_words") if mailed},
             waits_for=waits_for,
@@ -272,13 +274,16 @@ def router_tasks(s: LayerShapes, mailed: bool = False) -> list[Task]:
     ]
 
 
-def experts_tasks(s: LayerShapes, config: LayerConfig, mailed: bool = False) -> list[Task]:
+def experts_tasks(
+    s: LayerShapes, config: LayerConfig, mailed: bool = False, stored: int | None = None
+) -> list[Task]:
     """From moe_input, ids and weights to outputs; at most 8 tokens.
 
-    Arguments as those of attention_tasks.
+    Arguments as those of attention_tasks; `stored` is how many experts there are weights of, all by
+    default.
     """
     ids, weights = ("id_words", "weight_words") if mailed else ("ids", "weights")
-    tiles = slot_major_tiles(s.B, s.K, s.E, s.H)
+    tiles = slot_major_tiles(s.B, s.K, s.E if stored is None else stored, s.H)
     fp8 = "experts" in s.fp8
     gate_up = (GateUpFp8 if fp8 else GateUp)(
         tiles=tiles,

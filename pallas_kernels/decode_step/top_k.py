@@ -27,7 +27,8 @@ class TopK:
     Reads partials [num_splits, N, padded_E] float32, of which columns beyond E may hold anything,
     squares as AddResidual has them, and valid [T] int32. Writes logits [T, E] float32, ids [T * K]
     int32 and weights [T * K] float32, a token's one after the other. A token that is not valid has
-    ids of -1. Mailed, it posts ids and weights as float32, too.
+    ids of -1. Mailed, it posts ids and weights as float32, too; for a shard's experts it reads
+    first_expert [1] int32, and posts ids less that number.
 
     Each lane has some experts, and counts those that come before its own: E comparisons, and no
     exchange between lanes. Beyond some 200 experts, K rounds of a maximum cost less. Then an expert
@@ -43,6 +44,7 @@ class TopK:
       norm_topk_prob: whether the K weights are divided by their sum.
       after: the kind of task that writes the partials.
       mailed: whether what it reads and posts is in mailboxes.
+      sharded: whether what it posts is for the experts of a shard.
     """
 
     T: int
@@ -54,6 +56,7 @@ class TopK:
     norm_topk_prob: bool
     after: str
     mailed: bool = False
+    sharded: bool = False
 
     num_counters = 1
     bytes_read = 0
@@ -117,7 +120,10 @@ class TopK:
         if self.mailed:  # first, because the experts' weights are loaded by them
             layout = one_per_lane(smem["chosen_ids"].shape[0])
             for role, name in (("id_words", "chosen_ids"), ("weight_words", "chosen_weights")):
-                words = plgpu.load(smem[name], layout=layout).astype(jnp.float32)
+                words = plgpu.load(smem[name], layout=layout)
+                if self.sharded and role == "id_words":
+                    words -= jnp.full_like(words, arrays["first_expert"][0])
+                words = words.astype(jnp.float32)
                 post(arrays[role].at[chosen], words, layout, limit=self.K)
         _store(smem["expert_logits"], arrays["logits"].at[token], self.E)
         _store(smem["chosen_ids"], arrays["ids"].at[chosen], self.K)
@@ -133,10 +139,11 @@ class TopK:
         if self.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         ids = jnp.where(arrays["valid"][:, None] > 0, ids, -1).astype(jnp.int32)
+        posted = ids - arrays["first_expert"][0] if self.sharded else ids
         return {
             "logits": logits,
             "ids": ids.reshape(-1),
-            "id_words": ids.reshape(-1).astype(jnp.float32),
+            "id_words": posted.reshape(-1).astype(jnp.float32),
             "weights": weights.reshape(-1),
             "weight_words": weights.reshape(-1),
         }
