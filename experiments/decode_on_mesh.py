@@ -65,7 +65,7 @@ class Settings:
     steps: int = flag(16, "Of a chain, which are issued at once.", least=1)
     repeats: int = flag(7, "Samples of each time, at most; the median counts.", least=1)
     seed: int = flag(0, "Of weights, caches and tokens.", least=0)
-    budget_s: float = flag(220, "After which no further mesh and batch begins.", least=0)
+    budget_s: float = flag(190, "After which no further mesh and batch begins.", least=0)
     add: bool = flag(False, "Keep the rows of --out's record that this run does not measure.")
     out: pathlib.Path = flag(
         pathlib.Path("out/decode_on_mesh"), "The folder for the JSONL.", needs="a folder"

@@ -64,7 +64,7 @@ class Settings:
     expert_exchange: str = flag("auto", "How tokens get to other shards.", of=EXCHANGES)
     steps: int = flag(5, "That are timed, after two that are not.", least=1)
     peak_tflops: float = flag(989.0, "Of one device, for bfloat16 products.", least=1e-3)
-    budget_s: float = flag(220, "After which no further mesh begins.", least=0)
+    budget_s: float = flag(190, "After which no further mesh begins.", least=0)
     seed: int = flag(0, "Of weights and tokens.", least=0)
     out: pathlib.Path = flag(
         pathlib.Path("out/train_speed"), "The folder for the JSONL.", needs="a folder"
