@@ -22,6 +22,7 @@ from moe_jax.cache import init_cache
 from moe_jax.generation import decode, generate
 from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
+from moe_jax.quantization import fp8_config
 from moe_jax.sharding import make_mesh
 from moe_jax.training import (
     OptimizerOptions,
@@ -31,6 +32,7 @@ from moe_jax.training import (
     train_step,
 )
 from tests.moe_jax import test_decode_step
+from tests.moe_jax.scaled_weights import in_format_of
 from tests.moe_jax.tiny import TINY, random_arrays
 from tests.moe_jax.training import test_train_step
 from tests.pallas_kernels.machine import ON_GPU
@@ -214,6 +216,29 @@ def check_kernels() -> None:
                 assert error < 2e-2, (sizes, options, error)  # each is within half of float32
 
 
+def check_fp8() -> None:
+    """Values and scales are split alike; in whole blocks, and along experts in any."""
+    whole = {"num_hidden_layers": 1, "hidden_size": 128, "moe_intermediate_size": 256}
+    whole |= {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for sizes, config in (
+        ({"tensor": 2}, dataclasses.replace(TINY, **whole, quantization_config=fp8_config((0,)))),
+        ({"expert": 2}, dataclasses.replace(TINY, quantization_config=fp8_config((0, 1)))),
+    ):
+        if not there(**sizes):
+            continue
+        parallelism = Parallelism(mesh=make_mesh(**sizes), fsdp=False)
+        plain = dataclasses.replace(config, quantization_config=None)
+        params = in_format_of(config, random_arrays(plain))
+
+        @functools.partial(jax.jit, static_argnames=("config", "parallelism"))
+        def logits(arrays, config, parallelism=None):
+            model = from_arrays(config, arrays)
+            return model(jnp.array([[1, 2, 3]]), parallelism=parallelism).logits
+
+        found = logits(parallelism.place(params), config, parallelism)
+        np.testing.assert_allclose(found, logits(params, config), rtol=1e-4, atol=1e-4)
+
+
 CHECKS = {
     "gradients": check_gradients,
     "step": check_a_step,
@@ -222,6 +247,7 @@ CHECKS = {
         {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}, {"tensor": 4}
     ),
     "exchanges": check_exchanges,
+    "fp8": check_fp8,
     "kernels": check_kernels,
 }
 
