@@ -15,6 +15,17 @@ from notebooks import refresh
 REFRESH = "run `python -m notebooks.refresh`"
 LARGEST_PICTURE, LARGEST_NOTEBOOK = 100_000, 600_000  # bytes
 
+QUICK = "import tests.quick_process"
+
+# The balance loss as it is, but without a gradient.
+NO_GRADIENT = """
+import jax
+from moe_jax.training import objective
+
+whole = objective.balance_of_sums
+objective.balance_of_sums = lambda *sums: jax.lax.stop_gradient(whole(*sums))
+"""
+
 each_notebook = pytest.mark.parametrize("path", refresh.paths(), ids=lambda path: path.stem)
 
 
@@ -35,8 +46,15 @@ def test_there_is_a_notebook():
 @each_notebook
 def test_runs(path):
     # A cell that raises is a CellExecutionError that shows the cell.
-    executed = refresh.execute(refresh.read(path), before="import tests.quick_process")
+    executed = refresh.execute(refresh.read(path), before=QUICK)
     assert pictures(executed), f"{path.name} drew nothing"
+
+
+@pytest.mark.slow
+def test_training_and_balance_needs_the_gradient_of_the_balance_loss():
+    notebook = refresh.read(refresh.FOLDER / "training_and_balance.ipynb")
+    with pytest.raises(CellExecutionError, match=r"assert late\["):
+        refresh.execute(notebook, before=QUICK + NO_GRADIENT)
 
 
 @each_notebook
