@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -306,7 +307,8 @@ class TrainingStates:
         return jax.tree.map(placed, target, state)
 
     def _remove_unfinished(self) -> None:
-        if jax.process_index() == 0:
+        for attempt in range(3 if jax.process_index() == 0 else 0):
+            time.sleep(0.1 * attempt)  # another thread of the save may write on for a moment
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
 

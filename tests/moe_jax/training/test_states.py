@@ -278,7 +278,8 @@ def test_full_disk(copied, run, target):
                     time.sleep(0.01)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert sorted(os.listdir(copied)) == ["2", "4", "5"]
+        # A thread of the failed save may have written a file since.
+        assert sorted(n for n in os.listdir(copied) if "tmp" not in n) == ["2", "4", "5"]
         states.save(sixth, held_out_loss=0.0)
     assert_same_bits(restored(copied, target).state, sixth)
     assert not list(copied.glob("*tmp*"))
