@@ -51,7 +51,7 @@ def from_checkpoint(
       coefficients: of the router losses, by their names in the config; None keeps its own.
 
     Raises:
-      ValueError: it cannot be loaded, or has no place for so many positions.
+      ValueError: it cannot be loaded, or does not take as many positions.
     """
     loaded = generate_script.load_to_generate(
         generate_script.Settings(checkpoint=source, dtype="float32", dequantize=True, prompt=("-",))
