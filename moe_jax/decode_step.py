@@ -83,7 +83,9 @@ def _by_blocks(params, x, positions, caches, replay, options: StepOptions):
     rope = tuple(table.astype(x.dtype) for table in positions.rope)  # once for all layers
     positions = positions._replace(rope=rope)
     run, arrays = scoped(run_layers, options), (params, x, positions, caches, replay)
-    return run(*arrays) if options.parallelism is None else run_on_mesh(run, options, *arrays)
+    if options.parallelism is None:
+        return run(*arrays)
+    return run_on_mesh(run, options.parallelism, options.phase, *arrays)
 
 
 def _by_kernels(
@@ -99,7 +101,7 @@ def _by_kernels(
     run, arrays = functools.partial(_kernels, options, interpret), (params, x, positions, caches)
     if options.parallelism is None:
         return run(*arrays, replay)
-    return run_on_mesh(run, options, *arrays, replay)
+    return run_on_mesh(run, options.parallelism, options.phase, *arrays, replay)
 
 
 def _kernels(options: StepOptions, interpret: bool, params, x, positions, caches, replay):

@@ -140,7 +140,8 @@ def run_layers(
       Each layer's output [B, S, H], the caches with these tokens, and each MoE layer's Routing.
     """
     outputs, updated, routings = [], [], []
-    run_layer = rematerialised(functools.partial(decoder_layer, options=options), options)
+    run_layer = functools.partial(decoder_layer, options=options)
+    run_layer = rematerialised(run_layer, options.remat, options.parallelism)
     for index, layer in enumerate(params):
         if holds_fp8(layer) and has_all_of_xla(options.platform):
             # Tied to x, because XLA would dequantise all layers first: it moves what does not

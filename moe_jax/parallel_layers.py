@@ -13,7 +13,7 @@ layers, the norm, the head and the losses, is left to the compiler: it sees whol
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,18 @@ from moe_jax.parallelism import Parallelism
 from moe_jax.sharding import axes_of
 from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, is_fp8
 
-if TYPE_CHECKING:
-    from moe_jax.decoder import StepOptions
-
 # Weights that a layer gathered: the backward pass gathers them anew, because kept ones would be
 # the whole model on each device.
 GATHERED = "gathered"
 
 
-def run_on_mesh(run: Callable, options: "StepOptions", *arguments: Any) -> Any:
-    """decoder.run_layers on each device of options.parallelism.
+def run_on_mesh(run: Callable, parallelism: Parallelism, phase: str, *arguments: Any) -> Any:
+    """All layers on each device of a mesh.
 
     Args:
-      run: run_layers with its options.
-      options: its options.
+      run: decoder.run_layers with its options, or what does the same.
+      parallelism: of these options.
+      phase: likewise.
       arguments: its arrays, whole: params, x, positions, caches, replay.
 
     Returns:
@@ -50,8 +48,7 @@ def run_on_mesh(run: Callable, options: "StepOptions", *arguments: Any) -> Any:
       ValueError: the mesh does not divide the rows.
     """
     params, x, positions, caches, replay = arguments
-    parallelism = options.parallelism
-    rows = parallelism.rows(options.phase, x.shape[0])
+    rows = parallelism.rows(phase, x.shape[0])
     by_rows = PartitionSpec(rows or None)
     cache = PartitionSpec(rows or None, "tensor" if parallelism.split_heads else None)
     every = PartitionSpec()
@@ -126,14 +123,14 @@ def gathered(params: Any, parallelism: Parallelism | None) -> Any:
     return jax.tree.map_with_path(whole, params, is_leaf=is_fp8)
 
 
-def rematerialised(run_layer: Callable, options: "StepOptions") -> Callable:
+def rematerialised(run_layer: Callable, remat: bool, parallelism: Parallelism | None) -> Callable:
     """run_layer with a backward pass that keeps less: its input alone, or all but gathered weights.
 
-    Without options.remat and without a mesh it is run_layer.
+    Without remat and without a mesh it is run_layer.
     """
-    if options.remat:
+    if remat:
         return jax.checkpoint(run_layer)
-    if options.parallelism is None or not options.parallelism.fsdp:
+    if parallelism is None or not parallelism.fsdp:
         return run_layer
     policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return jax.checkpoint(run_layer, policy=policy)
