@@ -76,7 +76,7 @@ class Work(Protocol):
           shared: as shared_types.
           full: as barrier_types.
           wait: wait(kind, counter=0) returns once that task has sent all signals of the counter.
-          signal: signal(counter=0, after_copies=False), see grid_sync; each block does it once.
+          signal: signal(counter=0), see grid_sync; each block does it once.
         """
         ...
 
@@ -282,11 +282,11 @@ def _run_block(task, block_id, known, counters, places, mark, *, shared, barrier
         wait(counters, place.first + counter, place.arrivals, place.waiting)
         mark()
 
-    def send(counter: Any = 0, *, after_copies: bool = False) -> None:
+    def send(counter: Any = 0) -> None:
         # Those who wait set a counter back to zero. Without any it would stay, and other grids with
         # as many counters have the same ones.
         if places[task.kind].waiting:
-            signal(counters, places[task.kind].first + counter, after_copies=after_copies)
+            signal(counters, places[task.kind].first + counter)
 
     names = task.reads | task.made | task.updates
     arrays = {role: known[name] for role, name in names.items()}

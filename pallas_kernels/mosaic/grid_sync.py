@@ -50,35 +50,30 @@ def zeroed_counters(count: int) -> jax.Array:
     return jnp.asarray(np.concatenate([np.zeros(count, np.int32), _UNLIKE_OTHER_CONSTANTS]))
 
 
-def signal(counters: Any, index: Any, *, after_copies: bool = False) -> None:
-    """Adds one to counters[index], after all that this block has written and waited for.
+def signal(counters: Any, index: Any) -> None:
+    """Adds one to counters[index], after all that this block's lanes have written and waited for.
+
+    What the copy engine has written is not ordered before it. What lanes have written a copy may
+    read: `wait` has a fence for the copies that follow.
 
     Args:
       counters: int32 in global memory, see zeroed_counters.
       index: int32.
-      after_copies: whether the copy engine has written some of it. The fences that this takes cost
-        up to a microsecond. What lanes have written needs none here, though a copy may read it:
-        `wait` has a fence for the copies that follow.
     """
     if interpreting():
         counters[index] = counters[index] + 1
         return
-    fence = "fence.proxy.async;" if after_copies else ""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def add_one(_, counters, index):
-        if after_copies:
-            # Of a lane's own stores: one lane's fence need not order the others' before a copy.
-            mgpu.utils.inline_ptx(fence, has_side_effects=True)
         mgpu.warpgroup_barrier()
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
             mgpu.utils.inline_ptx(
-                f"""{{
+                """{
                 .reg .b64 at;
                 mad.wide.s32 at, $1, 4, $0;
-                {fence}
                 red.add.release.gpu.global.u32 [at], 1;
-                }}""",
+                }""",
                 mgpu.utils.memref_ptr(counters),
                 index.registers.item(),
                 has_side_effects=True,

@@ -1,6 +1,5 @@
 """Counters and waits: interpreted, as they are lowered, and as a GPU runs them."""
 
-import functools
 import re
 
 import jax
@@ -114,16 +113,6 @@ def test_a_signal_comes_after_what_the_block_has_written():
     _, meeting, one_lane = assembly_of(grid_sync.signal)
     assert meeting.startswith("bar.sync")
     assert "red.add.release.gpu" in one_lane and "fence" not in one_lane
-
-
-def test_a_signal_comes_after_what_the_copy_engine_has_written():
-    _, every_lane, meeting, one_lane = assembly_of(
-        functools.partial(grid_sync.signal, after_copies=True)
-    )
-    assert every_lane == "fence.proxy.async;"
-    assert meeting.startswith("bar.sync")
-    # The release comes last: what it orders is written by then, by copies too.
-    assert one_lane.index("fence.proxy.async") < one_lane.index("red.add.release.gpu")
 
 
 def _wait(counters, block_id):
