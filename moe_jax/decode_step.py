@@ -44,7 +44,7 @@ from pallas_kernels.decode_step import (
     LayerWeights,
     Residual,
     RowPositions,
-    decode_layer,
+    decode_layers,
 )
 
 
@@ -108,8 +108,8 @@ def _kernels(options: StepOptions, interpret: bool, params, x, positions, caches
     """_by_kernels on one device, which may be one of a mesh."""
     del replay
     config = options.config
-    decode = functools.partial(
-        decode_layer,
+    run = functools.partial(
+        decode_layers,
         K=config.num_experts_per_tok,
         eps=config.rms_norm_eps,
         norm_topk_prob=config.norm_topk_prob,
@@ -118,18 +118,9 @@ def _kernels(options: StepOptions, interpret: bool, params, x, positions, caches
         interpret=interpret,
     )
 
-    def run(weights, residual, rows, caches) -> list[LayerStep]:
-        steps = []
-        for index, (own, cache) in enumerate(zip(weights, caches, strict=True)):
-            with jax.named_scope(f"layer_{index}"):
-                step = decode(residual, own, *cache, rows)
-            residual = step.residual
-            steps.append(step)
-        return steps
-
     scope = configured_scope(config, "model", phase=options.phase, platform=options.platform)
     weights, rows = tuple(map(_layer_weights, params)), _row_positions(positions, x.shape[0])
-    steps = scope(run)(weights, Residual.of(x[:, 0]), rows, caches)
+    steps = scope(run)(Residual.of(x[:, 0]), weights, tuple(map(tuple, caches)), rows)
 
     outputs = [step.residual.total(rows.valid)[:, None] for step in steps]
     caches = tuple(LayerCache(step.keys, step.values) for step in steps)

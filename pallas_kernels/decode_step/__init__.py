@@ -4,7 +4,7 @@ Start at `api.py` (what a user calls) and `reference.py` (what it means); `layer
 tasks, and `tasks.py` runs such a list.
 """
 
-from pallas_kernels.decode_step.api import decode_layer, stamp_layer
+from pallas_kernels.decode_step.api import decode_layer, decode_layers, stamp_layers
 from pallas_kernels.decode_step.layer_arrays import (
     LayerShard,
     LayerStep,
@@ -21,6 +21,7 @@ __all__ = [
     "Residual",
     "RowPositions",
     "decode_layer",
+    "decode_layers",
     "reference_decode_layer",
-    "stamp_layer",
+    "stamp_layers",
 ]

@@ -1,5 +1,6 @@
 """What decode_layer accepts: shapes, dtypes and sizes, each with an error that names it."""
 
+import dataclasses
 import numbers
 
 import jax.numpy as jnp
@@ -20,6 +21,33 @@ SLOTS_MULTIPLE = 64  # of a row of the cache
 HEAD_DIM = 128
 MAX_SPREAD_NS = 1_000_000  # see mosaic.grid_sync.pause
 INSTEAD = "reference_decode_layer"
+
+
+def check_layers(
+    residual, weights, caches, positions, K, eps, norm_topk_prob, shard
+) -> LayerShapes:
+    """What check_inputs says of each layer; a ValueError if one is unlike the first, or none is.
+
+    Arguments as decode_layers'.
+    """
+    if not weights or len(weights) != len(caches):
+        raise ValueError(
+            f"weights and caches are of {len(weights)} and {len(caches)} layers; expected as many "
+            "of each, and at least one"
+        )
+    expected = None
+    for index, (own, cache) in enumerate(zip(weights, caches, strict=True)):
+        s = check_inputs(
+            residual, own, *cache, positions, K, eps, norm_topk_prob, shard is not None
+        )
+        expected = expected or s
+        for field in dataclasses.fields(s):
+            value, first = getattr(s, field.name), getattr(expected, field.name)
+            if value != first:
+                raise ValueError(
+                    f"{field.name} of layer {index} is {value}; expected {first} as of layer 0"
+                )
+    return expected
 
 
 def check_inputs(

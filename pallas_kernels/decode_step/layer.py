@@ -130,20 +130,19 @@ def default_config(B: int, quantised: bool = False) -> LayerConfig:
 
 
 def attention_tasks(
-    s: LayerShapes, config: LayerConfig, num_parts: int, masked: bool, mailed: bool = False
+    s: LayerShapes, config: LayerConfig, num_parts: int, mailed: bool = False
 ) -> list[Task]:
     """From x and what is added to it to the next residual, and the router's partial sums.
 
     Args:
       s: sizes.
       config: how.
-      num_parts: parts of what is added to x; 0 for nothing.
-      masked: as in AddResidual.
+      num_parts: parts of what is added to x, at least one.
       mailed: whether results are handed on in mailboxes; for at most 8 rows.
     """
     rows = (s.heads * s.D, s.kv * s.D, s.kv * s.D)
     add_1 = AddResidual(
-        T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=masked, mailed=mailed, keeps=not mailed
+        T=s.B, H=s.H, N=s.N, num_parts=num_parts, masked=True, mailed=mailed, keeps=not mailed
     )
     qkv = _split_product(s, "qkv")(
         T=s.B, N=s.N, rows=rows, columns=s.H, after="add_1", D=s.D, mailed=mailed,
@@ -161,17 +160,23 @@ def attention_tasks(
     add_2 = AddResidual(
         T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, mailed=mailed, after="o"
     )
-    added = {"parts": "parts"} if num_parts else {}
-    mask = {"valid": "valid"} if masked else {}
-    total = "attention_input" if num_parts else "x"
+    total = "attention_input"
     names = ("qkv", "cos", "sin", "q_norm", "k_norm", "lengths", "valid")
     tasks = [
         Task(
             kind="add_1",
             work=add_1,
-            reads={"x": "x", "norm_weight": "input_layernorm"} | added | mask,
-            writes={"scaled": "scaled", "squares": "squares_1"}
-            | ({"words" if mailed else "total": total} if num_parts else {}),
+            reads={
+                "x": "x",
+                "norm_weight": "input_layernorm",
+                "parts": "parts",
+                "valid": "valid",
+            },
+            writes={
+                "scaled": "scaled",
+                "squares": "squares_1",
+                "words" if mailed else "total": total,
+            },
         ),
         Task(
             kind="qkv",

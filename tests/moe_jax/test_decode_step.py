@@ -336,21 +336,21 @@ def test_a_decode_backend_named_to_stream_is_the_blocks(monkeypatch):
         list(generate())
 
 
-# What decode_layer is given.
+# What decode_layers is given.
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The arguments of each decode_layer; a stub in its place returns arrays of its shapes."""
+    """The arguments of each decode_layers; a stub in its place returns arrays of its shapes."""
     recorded = []
 
-    def stub(residual, weights, keys, values, positions, **options):
+    def stub(residual, weights, caches, positions, **options):
         recorded.append(options | {"weights": weights, "positions": positions})
-        B, K = len(keys), options["K"]
+        B, K = len(caches[0][0]), options["K"]
         routing = jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K)), jnp.zeros((B, 8))
-        return LayerStep(Residual(2 * residual.x), keys, values, *routing)
+        return [LayerStep(Residual(2 * residual.x), *cache, *routing) for cache in caches]
 
-    monkeypatch.setattr(decode_step, "decode_layer", stub)
+    monkeypatch.setattr(decode_step, "decode_layers", stub)
     return recorded
 
 
@@ -376,8 +376,8 @@ def test_a_scope_of_a_part_cuts_the_layer(calls, scope, launches):
     assert ("superkernel.decode_layers" in text) == (scope == "model")
 
 
-def test_all_layers_share_their_positions(calls):
+def test_all_layers_are_one_call(calls):
     traced(CONFIG)
-    first, last = calls
-    assert first["positions"] == last["positions"]
-    assert first["positions"].cos.shape == (3, 128)
+    (call,) = calls
+    assert len(call["weights"]) == CONFIG.num_hidden_layers > 1
+    assert call["positions"].cos.shape == (3, 128)

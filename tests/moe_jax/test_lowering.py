@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +54,13 @@ def test_a_long_prefill_takes_the_grouped_products_once_for_equal_layers():
     assert kernels_of(text) == ["grouped_swiglu", "grouped_matmul"]
 
 
-def test_a_layer_is_one_kernel():
-    config = dataclasses.replace(TINY, head_dim=128, num_hidden_layers=1)
+def test_a_layer_is_one_kernel_and_all_layers_are_alike():
+    config = dataclasses.replace(TINY, head_dim=128)
     text = lowered(config, 1, 64)
-    assert kernels_of(text) == ["fresh_mailboxes", "decode_layer"]  # the first once a step
+    assert config.num_hidden_layers > 1
+    # The first one once a step; the layer's is lowered once, and called for each of them.
+    assert kernels_of(text) == ["fresh_mailboxes", "decode_layer"]
+    assert len(re.findall(r"call @launch_layer\(", text)) == config.num_hidden_layers
     assert "stablehlo.dot_general" in text  # the head
 
 

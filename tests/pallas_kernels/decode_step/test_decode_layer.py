@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
-from pallas_kernels.decode_step import Residual
+from pallas_kernels.decode_step import Residual, decode_layers
 from pallas_kernels.decode_step.layer import LayerConfig
 from tests.pallas_kernels.decode_experts.cases import assert_same_bits
 from tests.pallas_kernels.decode_step.cases import (
+    POISONED,
     Case,
     assert_right,
     assert_same_rows,
@@ -109,6 +110,28 @@ def test_mailboxes_go_from_layer_to_layer(alone):
     for next_full, next_stale in step.residual.mailboxes.values():
         assert (np.asarray(next_full).view(np.uint32) == 0xFFFFFFFF).all()
         assert not (np.asarray(next_stale).view(np.uint32) == 0xFFFFFFFF).all()
+
+
+def test_several_layers_are_one_after_the_other(alone):
+    """Without parts zeros are added, which change no bit."""
+    case, _ = alone
+    s, config = layer_shapes(1), None if ON_GPU else LayerConfig()
+    x, parts = case.residual.x, jnp.zeros_like(case.residual.parts)
+    given = case._replace(residual=Residual(x, parts))
+    expected = [run(given, s, config=config)]
+    expected.append(run(case._replace(residual=expected[0].residual), s, config=config))
+    found = decode_layers(
+        Residual(x),
+        [case.weights] * 2,
+        [(case.keys, case.values)] * 2,
+        case.positions,
+        K=s.K,
+        eps=s.eps,
+        config=config,
+        interpret=POISONED,
+    )
+    for step, other in zip(found, expected, strict=True):
+        assert_same_rows(step, [0], other)
 
 
 # --- any batch; each shape that is new would cost seconds

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, scales_shape
-from pallas_kernels.decode_step import decode_layer
+from pallas_kernels.decode_step import decode_layer, decode_layers
 from pallas_kernels.decode_step.layer import LayerConfig
 from tests.pallas_kernels.decode_step.cases import EPS, layer_shapes, struct_case
 
@@ -207,3 +207,37 @@ def test_error(name):
         decode_layer(**given)
     for words in says:
         assert words in str(raised.value)
+
+
+# The second layer's changes, and what the error must say.
+UNLIKE = {
+    "I": ({"I": 128}, "I of layer 1 is 128", "64 as of layer 0"),
+    "C": ({"C": 64}, "C of layer 1 is 64", "128 as of layer 0"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_layers_must_be_alike(name):
+    changes, *says = UNLIKE[name]
+    first, second = struct_case(layer_shapes(2)), struct_case(layer_shapes(2, **changes))
+    caches = [(case.keys, case.values) for case in (first, second)]
+    with pytest.raises(ValueError) as raised:
+        decode_layers(
+            first.residual, [first.weights, second.weights], caches, first.positions, K=2, eps=EPS
+        )
+    for words in says:
+        assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_each_layer_has_a_cache(count):
+    case = struct_case(layer_shapes(2))
+    with pytest.raises(ValueError, match=f"of {count} and 2 layers"):
+        decode_layers(
+            case.residual,
+            [case.weights] * count,
+            [(case.keys, case.values)] * 2,
+            case.positions,
+            K=2,
+            eps=EPS,
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.block_scaled_fp8 import quantise
-from pallas_kernels.decode_step.api import grids
+from pallas_kernels.decode_step.grids import grids
 from pallas_kernels.decode_step.layer import PRODUCTS, default_config, experts_tasks
 from pallas_kernels.decode_step.split_product_fp8 import SplitProductFp8
 from pallas_kernels.decode_step.tasks import Task, run_as_grid, run_in_python
@@ -101,7 +101,7 @@ def test_each_product_has_its_own_format():
     for fp8 in ((), ("qkv",), ("o",), ("experts",), ALL):
         scaled = set().union(*(of_product[product] for product in fp8))
         config = default_config(1, "experts" in fp8)
-        lists = grids(qwen3_shapes(1, fp8=fp8), config, 8, "layer").values()
+        lists = grids(qwen3_shapes(1, fp8=fp8), config, "layer", 8).values()
         read = {task.kind: task.work.bytes_read for tasks in lists for task in tasks}
         for kind, count in bytes_of.items():
             assert read[kind] == (count + count // 4096 if kind in scaled else 2 * count), kind

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pallas_kernels.decode_step.api import grids
+from pallas_kernels.decode_step.grids import grids
 from pallas_kernels.decode_step.layer import LayerConfig
 from pallas_kernels.decode_step.tasks import mailbox_shapes
 from tests.pallas_kernels.decode_step.cases import Case, qwen3_shapes, run, struct_case
@@ -46,7 +46,7 @@ def test_lowers_for_cuda(B, launches, kernels):
     in_place = [(results[int(o)], operands[int(i)]) for o, i in aliases]
     assert in_place[:2] == [(cache, cache)] * 2
     assert all(result == operand for result, operand in in_place)
-    tasks = [task for grid in grids(s, LayerConfig(), 8, launches).values() for task in grid]
+    tasks = [task for grid in grids(s, LayerConfig(), launches, 8).values() for task in grid]
     assert len(in_place) == 2 + 2 * len(mailbox_shapes(tasks))
     for module in mosaic_modules(text):
         # Signals and waits; no float32 sum is added to memory in whatever order they come.

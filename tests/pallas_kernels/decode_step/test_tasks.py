@@ -38,7 +38,7 @@ SMALL, LARGER = layer_shapes(1, heads=2, C=64), layer_shapes(3)
 
 def layer_tasks(s: LayerShapes, num_parts: int) -> list[Task]:
     config = LayerConfig()
-    attention = attention_tasks(s, config, num_parts, num_parts > 0)
+    attention = attention_tasks(s, config, num_parts)
     return [*attention, *router_tasks(s), *experts_tasks(s, config)]
 
 
