@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax.losses import IGNORED_LABEL
 from moe_jax.parallelism import Parallelism
+from moe_jax.traces import RoutingTrace
 
 PADDING_SEGMENT = -1
 
@@ -33,11 +34,15 @@ class Batch:
       labels: [A, B, S] int32, -100 where a token is not to be predicted.
       segment_ids: [A, B, S] int32, equal for the tokens of one sequence of a row; negative for
         padding, which predicts nothing, is not predicted, and is routed nowhere.
+      replay: experts [A, MoE layers, B*S, K], in place of the routers' choice: those that a rollout
+        chose, or as even a load as a measurement needs. Without expert_weights the routers weigh
+        them, so that gradients reach the routers. None: the routers choose.
     """
 
     input_ids: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
     segment_ids: jax.Array | np.ndarray
+    replay: RoutingTrace | None = None
 
 
 class PackedDocuments:
@@ -120,6 +125,7 @@ class PackedDocuments:
         sharding = parallelism.sharding(None, axes)
         shape = (A, B, self._tokens.shape[1])
         parts: dict[tuple[int, int], Batch] = {}
+        names = ("input_ids", "labels", "segment_ids")
 
         def part(index: tuple[slice, ...], name: str) -> np.ndarray:
             first, last, _ = index[1].indices(B)
@@ -128,8 +134,8 @@ class PackedDocuments:
             return getattr(parts[first, last], name)
 
         return Batch(**{
-            field.name: jax.make_array_from_callback(
-                shape, sharding, functools.partial(part, name=field.name)
+            name: jax.make_array_from_callback(
+                shape, sharding, functools.partial(part, name=name)
             )
-            for field in dataclasses.fields(Batch)
+            for name in names
         })  # fmt: skip

@@ -132,11 +132,12 @@ def micro_sums(
 
     Args:
       params: float32, by the names of moe_jax.parameters.
-      batch: arrays [B, S].
+      batch: arrays [B, S]; a replay's [MoE layers, B*S, K].
       targets: [B, S], as `targets_of` makes them.
       options: how to compute it.
     """
-    params = {name: cast_for_compute(name, array, options) for name, array in params.items()}
+    with jax.named_scope("cast"):
+        params = {name: cast_for_compute(name, array, options) for name, array in params.items()}
     valid = batch.segment_ids >= 0
     output = from_arrays(options.config, params)(
         batch.input_ids,
@@ -152,6 +153,7 @@ def micro_sums(
         phase="training",
         remat=options.remat,
         parallelism=options.parallelism,
+        replay=batch.replay,
     )
     tied = options.config.tie_word_embeddings
     head = head_of(params["embed_tokens.weight" if tied else "lm_head.weight"], options.parallelism)

@@ -129,14 +129,14 @@ def train_step(
 
     Args:
       state: parameters, the optimiser's state and the step's number.
-      batch: arrays [A, B, S], each micro-batch one after the other.
+      batch: arrays [A, B, S], each micro-batch one after the other, and what its replay holds.
       options: how to compute it.
 
     Returns:
       The state after the step, and what was found at the parameters before it.
 
     Raises:
-      ValueError: the batch is not of the shape [A, B, S].
+      ValueError: the batch is not of the shape [A, B, S], or its replay does not fit.
     """
     gradients, found = gradients_of(state.params, batch, options)
     with jax.named_scope("update"):
@@ -163,10 +163,10 @@ def gradients_of(
     """The float32 gradients of the batch's loss, and the TrainMetrics that need no optimiser.
 
     Raises:
-      ValueError: the batch is not of the shape [A, B, S], or the mesh does not divide it or the
-        config.
+      ValueError: the batch is not of the shape [A, B, S], its replay does not fit, or the mesh does
+        not divide the batch or the config.
     """
-    _check(batch)
+    _check(batch, options)
     if options.parallelism is not None:
         options.parallelism.check(options.config)
     A = batch.input_ids.shape[0]
@@ -237,7 +237,7 @@ def _router_metrics(sums: MicroSums, totals: Totals, options: TrainOptions) -> d
     }
 
 
-def _check(batch: Batch) -> None:
+def _check(batch: Batch, options: TrainOptions) -> None:
     shape = tuple(batch.input_ids.shape)
     if len(shape) != 3 or 0 in shape:
         raise ValueError(f"batch.input_ids has shape {shape}; expected [A, B, S], none of them 0")
@@ -247,3 +247,14 @@ def _check(batch: Batch) -> None:
             raise ValueError(
                 f"batch.{name} has shape {found}; expected {shape}, as batch.input_ids has"
             )
+    if batch.replay is not None:
+        A, B, S = shape
+        config = options.config
+        expected = (A, len(config.moe_layers), B * S, config.num_experts_per_tok)
+        for name in ("expert_ids", "expert_weights"):
+            array = getattr(batch.replay, name)
+            if array is not None and tuple(array.shape) != expected:
+                raise ValueError(
+                    f"batch.replay.{name} has shape {tuple(array.shape)}; expected [A, MoE layers, "
+                    f"B*S, K] = {expected}"
+                )

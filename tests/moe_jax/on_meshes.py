@@ -24,6 +24,7 @@ from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays
 from moe_jax.quantization import fp8_config
 from moe_jax.sharding import make_mesh
+from moe_jax.traces import RoutingTrace
 from moe_jax.training import (
     OptimizerOptions,
     TrainOptions,
@@ -110,6 +111,18 @@ def expect_one_device_s(meshes: list[TrainOptions]) -> None:
         found, metrics = run(options)
         expect_same(found, one[0], what)
         expect_same(metrics, one[1], what)
+
+
+def check_replays() -> None:
+    """A batch's own experts go to the devices that have its rows."""
+    ids = np.random.default_rng(0).permuted(np.tile(np.arange(CONFIG.num_experts), (40, 1)), axis=1)
+    replay = RoutingTrace(expert_ids=jnp.asarray(ids[None, None, :, : CONFIG.num_experts_per_tok]))
+    batch = dataclasses.replace(ROWS, replay=replay)
+    one = gradients(PARAMS, batch, options=OPTIONS)
+    options = on_mesh(expert=2)
+    found = gradients(options.parallelism.place(PARAMS), batch, options=options)
+    for on_two, on_one in zip(found, one, strict=True):
+        expect_same(on_two, on_one, "replay")
 
 
 def check_a_step() -> None:
@@ -247,6 +260,7 @@ CHECKS = {
         {"expert": 2}, {"expert": 4}, {"tensor": 2}, {"data": 2, "expert": 2}, {"tensor": 4}
     ),
     "exchanges": check_exchanges,
+    "replays": check_replays,
     "fp8": check_fp8,
     "kernels": check_kernels,
 }

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.parameters import to_arrays
+from moe_jax.traces import RoutingTrace, trace_of
 from moe_jax.training import (
     Batch,
     OptimizerOptions,
@@ -75,6 +76,18 @@ def whole(params):
     return gradients(params, make_batch(1, 8, masked=(2, 3)), options=OPTIONS)
 
 
+@pytest.fixture(scope="module")
+def output():
+    """What the model itself says of that batch."""
+    batch = make_batch(1, 8, masked=(2, 3))
+    run = jax.jit(
+        lambda ids, segments: model_of(CONFIG)(
+            ids, attention_mask=segments >= 0, segment_ids=segments, output_routings=True
+        )
+    )
+    return run(batch.input_ids[0], batch.segment_ids[0])
+
+
 def assert_same_leaves(found, expected, rtol):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -87,16 +100,9 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def test_losses_are_the_definition_in_float64(params, whole):
+def test_losses_are_the_definition_in_float64(whole, output):
     batch = make_batch(1, 8, masked=(2, 3))
-    ids, labels, segments = (
-        np.asarray(getattr(batch, name))[0] for name in ("input_ids", "labels", "segment_ids")
-    )
-    output = jax.jit(
-        lambda ids, segments: model_of(CONFIG)(
-            ids, attention_mask=segments >= 0, segment_ids=segments, output_routings=True
-        )
-    )(ids, segments)
+    labels, segments = np.asarray(batch.labels)[0], np.asarray(batch.segment_ids)[0]
     log_p = log_softmax(np.asarray(output.logits, np.float64))
     pairs = [
         (row, column, labels[row, column + 1])
@@ -178,6 +184,27 @@ def test_the_balance_loss_reaches_the_routers(params, whole):
         assert difference > 0.05 * np.linalg.norm(whole[0][name]), name
 
 
+def test_a_batch_may_bring_the_experts_of_its_tokens(params, whole, output):
+    """Those that the routers would choose change nothing; others are used, padding excepted."""
+    ids = trace_of(output.routings).expert_ids  # [layers, 8 * S, K]
+    halves = jnp.swapaxes(ids.reshape(2, 2, 4 * S, K), 0, 1)
+
+    def run(ids):
+        replay = RoutingTrace(expert_ids=ids)
+        batch = dataclasses.replace(make_batch(2, 4, masked=(2, 3)), replay=replay)
+        return gradients(params, batch, options=OPTIONS)
+
+    found, metrics = run(halves)
+    assert_same_leaves(found, whole[0], 1e-5)
+    chex.assert_trees_all_close(metrics, whole[1], rtol=1e-5)
+
+    found, metrics = run((halves + 1) % E)
+    np.testing.assert_array_equal(metrics["load"], np.roll(whole[1]["load"], 1, axis=1))
+    assert metrics["aux_loss"] != whole[1]["aux_loss"]
+    difference = np.linalg.norm(found[GATE] - whole[0][GATE])
+    assert difference > 0.05 * np.linalg.norm(whole[0][GATE])
+
+
 def test_a_batch_of_padding_alone_changes_nothing(params):
     found, metrics = gradients(params, make_batch(1, 8, masked=range(8)), options=OPTIONS)
     chex.assert_trees_all_equal(found, jax.tree.map(jnp.zeros_like, found))
@@ -245,6 +272,11 @@ def test_what_is_refused(params):
         gradients_of(params, wrong, OPTIONS)
     with pytest.raises(ValueError, match=r"input_ids has shape \(2, 10\); expected \[A, B, S\]"):
         gradients_of(params, jax.tree.map(lambda a: a[0], batch), OPTIONS)
+    replay = RoutingTrace(expert_ids=jnp.zeros((1, 2, S, K), jnp.int32))
+    with pytest.raises(
+        ValueError, match=r"replay.expert_ids has shape \(1, 2, 10, 2\); expected \["
+    ):
+        gradients_of(params, dataclasses.replace(batch, replay=replay), OPTIONS)
     with pytest.raises(ValueError, match="compute_dtype is 'float16'; expected one of"):
         TrainOptions(config=CONFIG, compute_dtype="float16")
     with pytest.raises(ValueError, match="logit_columns is 0; expected None or at least 1"):
