@@ -2,6 +2,7 @@
 
 uniform      every expert is equally likely
 zipf         the expert of rank r has odds 1 / r; which expert has which rank is drawn anew
+balanced     every expert has as many tokens as the others, or one fewer; drawn anew
 hotspot      one expert in sixteen (at least one) has 16 times the odds of the others
 one_expert   every k of every token names one and the same expert
 trace:FILE   FILE.npz holds `expert_ids`, [N, K] or [layers, N, K] integers; rows are drawn from it
@@ -23,7 +24,7 @@ import numpy as np
 from pallas_kernels.block_scaled_fp8 import scales_shape
 from pallas_kernels.decode_experts import ExpertShapes
 
-MADE_UP = ("uniform", "zipf", "hotspot", "one_expert")
+MADE_UP = ("uniform", "balanced", "zipf", "hotspot", "one_expert")
 ACCEPTED = f"{', '.join(MADE_UP)} or trace:FILE.npz"
 _TRACE_PREFIX = "trace:"
 
@@ -55,10 +56,22 @@ def make_routings(
             ids = _draw_from_trace(rng, trace[index % len(trace)], T)
         elif routing == "one_expert":
             ids = np.full((T, shapes.K), rng.integers(shapes.E))
+        elif routing == "balanced":
+            ids = _deal(rng, T, shapes.K, shapes.E)
         else:
             ids = _draw_distinct(rng, _log_odds(rng, routing, shapes.E), T, shapes.K)
         routings.append(DrawnRouting(ids.astype(np.int32), _softmax_of_noise(rng, T, shapes.K)))
     return routings
+
+
+def _deal(rng: np.random.Generator, T: int, K: int, E: int) -> np.ndarray:
+    """[T, K]: shuffled experts, dealt out K a token; a pack lasts until no card is left over.
+
+    E = 4, K = 3: four tokens take a shuffled pack three times over, 2 0 3 | 1 2 0 | 3 1 2 | 0 3 1.
+    """
+    tokens = E // math.gcd(E, K)  # of one pack
+    packs = rng.permuted(np.tile(np.arange(E), (-(-T // tokens), 1)), axis=1)
+    return packs[:, np.arange(tokens * K) % E].reshape(-1, K)[:T]
 
 
 def _log_odds(rng: np.random.Generator, routing: str, E: int) -> np.ndarray:

@@ -36,7 +36,7 @@ def parse(*flags):
         ("--layouts=row_major", "--layouts has 'row_major'; expected one of output_major"),
         ("--baselines=cutlass", "--baselines has 'cutlass'; expected one of xla_gather"),
         ("--layouts= --baselines=", "both empty"),
-        ("--routing=uniform,normal", "routing is 'normal'; expected uniform, zipf"),
+        ("--routing=uniform,normal", "routing is 'normal'; expected uniform, balanced, zipf"),
         ("--routing=trace:nowhere.npz", "trace:nowhere.npz: there is no such file"),
         ("--weights=int4", "--weights has 'int4'; expected one of bf16, fp8"),
         ("--weights=", "--weights is empty; expected a format"),

@@ -45,6 +45,9 @@ def test_made_up_routings(routing, E, K, T, seed):
             assert np.unique(ids).size == 1
         else:
             assert all(np.unique(row).size == K for row in ids)
+        if routing == "balanced":
+            load = np.bincount(ids.ravel(), minlength=E)
+            assert load.max() - load.min() <= 1
 
 
 def test_same_seed_same_routings_and_each_is_new():
@@ -64,7 +67,7 @@ def test_skewed_routings_touch_fewer_experts(routing):
 
 
 def test_unknown_routing_is_refused():
-    with pytest.raises(ValueError, match=r"routing is 'normal'; expected uniform, zipf"):
+    with pytest.raises(ValueError, match=r"routing is 'normal'; expected uniform, balanced, zipf"):
         make_routings("normal", SHAPES, 1, 1, 0)
 
 
