@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.bench import decode_profile, timing
+from experiments.bench import kernel_profile, timing
 from experiments.bench.decode_bytes import mean_unique_experts, step_bytes
 from experiments.bench.decode_chain import DecodeChain
 from experiments.bench.decode_records import DecodeRow
@@ -180,22 +180,21 @@ class DecodeSession:
 
     def _profile(self, chain: DecodeChain, row: DecodeRow) -> str:
         """Fills in the kernels; an error is the row's note, because its time stands."""
+
+        def run() -> None:
+            chain.enqueue()
+            chain.wait()
+
         try:
-            kernels = decode_profile.profile_chain(chain)
+            kernels = kernel_profile.profile_kernels(run)
         except Exception as error:
             row.note(profile_error=f"{type(error).__name__}: {error}"[:_LONGEST_ERROR])
             return f"profile failed: {row.notes['profile_error']}"
-        classes = decode_profile.classes_of(chain.compiled.as_text())
-        by_class = decode_profile.totals_by_class(kernels, classes, chain.steps)
-        row.kernels = {name: [total.launches, total.us] for name, total in by_class.items()}
-        single = decode_profile.totals_by_kernel(kernels, classes, chain.steps)
-        lines = [
-            f"  {total.us:9.1f} us in {total.launches:7.2f} launches a step: {name}"
-            for name, total in list(single.items())[:_SHOWN_KERNELS]
-        ]
-        if len(single) > len(lines):
-            lines.append(f"  and {len(single) - len(lines)} more kernels")
-        return "\n".join(lines)
+        profile = kernel_profile.Profile(
+            kernels, chain.compiled.as_text(), kernel_profile.DECODE_STEP, chain.steps
+        )
+        row.kernels = profile.record()
+        return "\n".join(profile.kernel_lines(_SHOWN_KERNELS))
 
     def _time_generate(self, model: Qwen3Moe, row: DecodeRow) -> str:
         compiled_s, made = self._generate(model, row)

@@ -19,10 +19,10 @@ from experiments.bench import (
     decode_bytes,
     decode_chain,
     decode_plots,
-    decode_profile,
     decode_records,
     decode_session,
     decode_tables,
+    kernel_profile,
     records,
     transformers_child,
 )
@@ -166,53 +166,14 @@ def test_a_chain_is_the_models_own_steps_on_the_given_tokens(ran):
             cache, tokens, expert_ids = run(model, chain.tokens[step], cache)
             np.testing.assert_array_equal(chain.chosen()[step], tokens)
             np.testing.assert_array_equal(chain.expert_ids()[step, 0], expert_ids)
-    scopes = decode_profile.classes_of(chain.compiled.as_text())
+    scopes = kernel_profile.DECODE_STEP.of_instructions(chain.compiled.as_text())
     assert {"experts", "router", "attention", "head", "rest"} <= set(scopes.values())
-    with pytest.raises(RuntimeError, match="the profile has no GPU kernel"):
-        decode_profile.profile_chain(chain)
     parameters, *others = chain._fixed
     broken = parameters | {"norm.weight": jnp.full(64, jnp.nan, jnp.bfloat16)}
     chain._fixed = (broken, *others)
     chain.enqueue()
     with pytest.raises(FloatingPointError, match="step 0, row 0: the logits are NaN"):
         chain.chosen()
-
-
-def test_kernels_are_added_up_by_class():
-    hlo = """
-  %fusion.1 = f32[] fusion(%a), metadata={op_name="jit(p)/while/body/layer_0/moe/experts/mul"}
-  ROOT gemm.2 = f32[] custom-call(%b), metadata={op_name="jit(p)/while/body/layer_0/moe/router/dot"}
-  %copy.3 = f32[] copy(%a)
-"""
-    kernels = [
-        decode_profile.Kernel("fusion_1", "fusion.1", 10.0),
-        decode_profile.Kernel("fusion_1", "fusion.1", 14.0),
-        decode_profile.Kernel("nvjet_128", "gemm.2", 4.0),
-        decode_profile.Kernel("copy_3", "copy.3", 1.0),
-    ]
-    classes = decode_profile.classes_of(hlo)
-    totals = decode_profile.totals_by_class(kernels, classes, steps=2)
-    assert {name: (total.launches, total.us) for name, total in totals.items()} == {
-        "experts": (1.0, 12.0),
-        "router": (0.5, 2.0),
-        "rest": (0.5, 0.5),
-    }
-    single = decode_profile.totals_by_kernel(kernels, classes, steps=2)
-    assert list(single) == ["experts: fusion", "router: gemm: nvjet", "rest: copy"]
-
-
-def test_kernels_of_a_cuda_graph_are_told_by_their_own_names():
-    kernels = [
-        decode_profile.Kernel("fusion_1", "command_buffer", 10.0),
-        decode_profile.Kernel("decode_layer_mosaic_gpu_kernel", "command_buffer", 7.0),
-        decode_profile.Kernel("memcpy32_post", "command_buffer", 1.0),
-    ]
-    totals = decode_profile.totals_by_class(kernels, {"fusion.1": "head"}, steps=1)
-    assert {name: total.us for name, total in totals.items()} == {
-        "head": 10.0,
-        "layer": 7.0,
-        "rest": 1.0,
-    }
 
 
 def _rows():
