@@ -1,21 +1,29 @@
 """How fast is a training step, on one device or on a mesh, and what part of the peak is that?
 
+    python -m experiments.train_speed --layers=4 --routing=model,balanced --profile
     python -m experiments.train_speed --layers=8 --mesh=one --mesh=data=2 --mesh=expert=2
     python -m experiments.train_speed --layers=16 --mesh=data=2 --batch=8 --remat
     python -m experiments.train_speed --preset=tiny --mesh=one --batch=2 --context=32
 
-For each mesh: the first layers of a preset with random weights take steps on random tokens, as
-experiments.train does, and the seconds of a step are the median over --steps. A new model's router
-sends tokens almost evenly; the imbalance is printed. Model FLOPs are 6 for each parameter that a
-token uses, the embedding's look-up excepted, and 12 * heads * D for each key that a query sees.
-MFU is their part of --peak_tflops of all devices: recomputed products count for nothing.
+For each mesh and routing: the first layers of a preset with random weights take steps on random
+tokens, as experiments.train does, and the seconds of a step are the median over --steps.
 
-Writes a JSONL, row by row; a mesh that fails is reported, and the others go on.
+--routing=model leaves the choice of experts to the routers. Those of a new model are far from even
+in deep layers. balanced and the others of experiments.bench.routings are drawn before and come with
+the batch, each layer's own. Then the routers' logits, weights and losses are computed as ever, with
+their gradients; only their top-k is not. The imbalance printed is that of the last step.
+
+Model FLOPs are 6 for each parameter that a token uses, the embedding's look-up excepted, and
+12 * heads * D for each key that a query sees. MFU is their part of --peak_tflops of all devices:
+recomputed products count for nothing.
+
+Writes a JSONL, row by row; a row that fails is reported, and the others go on.
 """
 
 import dataclasses
 import functools
 import gc
+import itertools
 import pathlib
 import statistics
 import time
@@ -26,7 +34,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments.bench import environment, mesh_flags, script
+from experiments.bench import environment, kernel_profile, mesh_flags, routings, script
 from experiments.bench.mesh_records import ONE
 from experiments.bench.records import Record, write_record
 from experiments.bench.script import flag
@@ -38,9 +46,13 @@ from moe_jax.model import Qwen3Moe
 from moe_jax.parallelism import EXCHANGES, Parallelism
 from moe_jax.parameters import active_parameter_count, parameter_count, to_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.traces import RoutingTrace
 from moe_jax.training import PackedDocuments, TrainOptions, init_state, train_step
+from pallas_kernels.decode_experts import ExpertShapes
 
+_OWN_ROUTING = "model"
 _LONGEST_ERROR = 600
+_SHOWN_KERNELS = 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +65,9 @@ class Settings:
         (ONE,), "one, or axes and sizes as in data=2,expert=2; may be given several times.",
         repeated=True,
     )  # fmt: skip
+    routing: tuple[str, ...] = flag(
+        (_OWN_ROUTING,), f"Who chooses experts, a row each: {_OWN_ROUTING}, {routings.ACCEPTED}."
+    )
     batch: int = flag(4, "Rows of a micro-batch, of all devices.", least=1)
     accumulate: int = flag(1, "Micro-batches of a step.", least=1)
     context: int = flag(2048, "Tokens of a row.", least=2)
@@ -63,8 +78,9 @@ class Settings:
     experts_backend: str = flag("auto", "What computes experts.", of=("auto", *EXPERTS_BACKENDS))
     expert_exchange: str = flag("auto", "How tokens get to other shards.", of=EXCHANGES)
     steps: int = flag(5, "That are timed, after two that are not.", least=1)
+    profile: bool = flag(False, "Take each row's kernels too, of one step more.")
     peak_tflops: float = flag(989.0, "Of one device, for bfloat16 products.", least=1e-3)
-    budget_s: float = flag(190, "After which no further mesh begins.", least=0)
+    budget_s: float = flag(190, "After which no further row begins.", least=0)
     seed: int = flag(0, "Of weights and tokens.", least=0)
     out: pathlib.Path = flag(
         pathlib.Path("out/train_speed"), "The folder for the JSONL.", needs="a folder"
@@ -78,6 +94,9 @@ class Settings:
         most = PRESETS[self.preset].num_hidden_layers
         if self.layers > most:
             raise ValueError(f"--layers is {self.layers}; expected 1 to {most}")
+        for routing in self.routing:  # so that a trace that does not fit fails before the work
+            if routing != _OWN_ROUTING:
+                routings.make_routings(routing, self.shapes, T=1, count=1, seed=self.seed)
         script.writable_folder("out", self.out)
 
     @property
@@ -85,9 +104,20 @@ class Settings:
         """The preset's, with as many layers as asked for."""
         return dataclasses.replace(PRESETS[self.preset], num_hidden_layers=self.layers)
 
+    @property
+    def shapes(self) -> ExpertShapes:
+        """An MoE layer's."""
+        config = self.config
+        return ExpertShapes(
+            E=config.num_experts,
+            K=config.num_experts_per_tok,
+            H=config.hidden_size,
+            I=config.moe_intermediate_size,
+        )
+
 
 def main(settings: Settings) -> str | None:
-    """Measures every mesh; returns what failed."""
+    """Measures every mesh and routing; returns what failed."""
     logging.set_verbosity(logging.WARNING)
     console, begun = script.make_console(width=160), time.perf_counter()
     run = environment.describe(
@@ -96,11 +126,13 @@ def main(settings: Settings) -> str | None:
     path = settings.out / f"{run.device}_{settings.preset}.jsonl"
     config, rows = settings.config, []
     with script.progress(console) as bar:
-        bar.start("training steps", len(settings.mesh))
-        for name in settings.mesh:
+        pairs = list(itertools.product(settings.mesh, settings.routing))
+        bar.start("training steps", len(pairs))
+        for name, routing in pairs:
             row = TrainSpeedRow(
                 run=run,
                 mesh=name,
+                routing=routings.short_name(routing),
                 layers=settings.layers,
                 batch=settings.batch,
                 accumulate=settings.accumulate,
@@ -109,23 +141,25 @@ def main(settings: Settings) -> str | None:
                 active_parameters=active_parameter_count(config),
             )
             rows.append(row)
-            bar.advance(name)
+            bar.advance(f"{name}, {row.routing}")
+            longest: list[str] = []
             if time.perf_counter() - begun > settings.budget_s:
                 row.error = f"not begun within --budget_s={settings.budget_s:g}"
             else:
                 try:
-                    _measure(settings, row)
+                    longest = _measure(settings, row, routing)
                 except Exception as error:
                     row.error = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
             gc.collect()  # an error's frames hold arrays of the device
-            bar.say(row.said)
+            bar.say("\n".join([row.said, *row.kernel_lines, *longest]))
             write_record(path, Record(preset=settings.preset, rows=rows))
     console.print(f"Wrote {path}", highlight=False, soft_wrap=True)
-    return "\n".join(f"{row.mesh} failed: {row.error}" for row in rows if row.error) or None
+    failed = [f"{row.mesh}, {row.routing} failed: {row.error}" for row in rows if row.error]
+    return "\n".join(failed) or None
 
 
-def _measure(settings: Settings, row: TrainSpeedRow) -> None:
-    """Fills in the row."""
+def _measure(settings: Settings, row: TrainSpeedRow, routing: str) -> list[str]:
+    """Fills in the row; returns lines about its longest kernels, where they are asked for."""
     config, parallelism = settings.config, None
     if row.mesh != ONE:
         parts = row.mesh.split(",")
@@ -148,6 +182,9 @@ def _measure(settings: Settings, row: TrainSpeedRow) -> None:
     batch = packed.batch_on_mesh(
         0, A=settings.accumulate, B=settings.batch, parallelism=parallelism
     )
+    if routing != _OWN_ROUTING:
+        replay = _draw_replay(settings, routing, parallelism)
+        batch = dataclasses.replace(batch, replay=replay)
     jitted = jax.jit(train_step, static_argnames="options", donate_argnames="state")
     begun = time.perf_counter()
     with record_choices() as choices:
@@ -172,6 +209,36 @@ def _measure(settings: Settings, row: TrainSpeedRow) -> None:
     row.mfu = row.model_tflops / (settings.peak_tflops * row.devices)
     stats = jax.local_devices()[0].memory_stats()
     row.peak_bytes = stats and stats.get("peak_bytes_in_use")
+    if not settings.profile:
+        return []
+
+    def step() -> None:
+        nonlocal state
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    try:
+        kernels = kernel_profile.profile_kernels(step)
+    except Exception as error:  # the row's time stands
+        row.profile_error = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+        return []
+    profile = kernel_profile.Profile(
+        kernels, compiled.as_text(), kernel_profile.TRAIN_STEP, row.devices
+    )
+    row.kernels = profile.record()
+    return profile.kernel_lines(_SHOWN_KERNELS)
+
+
+def _draw_replay(settings: Settings, routing: str, parallelism: Parallelism | None) -> RoutingTrace:
+    """Experts of every layer and micro-batch, without weights, which are the routers'."""
+    A, layers = settings.accumulate, len(settings.config.moe_layers)
+    T = settings.batch * settings.context
+    drawn = routings.make_routings(routing, settings.shapes, T, A * layers, settings.seed)
+    ids = np.stack([each.expert_ids for each in drawn]).reshape(A, layers, T, -1)
+    if parallelism is not None:
+        rows = parallelism.rows("training", settings.batch)
+        ids = jax.device_put(ids, parallelism.sharding(None, None, rows))
+    return RoutingTrace(expert_ids=ids)
 
 
 def _first_state(settings: Settings, options: TrainOptions, parallelism: Parallelism | None):
