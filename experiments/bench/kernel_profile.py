@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(
 # A gradient's are as in transpose(jvp(layer_0))/attention. A dot is no end of one, because
 # parameters' names have dots: layers.0.mlp.experts.down is in no scope.
 _BETWEEN_SCOPES = re.compile(r"[/();]")
+_NUMBER = re.compile(r"_\d+$")
 
 
 class Kernel(NamedTuple):
@@ -37,8 +38,8 @@ class Classes:
     """How the kernels of a kind of program are told apart.
 
     Attributes:
-      scopes: scope in the model -> class, the innermost first. A kernel fused over two scopes
-        counts where its root is.
+      scopes: scope in the model, without a layer's number -> class; the innermost counts. A kernel
+        fused over two scopes counts where its root is.
       own: name of a kernel of ours -> class, for CUDA graphs.
       kinds: pattern in a kernel's name -> what follows the class, the first that is found. A class
         without it has its scopes' other kernels.
@@ -52,7 +53,7 @@ class Classes:
         """Instruction name -> class, from a compiled program's text."""
         found = {}
         for match in _INSTRUCTION.finditer(hlo):
-            scopes = _BETWEEN_SCOPES.split(match["scopes"])
+            scopes = [_NUMBER.sub("", scope) for scope in _BETWEEN_SCOPES.split(match["scopes"])]
             named = [self.scopes[scope] for scope in scopes if scope in self.scopes]
             found[match["name"]] = named[-1] if named else REST
         return found
@@ -90,6 +91,7 @@ DECODE_STEP = Classes(
 
 TRAIN_STEP = Classes(
     scopes={
+        "layer": "norms and sums",
         "experts": "experts",
         "router": "router",
         "attention": "attention",

@@ -144,9 +144,10 @@ def train_step(
             gradients, state.optimizer_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
+        gradient_norm = optax.tree.norm(gradients)
     metrics = TrainMetrics(
         **found,
-        gradient_norm=optax.tree.norm(gradients),
+        gradient_norm=gradient_norm,
         learning_rate=learning_rate_at(options.optimizer, state.step),
     )
     state = TrainState(params=params, optimizer_state=optimizer_state, step=state.step + 1)
