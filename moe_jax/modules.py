@@ -44,6 +44,28 @@ def params_of(module):
     )
 
 
+def named_params(module: nnx.Module, prefix: str = "") -> dict[str, nnx.Param]:
+    """Every parameter of a module by its dotted name, in nnx.state's order.
+
+    Without nnx.state, because that takes the host 40 ms for 48 layers, and each `stream` asks.
+
+    Args:
+      module: the model, or a part of one. Attributes that begin with _ hold no parameters.
+      prefix: before each name, with its dot.
+    """
+    found: dict[str, nnx.Param] = {}
+    in_order = enumerate(module) if isinstance(module, nnx.List) else sorted(vars(module).items())
+    for key, part in in_order:
+        name = f"{prefix}{key}"
+        if part is None or str(key).startswith("_"):
+            continue
+        if isinstance(part, nnx.Module):
+            found.update(named_params(part, f"{name}."))
+        elif isinstance(part, nnx.Param):
+            found[name] = part
+    return found
+
+
 def _fields(params_type) -> tuple[str, ...]:
     return getattr(params_type, "_fields", None) or tuple(params_type.__dataclass_fields__)
 
@@ -122,13 +144,10 @@ def placed(module: nnx.Module, name: str, place: Place | None) -> nnx.Module:
     """The module with its arrays where `place` puts them; `name` is the module's in the model."""
     if place is None:
         return module
-    flat = list(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    names = [".".join(map(str, (name, *path) if name else path)) for path, _ in flat]
-    arrays = place({key: param[...] for key, (_, param) in zip(names, flat, strict=True)})
-    held = [
-        (path, param.replace(arrays[key])) for key, (path, param) in zip(names, flat, strict=True)
-    ]
-    nnx.update(module, nnx.from_flat_state(held))
+    params = named_params(module, f"{name}." if name else "")
+    arrays = place({key: param.get_value() for key, param in params.items()})
+    for key, param in params.items():
+        param.set_value(arrays[key])
     return module
 
 

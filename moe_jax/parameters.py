@@ -19,22 +19,15 @@ from flax import nnx
 
 from moe_jax.config import Qwen3MoeConfig
 from moe_jax.model import Qwen3Moe
+from moe_jax.modules import named_params
 from moe_jax.quantization import SCALES, VALUES
-
-
-def _flat(model: Qwen3Moe) -> list[tuple[tuple, nnx.Param]]:
-    return list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
-
-
-def _name(path: tuple) -> str:
-    return ".".join(map(str, path))
 
 
 def parameter_shapes(config: Qwen3MoeConfig, dtype=jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
     """Name, shape and dtype of every array; allocates nothing. `dtype` is that of plain ones."""
     return {
-        _name(path): jax.ShapeDtypeStruct(param.shape, param.dtype)
-        for path, param in _flat(Qwen3Moe(config, rngs=None, dtype=dtype))
+        name: jax.ShapeDtypeStruct(param.shape, param.dtype)
+        for name, param in named_params(Qwen3Moe(config, rngs=None, dtype=dtype)).items()
     }
 
 
@@ -60,7 +53,13 @@ def _counted(config: Qwen3MoeConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def to_arrays(model: Qwen3Moe) -> dict[str, jax.Array]:
     """The model's parameters by name; the arrays themselves, no copies."""
-    return {_name(path): param[...] for path, param in _flat(model)}
+    return {name: _value(param) for name, param in named_params(model).items()}
+
+
+def _value(param: nnx.Param) -> jax.Array:
+    """param.get_value(), which takes 12 us of the host, for a plain array in 0.3."""
+    is_plain = not (param.ref or param.has_metadata("on_get_value"))
+    return param.get_raw_value() if is_plain else param.get_value()
 
 
 def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen3Moe:
@@ -72,10 +71,10 @@ def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen
       NotImplementedError: a quantisation other than FP8 in blocks.
     """
     model = Qwen3Moe(config, rngs=None)
-    params = {_name(path): (path, param) for path, param in _flat(model)}
+    params = named_params(model)
     problems = [f"missing: {name}" for name in params.keys() - arrays.keys()]
     problems += [f"unexpected: {name}" for name in arrays.keys() - params.keys()]
-    for name, (_, param) in params.items():
+    for name, param in params.items():
         if name not in arrays:
             continue
         found = arrays[name]
@@ -85,6 +84,6 @@ def from_arrays(config: Qwen3MoeConfig, arrays: Mapping[str, jax.Array]) -> Qwen
             problems.append(f"{name} has dtype {found.dtype}; expected {param.dtype}")
     if problems:
         raise ValueError("parameters do not fit the config:\n  " + "\n  ".join(sorted(problems)))
-    held = {path: param.replace(arrays[name]) for name, (path, param) in params.items()}
-    nnx.update(model, nnx.from_flat_state(held))
+    for name, param in params.items():
+        param.set_value(arrays[name])
     return model
