@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import Qwen3MoeConfig
@@ -135,8 +134,8 @@ def check_words(name: str, words: Iterable[Iterable[int]]) -> tuple[tuple[int, .
     return made
 
 
-def check_seed(seed: int | Sequence[int], B: int) -> tuple[jax.Array, jax.Array]:
-    """[B] seeds and [B] places, from which each row's key is made.
+def check_seed(seed: int | Sequence[int], B: int) -> tuple[np.ndarray, np.ndarray]:
+    """[B] seeds and [B] places, uint32, from which each row's key is made.
 
     Raises:
       ValueError: a seed is no unsigned number of 32 bits, or there is not one for each row.
@@ -157,7 +156,7 @@ def check_seed(seed: int | Sequence[int], B: int) -> tuple[jax.Array, jax.Array]
         if value is None or not 0 <= value <= LARGEST_SEED:
             found = f"seed is {alone}" if alone is not None else f"seed[{place}] is {seed[place]!r}"
             raise ValueError(f"{found}; expected {accepted}")
-    return jnp.asarray(seeds, jnp.uint32), jnp.asarray(places, jnp.uint32)
+    return np.asarray(seeds, np.uint32), np.asarray(places, np.uint32)
 
 
 def whole_number(name: str, value: int, least: int, most: int | None = None, note="") -> int:

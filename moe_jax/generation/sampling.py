@@ -102,8 +102,8 @@ class Sampling:
             min_p=drawn and self.min_p > 0,
         )
 
-    def values(self) -> dict[str, jax.Array]:
-        """The numbers as arrays, so that other values compile nothing anew.
+    def values(self) -> dict[str, np.ndarray | np.generic]:
+        """The numbers as NumPy's, so that other values compile nothing anew.
 
         Tables of tokens grow in steps of 8 and prefixes in steps of 4, so that few shapes are
         compiled.
@@ -117,12 +117,12 @@ class Sampling:
         for row, word in enumerate(words):
             prefixes[row, prefixes.shape[1] + 1 - len(word) :] = word[:-1]
         return {
-            "temperature": jnp.float32(self.temperature),
-            "top_k": jnp.int32(min(self.top_k, 2**31 - 1)),
-            "removed_mass": jnp.float32(1 - self.top_p),
-            "min_p": jnp.float32(self.min_p),
-            "repetition_penalty": jnp.float32(self.repetition_penalty),
-            "bad_word_prefixes": jnp.asarray(prefixes, jnp.int32),
+            "temperature": np.float32(self.temperature),
+            "top_k": np.int32(min(self.top_k, 2**31 - 1)),
+            "removed_mass": np.float32(1 - self.top_p),
+            "min_p": np.float32(self.min_p),
+            "repetition_penalty": np.float32(self.repetition_penalty),
+            "bad_word_prefixes": prefixes.astype(np.int32),
             "bad_word_ends": token_table([word[-1] for word in words]),
             "suppressed": token_table([*self.suppress_tokens, *single]),
         }
@@ -232,8 +232,8 @@ def _padded(length: int, step: int) -> int:
     return max(step, -(-length // step) * step)
 
 
-def token_table(tokens: Sequence[int]) -> jax.Array:
+def token_table(tokens: Sequence[int]) -> np.ndarray:
     """Tokens as an int32 array whose length grows in steps of 8, filled up with NO_TOKEN."""
     table = np.full(_padded(len(tokens), 8), NO_TOKEN, np.int32)
     table[: len(tokens)] = tokens
-    return jnp.asarray(table)
+    return table

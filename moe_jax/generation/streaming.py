@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from moe_jax.cache import init_cache
+from moe_jax.config import Qwen3MoeConfig
 from moe_jax.experts import EXPERTS_BACKENDS
 from moe_jax.generation import arguments
 from moe_jax.generation import decode as compiled
 from moe_jax.generation.logits_processors import NO_TOKEN
 from moe_jax.generation.logprobs import StepLogprobs, TokenLogprobs, of_token
-from moe_jax.generation.sampling import Sampling, row_keys, token_table
+from moe_jax.generation.sampling import Sampling, token_table
 from moe_jax.generation.text import RowText
 from moe_jax.model import Qwen3Moe
 from moe_jax.parallelism import Parallelism
@@ -78,7 +78,7 @@ def stream(
     steps too many at the end, and as many unreported tokens for a row with a stop string.
 
     Args:
-      model: its parameters are used in place; changing them while iterating changes what follows.
+      model: its parameters as they are now, in place; other arrays in it later change nothing.
         Where they lie on a mesh of data, expert and tensor (moe_jax.sharding), it generates there.
       prompts: rows of token ids, of any lengths.
       sampling: greedy by default.
@@ -150,18 +150,21 @@ def stream(
         raise TypeError(f"on_routing is {on_routing!r}; expected a function of a RoutingTrace")
     if on_routing is not None and not config.moe_layers:
         raise ValueError("on_routing is given, but the model has no MoE layer to trace")
-    parallelism = Parallelism.of(to_arrays(model))
+    parameters = to_arrays(model)
+    parallelism = Parallelism.of(parameters)
     if parallelism is not None:
         parallelism.check(config)
     job = _Job(
-        model=model,
+        config=config,
+        parameters=parameters,
         sampling=sampling.for_model(config.vocab_size, stops),
         rows=rows,
         columns=columns,
         prefill_chunk=min(prefill_chunk, columns),
         capacity=capacity,
         max_new_tokens=max_new_tokens,
-        keys=row_keys(seeds, places),
+        seeds=seeds,
+        places=places,
         stop_ids=stops,
         texts=texts,
         prefill_backend=prefill_backend,
@@ -179,14 +182,16 @@ def stream(
 class _Job:
     """The arguments of `stream`, checked and converted."""
 
-    model: Qwen3Moe
+    config: Qwen3MoeConfig
+    parameters: dict[str, jax.Array]
     sampling: Sampling
     rows: list[np.ndarray]
     columns: int
     prefill_chunk: int
     capacity: int
     max_new_tokens: int
-    keys: jax.Array
+    seeds: np.ndarray
+    places: np.ndarray
     stop_ids: frozenset[int]
     texts: list[RowText]
     prefill_backend: str
@@ -199,7 +204,7 @@ class _Job:
 
     def prefill_plan(self) -> compiled.Plan:
         # Without what config.json has besides, which differs by checkpoint and computes nothing.
-        config = dataclasses.replace(self.model.config, extra={})
+        config = dataclasses.replace(self.config, extra={})
         steps, platform = self.sampling.steps, self.platform
         return compiled.Plan(
             config,
@@ -258,14 +263,8 @@ def _tokens(job: _Job, going: np.ndarray) -> Iterator[_Group]:
       going: [B] bool. The caller sets it to False for a row that has ended, also where only the
         text tells: dispatches that start afterwards do nothing for it.
     """
-    inputs = compiled.StepInputs(
-        parameters=to_arrays(job.model),
-        values=job.sampling.values(),
-        keys=job.keys,
-        stop_ids=token_table(sorted(job.stop_ids)),
-    )
+    inputs, first = _prefill(job)
     plan = job.decode_plan()
-    first = _prefill(job, inputs)
     sampled, state = first.sampled, first.state
     tokens, logprobs, traces, count = first.sampled.tokens, first.logprobs, None, 1
     for ahead_count in job.loop.counts(job.max_new_tokens - 1):
@@ -278,21 +277,20 @@ def _tokens(job: _Job, going: np.ndarray) -> Iterator[_Group]:
     yield np.asarray(tokens).reshape(-1, len(going))[:count], logprobs, traces
 
 
-def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
-    """Runs the prompts chunk by chunk; returns the last chunk's Step."""
-    config, B = job.model.config, len(job.rows)
-    dtype = inputs.parameters["embed_tokens.weight"].dtype
-
-    def empty() -> compiled.DecodeState:
-        history = job.sampling.steps.empty_history(B, config.vocab_size, job.capacity)
-        return compiled.DecodeState(init_cache(config, B, job.capacity, dtype), history)
-
-    if job.parallelism is not None:
-        shardings = compiled.state_shardings(jax.eval_shape(empty), job.parallelism)
-        empty = jax.jit(empty, out_shardings=shardings)
-    state = empty()
-    ids, valid = arguments.pad_left(job.rows, job.columns)
+def _prefill(job: _Job) -> tuple[compiled.StepInputs, compiled.Step]:
+    """Runs the prompts chunk by chunk; returns what all steps take, and the last chunk's Step."""
     plan = job.prefill_plan()
+    inputs, state = compiled.begin(
+        plan,
+        job.capacity,
+        job.parameters["embed_tokens.weight"].dtype,
+        job.sampling.values(),
+        job.seeds,
+        job.places,
+        token_table(sorted(job.stop_ids)),
+    )
+    inputs = inputs._replace(parameters=job.parameters)
+    ids, valid = arguments.pad_left(job.rows, job.columns)
     for first in range(0, job.columns, job.prefill_chunk):
         chunk = slice(first, first + job.prefill_chunk)
         if job.platform == "cuda":
@@ -301,7 +299,7 @@ def _prefill(job: _Job, inputs: compiled.StepInputs) -> compiled.Step:
             plan = plan._replace(empty_cache=first == 0, unpadded=bool(valid[:, chunk].all()))
         step = compiled.prefill(plan, inputs, state, ids[:, chunk], valid[:, chunk])
         state = step.state
-    return step
+    return inputs, step
 
 
 def _read(job: _Job, row: int, index: int, token: int, is_last: bool) -> tuple[str, str | None]:

@@ -1,8 +1,10 @@
 """What is generated: equal to the plain loop, whatever the batch, the padding and the chunks."""
 
 import dataclasses
+import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -238,10 +240,13 @@ def test_prompts_may_be_numpy_arrays():
 
 
 def test_the_cache_has_the_dtype_of_the_model(monkeypatch):
-    def init_cache(config, B, capacity, dtype):
-        raise FloatingPointError(dtype)  # nothing more is to be compiled
+    real = streaming.compiled.begin
 
-    monkeypatch.setattr(streaming, "init_cache", init_cache)
+    def begin(*arguments):
+        _, state = jax.eval_shape(functools.partial(real, *arguments))
+        raise FloatingPointError(state.cache.keys[0].dtype)  # nothing more is to be compiled
+
+    monkeypatch.setattr(streaming.compiled, "begin", begin)
     arrays = {name: array.astype(jnp.bfloat16) for name, array in to_arrays(tiny()).items()}
     for model in (from_arrays(tiny().config, arrays), tiny()):
         with pytest.raises(FloatingPointError, match=str(model.embed_tokens.weight.dtype)):
