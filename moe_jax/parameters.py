@@ -58,7 +58,7 @@ def to_arrays(model: Qwen3Moe) -> dict[str, jax.Array]:
 
 def _value(param: nnx.Param) -> jax.Array:
     """param.get_value(), which takes 12 us of the host, for a plain array in 0.3."""
-    is_plain = not (param.ref or param.has_metadata("on_get_value"))
+    is_plain = type(param) is nnx.Param and not (param.ref or param.has_metadata("on_get_value"))
     return param.get_raw_value() if is_plain else param.get_value()
 
 

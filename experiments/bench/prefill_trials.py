@@ -57,14 +57,21 @@ def time_first_token(
     model: Qwen3Moe, batch: int, tokens: int, *, chunk: int, repeats: int, seed: int
 ) -> Times:
     """Times `stream` from its call to the first token of random prompts, as a user runs it."""
-    call = functools.partial(first_token, model, batch, tokens, chunk=chunk, seed=seed)
-    return time_calls(call, repeats)
+    prompts = _random_prompts(model, batch, tokens, seed)
+    return time_calls(functools.partial(_generate_one, model, prompts, chunk), repeats)
 
 
 def first_token(model: Qwen3Moe, batch: int, tokens: int, *, chunk: int, seed: int) -> None:
-    """Generates one token for each of some random prompts."""
+    """Generates one token for each of the prompts that time_first_token takes."""
+    _generate_one(model, _random_prompts(model, batch, tokens, seed), chunk)
+
+
+def _random_prompts(model: Qwen3Moe, batch: int, tokens: int, seed: int) -> list[list[int]]:
     drawn = np.random.default_rng([seed, batch, tokens])
-    prompts = drawn.integers(0, model.config.vocab_size, (batch, tokens)).tolist()
+    return drawn.integers(0, model.config.vocab_size, (batch, tokens)).tolist()
+
+
+def _generate_one(model: Qwen3Moe, prompts: list[list[int]], chunk: int) -> None:
     for _ in stream(model, prompts, max_new_tokens=1, prefill_chunk=chunk):
         pass
 

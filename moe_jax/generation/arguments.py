@@ -39,14 +39,33 @@ def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int
     _expect_sequence(name, ids, "a sequence of token ids")
     if len(ids) == 0:
         raise ValueError(f"{name} is empty; expected at least one token id")
-    tokens = check_token_ids(name, ids, config.vocab_size)
+    tokens = _plain_ids(ids, config.vocab_size)
+    if tokens is None:
+        tokens = np.asarray(check_token_ids(name, ids, config.vocab_size), np.int32)
     limit = position_limit(config)
     if limit is not None and len(tokens) + new > limit:
         raise ValueError(
             f"{name} has {len(tokens)} tokens and max_new_tokens is {new}; expected at most "
             f"max_position_embeddings = {limit} together"
         )
-    return np.asarray(tokens, np.int32)
+    return tokens
+
+
+def _plain_ids(ids: Sequence[int], V: int) -> np.ndarray | None:
+    """[N] int32, ids checked all at once, because one by one 16384 of them take 3.5 ms.
+
+    Returns:
+      None for what check_token_ids is to look at: no plain integers, or one outside [0, V).
+    """
+    if type(ids) in (list, tuple) and set(map(type, ids)) == {int}:
+        # Objects where one has more than 64 bits.
+        array = np.asarray(ids)
+    elif type(ids) is np.ndarray and ids.ndim == 1:
+        array = ids
+    else:
+        return None
+    plain = array.dtype.kind in "iu" and array.min() >= 0 and array.max() < V
+    return array.astype(np.int32) if plain else None
 
 
 def position_limit(config: Qwen3MoeConfig) -> int | None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from moe_jax.generation import decode, generate
@@ -35,3 +37,27 @@ def test_one_compilation_serves_all_calls_of_a_batch_size():
     generate(from_arrays(config, to_arrays(model)), PROMPTS, max_new_tokens=20, **first)
     assert compiled() == before
     assert min(before) > 0
+
+
+def test_one_program_begins_a_call(monkeypatch):
+    """An operation by itself would be compiled too, because nothing else has these shapes."""
+    B, programs = 7, []
+
+    def listen(event, seconds, *, fun_name=None, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(fun_name)
+
+    def prefill(plan, inputs, state, ids, valid):
+        last = decode.Sampled(np.arange(B, dtype=np.int32), np.ones(B, bool), np.int32(0))
+        return decode.Step(last, state, None, None)
+
+    model = tiny()
+    monkeypatch.setattr(decode, "prefill", prefill)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        options = {"sampling": DRAWN, "seed": 3, "stop_ids": [5], "max_new_tokens": 1}
+        made = generate(model, [[1, 2]] * B, capacity=61, **options)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert programs == ["jit(_begin)"]
+    assert made.tokens == [[row] for row in range(B)]

@@ -31,6 +31,12 @@ ERRORS = {
     ),
     "id negative": ({"prompts": [[-1]]}, ValueError, r"prompts\[0\]\[0\] is -1; expected 0 to"),
     "id 64 bits": ({"prompts": [[2**32]]}, ValueError, r"\[0\] is 4294967296; expected 0 to 127"),
+    "id 65 bits": ({"prompts": [[2**64]]}, ValueError, r"\[0\] is 18446744073709551616; expected"),
+    "id in an array": (
+        {"prompts": [np.array([1, 128])]},
+        ValueError,
+        r"prompts\[0\]\[1\] is 128; expected 0 to 127",
+    ),
     "id a float": ({"prompts": [[1.0]]}, TypeError, r"prompts\[0\]\[0\] is 1.0; expected a whole"),
     "nothing new": ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0; expected a whole"),
     "too long": (
