@@ -91,7 +91,8 @@ def test_every_problem_is_listed():
 
 def test_few_python_calls_find_the_parameters():
     """In nnx.state's order; its own walk made 250 calls for each, in each call of `generate`."""
-    model = Qwen3Moe(dataclasses.replace(TINY, num_hidden_layers=11), rngs=None)
+    config = dataclasses.replace(TINY, num_hidden_layers=11)
+    model = from_arrays(config, random_arrays(config))
     expected = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))]
     calls, before = [], sys.getprofile()
     sys.setprofile(lambda frame, event, _: calls.append(event) if "call" in event else None)
@@ -111,7 +112,7 @@ class Doubled(nnx.Param):
 
 
 def test_arrays_are_what_the_variables_give():
-    model = Qwen3Moe(dataclasses.replace(TINY, num_hidden_layers=1), rngs=None)
+    model = from_arrays(TINY, random_arrays(TINY))
     model.norm.weight = Doubled(jnp.ones(64))
     model.embed_tokens.weight = nnx.Param(jnp.ones((512, 64)), ref=True)
     arrays = to_arrays(model)
