@@ -4,7 +4,7 @@
 
     generate(model, [[1, 2, 3]], sampling=Sampling(temperature=0.7, top_p=0.9), max_new_tokens=20)
 
-`decode.py` holds the two compiled functions, `streaming.py` the loop around them, `sampling.py` and
+`decode.py` holds the compiled functions, `streaming.py` the loop around them, `sampling.py` and
 `logits_processors.py` how a token is chosen, `logprobs.py` how likely the model found it, `text.py`
 and `stopping.py` what becomes of its text.
 """

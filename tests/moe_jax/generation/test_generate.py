@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_jax.dispatch import record_choices
 from moe_jax.generation import collect, generate, stream, streaming
@@ -237,6 +238,18 @@ def test_prompts_may_be_numpy_arrays():
     prompts = [np.asarray(prompt, np.int64) for prompt in PROMPTS]
     made = generate(tiny(), prompts, max_new_tokens=3)
     assert made.tokens == [plain_greedy(prompt, 3) for prompt in PROMPTS]
+
+
+def test_parameters_are_those_at_the_call():
+    model = nnx.clone(tiny())
+    expected = generate(model, PROMPTS, max_new_tokens=3).tokens
+    events = stream(model, PROMPTS, max_new_tokens=3)
+    model.embed_tokens.weight[...] = jnp.roll(model.embed_tokens.weight[...], 1, axis=0)
+    assert collect(events, 3).tokens == expected
+    again = from_arrays(model.config, to_arrays(model))
+    changed = generate(model, PROMPTS, max_new_tokens=3).tokens
+    assert changed == generate(again, PROMPTS, max_new_tokens=3).tokens
+    assert changed != expected
 
 
 def test_the_cache_has_the_dtype_of_the_model(monkeypatch):
