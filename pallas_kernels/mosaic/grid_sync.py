@@ -31,6 +31,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels.mosaic.device import core_count, interpreting
+from pallas_kernels.mosaic.lane_code import one_lane
 
 TIMEOUT_VARIABLE = "PALLAS_KERNELS_SPIN_TIMEOUT_S"
 
@@ -67,7 +68,7 @@ def signal(counters: Any, index: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def add_one(_, counters, index):
         mgpu.warpgroup_barrier()
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        with one_lane():
             mgpu.utils.inline_ptx(
                 """{
                 .reg .b64 at;
@@ -106,7 +107,7 @@ def wait(counters: Any, index: Any, expected: int, num_waiting: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def spin(_, counters, index):
         pointer, index = mgpu.utils.memref_ptr(counters), index.registers.item()
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        with one_lane():
             if timeout_s:
                 _spin_or_trap(pointer, index, expected, timeout_s)
             else:
@@ -244,7 +245,7 @@ def pause(ns: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def sleep(_, ns):
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        with one_lane():
             mgpu.utils.inline_ptx(
                 f"""{{
                 .reg .b32 start, now, cycles;

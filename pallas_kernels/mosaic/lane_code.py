@@ -3,6 +3,8 @@
 All take and return MLIR values, inside plgpu.inline_mgpu.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +13,19 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
+
+
+@contextlib.contextmanager
+def one_lane() -> Iterator[None]:
+    """What is built inside is done by one lane of the warpgroup.
+
+    mgpu.single_thread does the same, but a global of the process tells it whether it is inside of
+    another one. While one thread lowers such code, what other threads lower is done by all lanes:
+    a block then signals 128 times, and those who wait read before anything is written.
+    """
+    one = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARPGROUP)
+    with mgpu.utils.when(one):
+        yield
 
 
 def lane_and_warp() -> tuple:

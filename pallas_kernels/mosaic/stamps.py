@@ -8,6 +8,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic.device import interpreting
+from pallas_kernels.mosaic.lane_code import one_lane
 
 BEGIN, WAITED, END, CORE = range(4)
 
@@ -29,7 +30,7 @@ def stamp(stamps: Any, block_id: Any, place: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def store(_, stamps, block_id):
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        with one_lane():
             mgpu.utils.inline_ptx(
                 f"""{{
                 .reg .b64 at;

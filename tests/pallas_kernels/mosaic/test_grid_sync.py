@@ -1,6 +1,8 @@
 """Counters and waits: interpreted, as they are lowered, and as a GPU runs them."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.mosaic import gpu as mgpu
 
 from pallas_kernels.decode_experts import decode_experts
 from pallas_kernels.mosaic import grid_sync
@@ -89,8 +92,8 @@ def test_interpreted_a_wait_for_a_later_block_is_an_error():
 # --- as they are lowered
 
 
-def assembly_of(use) -> list[str]:
-    """The inline assembly of a kernel that uses three counters, and then writes something."""
+def module_of(use) -> str:
+    """A kernel that uses three counters, and then writes something, as it is lowered."""
 
     def kernel(block_id, counters_gmem, out_gmem):
         use(counters_gmem, block_id)
@@ -106,7 +109,12 @@ def assembly_of(use) -> list[str]:
         )(grid_sync.zeroed_counters(3))
 
     [module] = mosaic_modules(lower_for_cuda(function))
-    return re.findall(r'asm_string = "(.*?)", constraints', module)
+    return re.sub(r"assembly_\d+", "assembly", module)
+
+
+def assembly_of(use) -> list[str]:
+    """The inline assembly of such a kernel."""
+    return re.findall(r'asm_string = "(.*?)", constraints', module_of(use))
 
 
 def test_a_signal_comes_after_what_the_block_has_written():
@@ -134,6 +142,37 @@ def test_asked_to_a_wait_ends_with_a_trap(monkeypatch):
     assert "waiting, time, 2500000000;" in spin and "ld.acquire.gpu" in spin
     assert trap == "trap;"
     assert "last, before, 8, counts;" in count
+
+
+def _all_uses(counters, block_id):
+    _wait(counters, block_id)
+    grid_sync.pause(700)
+    grid_sync.signal(counters, block_id)
+
+
+def test_what_another_thread_lowers_meanwhile_is_the_same(monkeypatch):
+    """Fails where one thread's "by one lane" is a state of the process: others would do without."""
+    alone = module_of(_all_uses)
+    assert alone.count("elect.sync") >= 3
+    inside, go_on = threading.Event(), threading.Event()
+    inline_ptx = mgpu.utils.inline_ptx
+
+    def inline_and_stop(ptx, *operands, **options):
+        if "red.add" in ptx and not inside.is_set():
+            inside.set()
+            assert go_on.wait(60)
+        return inline_ptx(ptx, *operands, **options)
+
+    monkeypatch.setattr(mgpu.utils, "inline_ptx", inline_and_stop)
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(module_of, _all_uses)
+        try:
+            assert inside.wait(60)
+            meanwhile = module_of(_all_uses)
+        finally:
+            go_on.set()
+    assert meanwhile == alone
+    assert stopped.result() == alone
 
 
 # --- a pause, and a staggered start
