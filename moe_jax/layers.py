@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax.activations import ACTIVATIONS
 from moe_jax.integers import at_least_int32
 from moe_jax.products import linear_product
-from pallas_kernels.block_scaled_fp8 import BlockScaledFp8, Weight, dequantise
+from pallas_kernels.block_scaled_fp8 import Weight
 
 
 class LinearParams(NamedTuple):
@@ -31,8 +31,6 @@ class MLPParams(NamedTuple):
 
 def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
     """Multiplies x [..., in] with weight [out, in] and adds bias [out]; rounds once."""
-    if isinstance(weight, BlockScaledFp8):
-        weight = dequantise(weight, x.dtype)
     y = linear_product(x, weight)
     if bias is not None:
         y = y + bias.astype(y.dtype)

@@ -21,8 +21,7 @@ def einsum(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:
 
     A BlockScaledFp8 weight is dequantised to x's dtype: value x scale in float32, rounded once.
     """
-    if isinstance(weight, BlockScaledFp8):
-        weight = dequantise(weight, x.dtype)
+    weight = _plain(weight, x.dtype)
     return jnp.einsum(
         subscripts,
         x,
@@ -32,19 +31,27 @@ def einsum(subscripts: str, x: jax.Array, weight: Weight) -> jax.Array:
     )
 
 
-@jax.custom_vjp
-def linear_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiplies x [..., in] with weight [out, in], in float32; the caller rounds to x's dtype.
+def linear_product(x: jax.Array, weight: Weight) -> jax.Array:
+    """Multiplies x [..., in] with weight [out, in], as einsum does; the caller rounds to x's dtype.
 
-    So the cotangent is of x's dtype, and widened only as the rounding is turned around. The
-    gradient narrows it again, which changes no value. Otherwise XLA would widen the weight as well,
-    and multiply in float32 or TF32: twice the time and a copy of the weight.
+    So the cotangent has values of x's dtype, and is wider only because the rounding widens it. The
+    gradient narrows it again, which changes none. Otherwise XLA would widen the weight as well, and
+    multiply in float32 or TF32: twice the time and a copy of the weight.
     """
+    return _product(x, _plain(weight, x.dtype))
+
+
+def _plain(weight: Weight, dtype) -> jax.Array:
+    return dequantise(weight, dtype) if isinstance(weight, BlockScaledFp8) else weight
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return einsum("...i,oi->...o", x, weight)
 
 
 def _forward(x, weight):
-    return linear_product(x, weight), (x, weight)
+    return _product(x, weight), (x, weight)
 
 
 def _backward(operands, cotangent):
@@ -62,4 +69,4 @@ def _backward(operands, cotangent):
     return of_x.astype(x.dtype), of_weight.astype(weight.dtype)
 
 
-linear_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)

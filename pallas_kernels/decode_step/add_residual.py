@@ -51,19 +51,19 @@ def inverse_rms(squares: jax.Array, H: int, eps: float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AddResidual:
-    """Reads x [N, H] bf16, norm_weight [H] bf16; with parts `parts` [num_parts, N, H] float32.
+    """Reads x [N, H] bf16, norm_weight [H] bf16, parts [num_parts, N, H] float32.
 
     Masked, it reads valid [T] int32, too, and adds nothing to a token where that is 0. With E it
     reads gate [E, H] bf16.
 
-    Makes squares [H / 64, N] float32; with parts total [N, H] bf16; then scaled [N, H] bf16, or
-    with E partials [H / 64, N, E rounded up to 128] float32. Mailed, total and scaled are float32
+    Makes squares [H / 64, N] float32, total [N, H] bf16; then scaled [N, H] bf16, or with E
+    partials [H / 64, N, E rounded up to 128] float32. Mailed, total and scaled are float32
     with bf16's values; those who read total get `words`, and with `keeps` total is written, too.
 
     Attributes:
       T, H: tokens, their size, a multiple of 64.
       N: rows of x, a multiple of 8; those from T on may hold anything.
-      num_parts: what is added to x.
+      num_parts: what is added to x, at least one.
       masked: whether to look at valid.
       E: experts of the router; 0 for none.
       mailed: whether x, parts and all that others read are in mailboxes, or are there before.
@@ -74,7 +74,7 @@ class AddResidual:
     T: int
     H: int
     N: int
-    num_parts: int = 0
+    num_parts: int
     masked: bool = False
     E: int = 0
     mailed: bool = False
@@ -107,9 +107,9 @@ class AddResidual:
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
         struct, row = jax.ShapeDtypeStruct, (self.N, self.H)
         types = {"squares": struct((self._column_blocks, self.N), jnp.float32)}
-        if self.num_parts and self.keeps:
+        if self.keeps:
             types["total"] = struct(row, jnp.bfloat16)
-        if self.num_parts and self.mailed:
+        if self.mailed:
             types["words"] = struct(row, jnp.float32)
         if self.E:
             shape = (self._column_blocks, self.N, padded_experts(self.E))
@@ -187,11 +187,11 @@ class AddResidual:
             total, *parts = collect([piece(x), *parts])
         else:
             total = plgpu.load(x, layout=ROWS_BY_64, optimized=False).astype(jnp.float32)
-            parts = collect(parts) if parts else []
+            parts = collect(parts)
         added = total
         for part in parts:
             added += part
-        if not self.masked or not parts:
+        if not self.masked:
             return added
         place = plgpu.broadcasted_iota(jnp.int32, added.shape, 0, layout=ROWS_BY_64)
         counts = jnp.zeros_like(place)
@@ -203,17 +203,18 @@ class AddResidual:
 
     def reference(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The same in plain jnp."""
-        total, found = arrays["x"].astype(jnp.float32), {}
-        if self.num_parts:
-            parts = arrays["parts"]
-            if self.masked:
-                valid = jnp.pad(arrays["valid"], (0, self.N - self.T))
-                parts = jnp.where(valid[:, None] > 0, parts, 0)
-            total = total + jnp.sum(parts, axis=0)
-            found["total"] = total.astype(jnp.bfloat16)
-            found["words"] = found["total"].astype(jnp.float32)
+        parts = arrays["parts"]
+        if self.masked:
+            valid = jnp.pad(arrays["valid"], (0, self.N - self.T))
+            parts = jnp.where(valid[:, None] > 0, parts, 0)
+        total = arrays["x"].astype(jnp.float32) + jnp.sum(parts, axis=0)
         by_block = total.reshape(self.N, -1, COLUMNS)
-        found["squares"] = jnp.sum(by_block * by_block, axis=2).T
+        rounded = total.astype(jnp.bfloat16)
+        found = {
+            "total": rounded,
+            "words": rounded.astype(jnp.float32),
+            "squares": jnp.sum(by_block * by_block, axis=2).T,
+        }
         scaled = total * arrays["norm_weight"].astype(jnp.float32)
         if not self.E:
             return found | {"scaled": scaled.astype(jnp.bfloat16)}  # any reader casts it

@@ -150,10 +150,10 @@ def _run(
         s = options["shapes"]
         nothing = jnp.zeros((num_parts(s, shard), s.N, s.H), jnp.float32)
         residual = residual._replace(parts=nothing)
+    residual = with_mailboxes(residual, weights[0], shard, **options)  # each layer hands them on
     steps, stamps = [], []
     for index, (own, cache) in enumerate(zip(weights, caches, strict=True)):
         with jax.named_scope(f"layer_{index}"):
-            residual = with_mailboxes(residual, own, shard, **options)
             step, times = launch_layer(
                 residual, own, cache, positions, shard, stamped=stamped, **options
             )

@@ -57,7 +57,7 @@ if ON_GPU:
 def tasks_of(size: Size) -> list[Task]:
     T, E, K, H, norm_topk_prob = size
     N = round_up(T, 8)
-    product = AddResidual(T=T, H=H, N=N, E=E)
+    product = AddResidual(T=T, H=H, N=N, num_parts=1, E=E)
     norm = NormInput(T=T, H=H, N=N, eps=EPS, after="add")
     top_k = TopK(
         T=T, H=H, E=E, K=K, eps=EPS, num_splits=H // COLUMNS, norm_topk_prob=norm_topk_prob,
@@ -67,13 +67,13 @@ def tasks_of(size: Size) -> list[Task]:
         Task(
             kind="add",
             work=product,
-            reads={"x": "x", "norm_weight": "norm_weight", "gate": "gate"},
-            writes={"squares": "squares", "partials": "partials"},
+            reads={name: name for name in ("x", "parts", "norm_weight", "gate")},
+            writes={name: name for name in ("total", "squares", "partials")},
         ),
         Task(
             kind="norm",
             work=norm,
-            reads={"squares": "squares", "norm_weight": "norm_weight", "total": "x"},
+            reads={"squares": "squares", "norm_weight": "norm_weight", "total": "total"},
             writes={"normed": "normed"},
             waits_for={"add": norm.num_blocks},
         ),
@@ -88,13 +88,17 @@ def tasks_of(size: Size) -> list[Task]:
 
 
 def make_case(size: Size, seed: int) -> dict[str, jax.Array]:
-    """Normal x, with NaN in the padding rows, and logits of size 1; the norm's weight is 1."""
+    """Normal x, with NaN in the padding rows, and logits of size 1; the norm's weight is 1.
+
+    Nothing is added to x: its parts are zeros.
+    """
     rng, padding = np.random.default_rng(seed), -size.T % 8
     x = np.pad(
         rng.standard_normal((size.T, size.H)), ((0, padding), (0, 0)), constant_values=np.nan
     )
     return {
         "x": jnp.asarray(x, jnp.bfloat16),
+        "parts": jnp.zeros((1, *x.shape), jnp.float32),
         "norm_weight": jnp.ones(size.H, jnp.bfloat16),
         "gate": jnp.asarray(rng.standard_normal((size.E, size.H)) * size.H**-0.5, jnp.bfloat16),
         "valid": jnp.ones(size.T, jnp.int32),
