@@ -106,7 +106,7 @@ OF_CALL: dict[str, Callable[[LayersCall], bool]] = {
 }
 # Likewise, on a mesh.
 OF_MESH: dict[str, Callable[[Qwen3MoeConfig, Parallelism], bool]] = {
-    "parameters split over a mesh's data": lambda _, mesh: mesh.fsdp and mesh.size("data") > 1,
+    "parameters split over a mesh's data": lambda _, mesh: mesh.splits_parameters,
     "more experts for a token than a shard has": lambda config, mesh: (
         config.num_experts_per_tok * mesh.size("expert") > config.num_experts
     ),

@@ -110,7 +110,7 @@ def _name(path: tuple) -> str:
 
 def gathered(params: Any, parallelism: Parallelism | None) -> Any:
     """A layer's parameters, whole over data; as they are where nothing is split over it."""
-    if parallelism is None or not parallelism.fsdp or parallelism.size("data") == 1:
+    if parallelism is None or not parallelism.splits_parameters:
         return params
 
     def whole(path: tuple, weight: Any) -> Any:
@@ -126,11 +126,11 @@ def gathered(params: Any, parallelism: Parallelism | None) -> Any:
 def rematerialised(run_layer: Callable, remat: bool, parallelism: Parallelism | None) -> Callable:
     """run_layer with a backward pass that keeps less: its input alone, or all but gathered weights.
 
-    Without remat and without a mesh it is run_layer.
+    Without remat it is run_layer, unless parameters are gathered.
     """
     if remat:
         return jax.checkpoint(run_layer)
-    if parallelism is None or not parallelism.fsdp:
+    if parallelism is None or not parallelism.splits_parameters:
         return run_layer
     policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return jax.checkpoint(run_layer, policy=policy)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import Qwen3MoeConfig
-from moe_jax.quantization import SCALES, VALUES, split_name
+from moe_jax.quantization import SCALES, VALUES, is_quantised, split_name
 from moe_jax.sharding import (
     MESH_AXES,
     Rule,
@@ -142,7 +142,8 @@ class Parallelism:
         """(parameter name, shape) -> NamedSharding, as the loaders of moe_jax.checkpoints take.
 
         Args:
-          config: to be checked; None leaves that to the first call of the model.
+          config: to be checked, and whose FP8 weights are whole over data; None leaves the check to
+            the first call of the model, and needs `fsdp=False` for FP8 weights.
 
         Raises:
           ValueError: the mesh does not divide what it has to, or jax.set_mesh holds Explicit axes.
@@ -151,7 +152,13 @@ class Parallelism:
             refuse_explicit_context()
         else:
             self.check(config)
-        return lambda name, shape: NamedSharding(self.mesh, self.spec(name, shape))
+        quantised = None if config is None else config.quantization_config
+
+        def of(name: str, shape: Sequence[int]) -> NamedSharding:
+            fsdp = False if is_quantised(name, quantised) else None
+            return NamedSharding(self.mesh, self.spec(name, shape, fsdp=fsdp))
+
+        return of
 
     def check(self, config: Qwen3MoeConfig) -> None:
         """Raises a ValueError that lists what of the config the mesh does not divide."""
@@ -176,6 +183,11 @@ class Parallelism:
         ]
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def splits_parameters(self) -> bool:
+        """Whether parameters are split over several devices of data, and gathered by a layer."""
+        return self.fsdp and self.size("data") > 1
 
     def sharding(self, *spec: Any) -> NamedSharding:
         """Of an array that is no parameter; without arguments it is whole on every device."""

@@ -66,7 +66,7 @@ def experts_on_mesh(
     ids = jnp.where((ids >= 0) & (ids < E), ids, -1)
     if phase != "training" or n == 1:
         first = lax.axis_index("expert") * local
-        y = compute(x, jnp.where(ids >= 0, ids - first, -1), expert_weights)
+        y = compute(x, ids - first, expert_weights)  # padding is -1, below any first
         return summed(y, parallelism, "expert", "tensor")
     exchange = parallelism.exchange
     if exchange == "auto":
@@ -81,7 +81,7 @@ def experts_on_mesh(
 def _by_gather(compute: Compute, x, ids, expert_weights, local: int) -> jax.Array:
     first = lax.axis_index("expert") * local
     every = [lax.all_gather(a, "expert", tiled=True) for a in (x, ids, expert_weights)]
-    y = compute(every[0], jnp.where(every[1] >= 0, every[1] - first, -1), every[2])
+    y = compute(every[0], every[1] - first, every[2])
     return lax.psum_scatter(y, "expert", tiled=True)
 
 

@@ -39,9 +39,7 @@ def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int
     _expect_sequence(name, ids, "a sequence of token ids")
     if len(ids) == 0:
         raise ValueError(f"{name} is empty; expected at least one token id")
-    tokens = _plain_ids(ids, config.vocab_size)
-    if tokens is None:
-        tokens = np.asarray(check_token_ids(name, ids, config.vocab_size), np.int32)
+    tokens = token_array(name, ids, config.vocab_size)
     limit = position_limit(config)
     if limit is not None and len(tokens) + new > limit:
         raise ValueError(
@@ -49,6 +47,12 @@ def _check_prompt(row: int, ids: Sequence[int], config: Qwen3MoeConfig, new: int
             f"max_position_embeddings = {limit} together"
         )
     return tokens
+
+
+def token_array(name: str, ids: Sequence[int], V: int) -> np.ndarray:
+    """Token ids below V as [N] int32; raises as check_token_ids does."""
+    tokens = _plain_ids(ids, V)
+    return np.asarray(check_token_ids(name, ids, V), np.int32) if tokens is None else tokens
 
 
 def _plain_ids(ids: Sequence[int], V: int) -> np.ndarray | None:
@@ -64,7 +68,9 @@ def _plain_ids(ids: Sequence[int], V: int) -> np.ndarray | None:
         array = ids
     else:
         return None
-    plain = array.dtype.kind in "iu" and array.min() >= 0 and array.max() < V
+    if array.dtype.kind not in "iu" or not array.size:
+        return None
+    plain = array.min() >= 0 and array.max() < V
     return array.astype(np.int32) if plain else None
 
 

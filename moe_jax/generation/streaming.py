@@ -49,7 +49,8 @@ class Event:
     logprobs: TokenLogprobs | None = None
 
 
-_PREFILL_CHUNKS = {"cuda": 4096}
+_PREFILL_CHUNK = 512
+_PREFILL_TOKENS_ON_CUDA = 4096  # of all rows; each chunk reads all weights
 
 
 def stream(
@@ -92,7 +93,7 @@ def stream(
       seed: row r draws from (seed, r), so its tokens do not depend on the rows beside it. A
         sequence has a seed for each row, and a row draws as if it were alone.
       prefill_chunk: columns of the prompts that run at once; changes memory, not results. None
-        takes 4096 on CUDA, where each chunk reads all weights, and 512 elsewhere.
+        takes 512, and on CUDA as many more as make 4096 tokens of all rows.
       capacity: tokens that a cache row can hold; None takes what these shapes need. A fixed
         value serves calls of several lengths with one compiled step.
       prefill_backend, decode_backend: the experts', as in moe_jax.experts.experts. A name takes the
@@ -123,7 +124,7 @@ def stream(
         raise TypeError(f"sampling is {sampling!r}; expected a Sampling")
     platform = resolve_platform(platform)
     if prefill_chunk is None:
-        prefill_chunk = _PREFILL_CHUNKS.get(platform, 512)
+        prefill_chunk = _default_chunk(platform, len(rows))
     prefill_chunk = arguments.whole_number("prefill_chunk", prefill_chunk, least=1)
     longest = max(map(len, rows))
     columns = arguments.padded_length(longest, prefill_chunk)
@@ -277,6 +278,12 @@ def _tokens(job: _Job, going: np.ndarray) -> Iterator[_Group]:
     yield np.asarray(tokens).reshape(-1, len(going))[:count], logprobs, traces
 
 
+def _default_chunk(platform: str, B: int) -> int:
+    """Columns of a chunk of B rows: a power of two, so that few shapes are compiled."""
+    tokens = _PREFILL_TOKENS_ON_CUDA if platform == "cuda" else 0
+    return max(_PREFILL_CHUNK, 1 << (tokens // B).bit_length() >> 1)
+
+
 def _prefill(job: _Job) -> tuple[compiled.StepInputs, compiled.Step]:
     """Runs the prompts chunk by chunk; returns what all steps take, and the last chunk's Step."""
     plan = job.prefill_plan()
@@ -296,7 +303,9 @@ def _prefill(job: _Job) -> tuple[compiled.StepInputs, compiled.Step]:
         if job.platform == "cuda":
             # Attention there need not look at slots for what is known here. It is one program more
             # to compile for a prompt of several chunks, which elsewhere would gain nothing.
-            plan = plan._replace(empty_cache=first == 0, unpadded=bool(valid[:, chunk].all()))
+            is_first = first == 0
+            unpadded = is_first and bool(valid[:, chunk].all())
+            plan = plan._replace(empty_cache=is_first, unpadded=unpadded)
         step = compiled.prefill(plan, inputs, state, ids[:, chunk], valid[:, chunk])
         state = step.state
     return inputs, step

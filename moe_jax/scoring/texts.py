@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from moe_jax.generation.arguments import check_token_ids, position_limit, whole_number
+from moe_jax.generation.arguments import position_limit, token_array, whole_number
 from moe_jax.scoring.scorer import Reading, Scorer, score_logits
 
 
@@ -155,10 +155,10 @@ def _check_scorers(scorers: Sequence[Scorer]) -> None:
 
 
 def _check_text(name: str, ids: Sequence[int], V: int) -> np.ndarray:
-    tokens = check_token_ids(name, ids, V)
+    tokens = token_array(name, ids, V)
     if len(tokens) < 2:
         raise ValueError(f"{name} has {len(tokens)} tokens; expected at least 2, one to predict")
-    return np.asarray(tokens, np.int32)
+    return tokens
 
 
 def _nothing_scored(ids: np.ndarray, scorers: Sequence[Scorer]) -> TextScores:

@@ -42,7 +42,7 @@ from pallas_kernels.mosaic.warpgroup import one_per_lane, where
 
 MAX_GROUP = 64  # query heads of a kv head
 _HEADS = PRODUCT.reduce(0)
-_MOST_BLOCKS = 396  # of a row, kv head and group: what a Hopper's cores take at once
+_BLOCKS_AT_ONCE = 396  # of a row, kv head and group: what a Hopper's cores take at once
 
 
 def _nothing(*_) -> None:
@@ -245,6 +245,10 @@ class SplitAttention:
 
 
 def _default_groups(pairs: int, splits: int) -> int:
-    """Of 5 splits of 128 pairs, 640 in all, each block takes 2: 3 groups."""
-    splits_of_a_block = -(-splits * pairs // _MOST_BLOCKS)
+    """A block takes its share of all splits, as if the blocks that run at once had them all.
+
+    Of 5 splits of 128 pairs it takes 2, which are 3 groups. Of 256 pairs it takes 4: 2 groups, and
+    so more blocks than run at once.
+    """
+    splits_of_a_block = -(-splits * pairs // _BLOCKS_AT_ONCE)
     return -(-splits // splits_of_a_block)

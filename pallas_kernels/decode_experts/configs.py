@@ -67,13 +67,23 @@ def check_block(field: str, value: int, accepted: tuple[int, ...], letter: str, 
         )
 
 
-def check_num_stages(field: str, num_stages: int, stage_bytes: int, least: int) -> None:
-    """Raises a ValueError unless there are `least` stages at least, and they fit shared memory."""
-    most = SHARED_MEMORY_BYTES // stage_bytes
+def check_num_stages(
+    field: str, num_stages: int, stage_bytes: int, least: int, reserved: int = 0
+) -> None:
+    """Raises a ValueError unless there are `least` stages at least, and they fit shared memory.
+
+    Args:
+      field: of the config, for the message.
+      num_stages, stage_bytes: how many, and the size of each.
+      least: how many there must be.
+      reserved: bytes of shared memory that stages cannot have.
+    """
+    room = SHARED_MEMORY_BYTES - reserved
+    most = room // stage_bytes
     # True is an int to Python.
     is_number = isinstance(num_stages, int) and not isinstance(num_stages, bool)
     if not is_number or not least <= num_stages <= most:
         raise ValueError(
             f"config.{field} is {num_stages!r}; expected an integer from {least} to {most}: a "
-            f"stage takes up to {stage_bytes} of {SHARED_MEMORY_BYTES} bytes of shared memory"
+            f"stage takes up to {stage_bytes} of {room} bytes of shared memory"
         )

@@ -23,7 +23,6 @@ are added in float32.
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -38,12 +37,13 @@ from pallas_kernels.decode_experts.expert_major_config import (
 from pallas_kernels.decode_experts.expert_major_fp8 import FP8_MAX_BLOCK_N, fp8_products
 from pallas_kernels.decode_experts.expert_major_kernels import Down, GateUp, fit_stages
 from pallas_kernels.decode_experts.expert_schedule import ExpertSchedule, default_block_n
-from pallas_kernels.decode_experts.gather import MAX_ASSIGNMENTS, gather_by_xla, gather_rows
+from pallas_kernels.decode_experts.gather import MAX_ASSIGNMENTS, gather_by_kernel, gather_by_xla
 from pallas_kernels.decode_experts.swiglu_epilogue import product_rows
 from pallas_kernels.decode_experts.token_tiles import TokenTiles, WholeBatchTiles
 from pallas_kernels.decode_experts.weights import ExpertWeights
 from pallas_kernels.mosaic.device import HOPPER, launch
 from pallas_kernels.mosaic.grid_sync import signal, wait, zeroed_counters
+from pallas_kernels.row_sums import sum_rows
 
 
 @functools.partial(jax.jit, static_argnames=("config", "out_dtype", "interpret"))
@@ -77,7 +77,7 @@ def _run(
     else:
         hidden = _launch(gate_up, "gate_up", (*tiles.operands, stored.gate_up), interpret)
         outputs = _launch(down, "down", (tiles.operands[0], hidden, stored.down), interpret)
-    return _combine(outputs, tiles.row_of).astype(out_dtype)
+    return sum_rows(outputs, tiles.row_of).astype(out_dtype)
 
 
 def _tiles(x, expert_ids, expert_weights, E: int, block_n: int, interpret) -> TokenTiles:
@@ -87,7 +87,7 @@ def _tiles(x, expert_ids, expert_weights, E: int, block_n: int, interpret) -> To
         return WholeBatchTiles(x=x, expert_ids=expert_ids, expert_weights=expert_weights, E=E)
     schedule = ExpertSchedule(T=T, K=K, E=E, block_n=block_n)
     if T * K <= MAX_ASSIGNMENTS:
-        return gather_rows(x, expert_ids, expert_weights, schedule, interpret)
+        return gather_by_kernel(x, expert_ids, expert_weights, schedule, interpret)
     return gather_by_xla(x, expert_ids, expert_weights, schedule)
 
 
@@ -166,19 +166,6 @@ def _fused(gate_up: GateUp, down: Down, *operands, interpret) -> jax.Array:
         )(*operands, zeroed_counters(tiles.num_tiles))
 
     return call(*operands)[1]
-
-
-def _combine(outputs: jax.Array, row_of: jax.Array) -> jax.Array:
-    """out[t] = sum over k, in order, of outputs[row_of[t, k]]: [T, H] float32.
-
-    Additions only: a product here could be fused into one of them, or not, by the size of T.
-    """
-    out = jnp.float32(0)
-    for k in range(row_of.shape[1]):
-        row = row_of[:, k, None]  # [T, 1]
-        # Select, never multiply by zero: what lies at an unwritten row may be inf or NaN.
-        out += jnp.where(row >= 0, outputs[jnp.maximum(row[:, 0], 0)], 0)  # [T, H]
-    return out
 
 
 EXPERT_MAJOR = Layout(

@@ -31,7 +31,7 @@ MAX_ASSIGNMENTS = 8192
 _ELEMENTS_AT_ONCE = 16384
 
 
-def gather_rows(
+def gather_by_kernel(
     x: jax.Array,
     expert_ids: jax.Array,
     expert_weights: jax.Array,

@@ -14,6 +14,7 @@ from pallas_kernels.decode_experts.expert_major_kernels import BLOCK_KS, stage_b
 from pallas_kernels.decode_experts.swiglu_epilogue import product_rows
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from pallas_kernels.decode_step.layer import PRODUCTS, LayerConfig, LayerShapes
+from pallas_kernels.mosaic.fp8_product import OPERAND_BYTES
 from pallas_kernels.mosaic.operands import expect_array, round_up
 
 MAX_ROWS = 64
@@ -189,5 +190,6 @@ def check_config(config: LayerConfig, quantised: bool = False) -> None:
         ),
         "down_num_stages": stage_bytes(config.down_block_k, config.down_block_m + 2 * N),
     }
+    reserved = OPERAND_BYTES if quantised else 0  # the converted tokens, which all stages share
     for field, size in (fp8_stage_bytes(config) if quantised else of_stage).items():
-        check_num_stages(field, getattr(config, field), size, least=2)
+        check_num_stages(field, getattr(config, field), size, least=2, reserved=reserved)

@@ -25,10 +25,10 @@ from pallas_kernels.mosaic.fp8_mma import (
     GROUP,
     ROWS_BY_TOKEN,
     add_products,
-    load_weights,
+    weights_in_registers,
     weights_type,
 )
-from pallas_kernels.mosaic.fp8_operand import BY_COLUMN, COLUMNS, operand_types, store_operands
+from pallas_kernels.mosaic.fp8_operand import BY_COLUMN, COLUMNS, store_operands
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.mailbox import Piece, collect, post
 from pallas_kernels.mosaic.warpgroup import TILE_ROWS, load_few, sync_lanes
@@ -72,7 +72,8 @@ class SplitProductFp8(SplitProduct):
         return (
             [
                 weights_type(self.steps, 1, BLOCK_M, COLUMNS),
-                *operand_types(buffers, 1, tokens),
+                plgpu.SMEM((buffers, 1, tokens, COLUMNS), jnp.float16),
+                plgpu.SMEM((buffers, tokens), jnp.float32),
                 plgpu.SMEM((self.num_splits * self.steps,), jnp.float32),
             ],
         )
@@ -134,7 +135,7 @@ class SplitProductFp8(SplitProduct):
                 if number == 0:
                     plgpu.barrier_wait(full.at[step])
                 scale = self._scale(scales_smem, split, step)
-                weights = load_weights(weights_smem.at[step])
+                weights = weights_in_registers(weights_smem.at[step])
                 totals = add_products(totals, weights, terms, factors, [scale] * 2)
             return totals, ahead
 

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul.gradient_to_weights import gradient_to_weights
 from pallas_kernels.grouped_matmul.groups import GroupedAssignments, Groups
 from pallas_kernels.grouped_matmul.rows_by_weights import rows_by_weights, swiglu_by_weights
-from pallas_kernels.grouped_matmul.tiles import SIZE_MULTIPLE, GroupedMatmulConfig
+from pallas_kernels.grouped_matmul.tiles import SIZE_MULTIPLE, GroupedMatmulConfig, check_config
 from pallas_kernels.mosaic.device import (
+    ANY,
     HOPPER,
     capability_of,
     check_interpret,
     expect_capability,
 )
 from pallas_kernels.mosaic.operands import expect_array
+from pallas_kernels.row_sums import sum_rows
 
 
 def runs_on(device_kind: str) -> bool:
@@ -56,8 +58,9 @@ def grouped_matmul(
       TypeError: a dtype or type is not one that is accepted.
       NotImplementedError: another float dtype, or a GPU without the kernels' instructions.
     """
-    _check("weights", weights, "[E, out, in]", rows, groups, interpret)
-    return _grouped_matmul(rows, weights, groups, config or GroupedMatmulConfig(), interpret)
+    config = config or GroupedMatmulConfig()
+    _check("weights", weights, "[E, out, in]", rows, groups, config, interpret)
+    return _grouped_matmul(rows, weights, groups, config, interpret)
 
 
 def grouped_swiglu(
@@ -86,15 +89,17 @@ def grouped_swiglu(
     Raises:
       ValueError, TypeError, NotImplementedError: as in grouped_matmul.
     """
-    _check("gate_up", gate_up, "[E, 2, I, H]", rows, groups, interpret)
+    config = config or GroupedMatmulConfig()
+    _check("gate_up", gate_up, "[E, 2, I, H]", rows, groups, config, interpret)
+    if gate_up.shape[1] != 2:
+        raise ValueError(f"gate_up has shape {gate_up.shape}; expected [E, 2, I, H]")
     expect_array("row_weights", row_weights, "[R]", jnp.float32)
     if row_weights.shape != (groups.R,):
         raise ValueError(f"row_weights has shape {row_weights.shape}; expected [R] = ({groups.R},)")
-    config = config or GroupedMatmulConfig()
     return _grouped_swiglu(rows, gate_up, row_weights, groups, config, interpret)
 
 
-def _check(name: str, weights, letters: str, rows, groups: Groups, interpret) -> None:
+def _check(name: str, weights, letters: str, rows, groups: Groups, config, interpret) -> None:
     check_interpret(interpret)
     expect_array("rows", rows, "[R, in]", jnp.bfloat16, instead="reference_grouped_matmul")
     expect_array(name, weights, letters, jnp.bfloat16, instead="reference_grouped_matmul")
@@ -109,7 +114,8 @@ def _check(name: str, weights, letters: str, rows, groups: Groups, interpret) ->
                 f"{name} has shape {weights.shape}; expected multiples of {SIZE_MULTIPLE} in its "
                 "last two dimensions"
             )
-    others = {"XLA's lax.ragged_dot_general": range(100)}
+    check_config(config)
+    others = {"XLA's lax.ragged_dot_general": ANY}
     expect_capability("grouped_matmul", (HOPPER,), others, interpret)
 
 
@@ -186,12 +192,7 @@ def gather_rows(x: jax.Array, assignments: GroupedAssignments) -> jax.Array:
 @jax.custom_vjp
 def combine_rows(rows: jax.Array, assignments: GroupedAssignments) -> jax.Array:
     """[T, H]: the sum of each token's rows of [R, H], in the order of k, in float32."""
-    total = jnp.float32(0)
-    for k in range(assignments.K):
-        row = assignments.row_of[:, k, None]  # [T, 1]
-        # Select, never multiply by zero: a row in no group may hold anything.
-        total += jnp.where(row >= 0, rows[jnp.maximum(row[:, 0], 0)].astype(jnp.float32), 0)
-    return total.astype(rows.dtype)
+    return sum_rows(rows, assignments.row_of).astype(rows.dtype)
 
 
 gather_rows.defvjp(

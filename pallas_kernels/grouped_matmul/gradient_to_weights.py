@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import BLOCK_M, Groups
 from pallas_kernels.grouped_matmul.tiles import (
+    BLOCK_K,
     CONSUMER_ROWS,
     GroupedMatmulConfig,
     block_n_for,
@@ -58,14 +59,14 @@ def gradient_to_weights(
         in the other.
       rows: [R, in] bf16.
       groups: whose rows are which expert's.
-      config: how to cut; block_k is in rows.
+      config: how to cut.
       interpret: as in mosaic.device.launch.
 
     Returns:
       [E, out, in] bf16.
     """
     m, n = cotangent.shape[1], rows.shape[1]
-    block_m, block_n, block_k = BLOCK_M, block_n_for(n, config), config.block_k
+    block_m, block_n, block_k = BLOCK_M, block_n_for(n, config), BLOCK_K
     across, down = n // block_n, m // block_m
 
     def kernel(block_id, first_row, num_rows, cotangent, rows, out, a, b, pieces, full, empty):
@@ -96,7 +97,6 @@ def gradient_to_weights(
 
         product = TileProduct(
             num_stages=config.num_stages,
-            copies=2,
             acc_shape=(CONSUMER_ROWS, block_n),
             tile=tile_at,
             num_steps=lambda tile: lax.div(tile.num_rows, jnp.int32(block_k)),

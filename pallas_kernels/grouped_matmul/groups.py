@@ -14,6 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mosaic.operands import round_up
+
 ROWS_MULTIPLE = 64  # what one wgmma takes as M, and one step of the gradient to the weights as K
 BLOCK_M = 128  # rows of a tile
 
@@ -82,7 +84,7 @@ def group_assignments(expert_ids: jax.Array, E: int) -> GroupedAssignments:
     R = max_rows(T * K, E)
     flat = jnp.where((expert_ids >= 0) & (expert_ids < E), expert_ids, E).reshape(-1)  # [TK]
     sizes = jnp.sum(flat[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)  # [E]
-    num_rows = (sizes + ROWS_MULTIPLE - 1) // ROWS_MULTIPLE * ROWS_MULTIPLE
+    num_rows = round_up(sizes, ROWS_MULTIPLE)
     first_row = _before(num_rows)
 
     order = jnp.argsort(flat).astype(jnp.int32)  # stable; padding comes last

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.groups import BLOCK_M, Groups
 from pallas_kernels.grouped_matmul.tiles import (
+    BLOCK_K,
     CONSUMER_ROWS,
     PIECE,
     SIZE_MULTIPLE,
@@ -71,7 +72,7 @@ def rows_by_weights(
     """
     contracted, columns = weights.shape[1:] if transposed else weights.shape[:0:-1]
     block_n = block_n_for(columns, config)
-    block_k = config.block_k
+    block_k = BLOCK_K
     num_columns = columns // block_n
     shared_b = (block_k, block_n) if transposed else (block_n, block_k)
 
@@ -96,7 +97,6 @@ def rows_by_weights(
 
         product = TileProduct(
             num_stages=config.num_stages,
-            copies=2,
             acc_shape=(CONSUMER_ROWS, block_n),
             tile=lambda index: _rows_tile(table, index, num_columns, block_n),
             num_steps=lambda _: contracted // block_k,
@@ -155,7 +155,7 @@ def swiglu_by_weights(
       undefined.
     """
     _, _, I, H = gate_up.shape
-    neurons, block_k = SIZE_MULTIPLE, config.block_k
+    neurons, block_k = SIZE_MULTIPLE, BLOCK_K
     num_columns = I // neurons
 
     def kernel(block_id, table, rows, weights, row_weights, *rest):
@@ -192,7 +192,6 @@ def swiglu_by_weights(
 
         product = TileProduct(
             num_stages=config.num_stages,
-            copies=3,
             acc_shape=(CONSUMER_ROWS, 2 * neurons),
             tile=lambda index: _rows_tile(table, index, num_columns, neurons),
             num_steps=lambda _: H // block_k,

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.groups import BLOCK_M
+from pallas_kernels.grouped_matmul.groups import BLOCK_M, ROWS_MULTIPLE
 from pallas_kernels.mosaic.operands import SWIZZLE, WGMMA_TILING
 from pallas_kernels.mosaic.warp_specialised import CONSUMERS
 
 SIZE_MULTIPLE = 128  # of every width
+BLOCK_K = ROWS_MULTIPLE  # of a step along the contraction: rows of an expert, too
 CONSUMER_ROWS = BLOCK_M // CONSUMERS  # of one consumer
 PIECE = 64  # columns that are stored at once
 _SLOTS = 2  # pieces of a consumer that are stored while it fills the next
@@ -23,13 +24,22 @@ class GroupedMatmulConfig:
 
     Attributes:
       block_n: columns of a tile, at most: 128 or 256.
-      block_k: along the contraction, a multiple of 64.
-      num_stages: stages of the pipeline.
+      num_stages: stages of the pipeline, 2 to 4.
     """
 
     block_n: int = 256
-    block_k: int = 64
     num_stages: int = 4
+
+
+def check_config(config: GroupedMatmulConfig) -> None:
+    """Raises a ValueError that names the field, if a config cannot be.
+
+    A stage is given back one step late, and four fill the shared memory.
+    """
+    for field, accepted in (("block_n", (128, 256)), ("num_stages", (2, 3, 4))):
+        value = getattr(config, field)
+        if value not in accepted:
+            raise ValueError(f"config.{field} is {value!r}; expected one of {list(accepted)}")
 
 
 def block_n_for(columns: int, config: GroupedMatmulConfig) -> int:

@@ -70,7 +70,7 @@ def weights_type(num_stages: int, parts: int, rows: int, block_k: int) -> Any:
     return plgpu.SMEM(shape, jnp.float8_e4m3fn, transforms=_TRANSFORMS)
 
 
-def load_weights(weights_smem: Any) -> Any:
+def weights_in_registers(weights_smem: Any) -> Any:
     """All weights of a scale block, in registers; sync_lanes may wait until all lanes have them.
 
     Args:
@@ -110,7 +110,7 @@ def add_products(
 
     Args:
       totals: of each group [GROUP, N] float32 in the layout ROWS_BY_TOKEN.
-      weights: see load_weights.
+      weights: see weights_in_registers.
       operand: [terms, rows, COLUMNS] f16, see fp8_tokens and fp8_operand. Sums of tokens that
         have no row may be anything.
       undo: [N] float32, likewise.

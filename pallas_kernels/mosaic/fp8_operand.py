@@ -45,14 +45,6 @@ EXPONENT = 23  # a float32's exponent field begins at this bit
 LEAST_FIELD = 15
 
 
-def operand_types(blocks: int, terms: int, N: int) -> tuple[Any, Any]:
-    """Shared memory of tokens in f16 terms, and of the factors that undo their scales."""
-    return (
-        plgpu.SMEM((blocks, terms, N, COLUMNS), jnp.float16),
-        plgpu.SMEM((blocks, N), jnp.float32),
-    )
-
-
 def store_operands(blocks: Sequence[tuple[jax.Array, Any, Any]]) -> None:
     """Converts blocks of [N, COLUMNS]; lanes may read them once all lanes have stored theirs.
 
@@ -60,8 +52,8 @@ def store_operands(blocks: Sequence[tuple[jax.Array, Any, Any]]) -> None:
       blocks: of each (tokens, operand, undo):
         tokens: [N, COLUMNS] bf16 or float32 in the layout BY_COLUMN. All blocks' are loaded before
           the first store, because no load would be moved up over one.
-        operand: [terms, N, COLUMNS] f16 in shared memory, see operand_types; 1 term for values of
-          bf16, 2 for float32.
+        operand: [terms, N, COLUMNS] f16 in shared memory; 1 term for values of bf16, 2 for float32,
+          which fp8_tokens asks for only where it is interpreted.
         undo: [N] float32 there; what products of a token are to be multiplied with.
     """
     loaded = [tokens.astype(jnp.float32) for tokens, _, _ in blocks]

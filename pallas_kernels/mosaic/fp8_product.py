@@ -32,7 +32,7 @@ from pallas_kernels.mosaic.fp8_mma import (
     GROUP,
     ROWS_BY_TOKEN,
     add_products,
-    load_weights,
+    weights_in_registers,
     weights_type,
 )
 from pallas_kernels.mosaic.fp8_operand import COLUMNS
@@ -42,7 +42,7 @@ from pallas_kernels.mosaic.pipeline import mainloop
 from pallas_kernels.mosaic.warpgroup import start_few, sync_lanes, wait_for_few
 
 # Of converted tokens: with two stages of 16 KB, or five of 8, three blocks fit on a core.
-_OPERAND_BYTES = 32 << 10
+OPERAND_BYTES = 32 << 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Fp8Product:
     def _chunk_steps(self) -> int:
         """Steps whose tokens are converted at once, as many as fit."""
         of_step = 2 * self.block_k * self._terms * self.T
-        return _largest_divisor(self.num_steps, max(1, _OPERAND_BYTES // of_step))
+        return _largest_divisor(self.num_steps, max(1, OPERAND_BYTES // of_step))
 
     @property
     def _chunk_blocks(self) -> int:
@@ -172,7 +172,9 @@ class Fp8Product:
                 begins = (step > 0) & (lax.rem(step, jnp.int32(self._chunk_steps)) == 0)
                 pl.when(begins)(lambda: convert_next(step))
             plgpu.barrier_wait(full.at[stage])
-            return [load_weights(weights_smem.at[stage, :, :, part]) for part in self._parts]
+            return [
+                weights_in_registers(weights_smem.at[stage, :, :, part]) for part in self._parts
+            ]
 
         zeros = plgpu.layout_cast(jnp.zeros((GROUP, self.N), jnp.float32), ROWS_BY_TOKEN)
         return mainloop(

@@ -33,7 +33,6 @@ class TileProduct:
 
     Attributes:
       num_stages: stages of the pipeline, at least 2.
-      copies: how many copies one call of `load` starts.
       acc_shape: of one consumer's accumulator, float32.
       tile: tile(index) -> whatever the other functions want to know of that tile.
       num_steps: num_steps(tile) -> steps along the contraction; may be 0, and the sum is then 0.
@@ -44,7 +43,6 @@ class TileProduct:
     """
 
     num_stages: int
-    copies: int
     acc_shape: tuple[int, int]
     tile: Callable[[Any], Any]
     num_steps: Callable[[Any], Any]
@@ -55,7 +53,12 @@ class TileProduct:
 
 
 def barrier_types(num_stages: int, copies: int) -> tuple[Any, Any]:
-    """Shared memory's barriers `full` and `empty`, one of each for a stage."""
+    """Shared memory's barriers `full` and `empty`, one of each for a stage.
+
+    Args:
+      num_stages: stages of the pipeline.
+      copies: how many copies one call of `load` starts.
+    """
     return (
         plgpu.Barrier(num_arrivals=copies, num_barriers=num_stages),
         plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=num_stages),

@@ -17,7 +17,7 @@ from moe_jax.parallel_layers import parameter_specs
 from moe_jax.parallelism import Parallelism
 from moe_jax.parameters import from_arrays, parameter_shapes, to_arrays
 from moe_jax.quantization import fp8_config
-from moe_jax.sharding import MESH_AXES, expert_parallel, make_mesh
+from moe_jax.sharding import MESH_AXES, axes_of, expert_parallel, make_mesh
 from tests.moe_jax.tiny import TINY, model_of
 
 
@@ -136,6 +136,9 @@ def test_fp8_weights_are_split_in_whole_blocks():
     specs = parameter_specs(layers, parallelism(expert=2))
     gate_up = specs[0].mlp.experts.gate_up
     assert gate_up.values == gate_up.scales == PartitionSpec("expert", None, None, None)
+    name, shape = "layers.0.mlp.experts.down", (8, 128, 128)
+    assert "data" in axes_of(name)  # over which a plain weight would be split
+    assert parallelism(data=2).rule(config)(name, shape).spec == PartitionSpec(None, None, None)
     message = r"layers.0.self_attn.q_proj.weight has 128 in dimension 0, in FP8 blocks of \(128, 1"
     with pytest.raises(ValueError, match=message):
         parameter_specs(layers, parallelism(tensor=2))

@@ -287,4 +287,13 @@ def test_on_cuda_prefill_says_what_it_knows_of_its_rows(monkeypatch):
     monkeypatch.setattr(streaming.compiled, "prefill", prefill)
     for platform in ("cuda", "cpu"):
         generate(tiny(), prompts[:1] * 2, platform=platform, **options)
-    assert plans == [(True, True), (False, True), (False, False), (False, False)]
+    assert plans == [(True, True), (False, False), (False, False), (False, False)]
+
+
+@pytest.mark.parametrize(
+    ("platform", "B", "columns"),
+    [("cuda", 1, 4096), ("cuda", 3, 1024), ("cuda", 8, 512), ("cuda", 5000, 512), ("cpu", 1, 512)],
+)
+def test_a_chunks_columns(platform, B, columns):
+    """As many tokens of all rows on CUDA, a power of two of columns, and 512 at least."""
+    assert streaming._default_chunk(platform, B) == columns

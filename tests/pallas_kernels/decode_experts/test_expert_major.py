@@ -104,7 +104,7 @@ def test_more_assignments_than_one_launch_gathers(seed, monkeypatch):
     case = make_case(size, seed)
     expected = TestGathered().run(case)
     monkeypatch.setattr(expert_major, "MAX_ASSIGNMENTS", size.T * size.K - 1)
-    monkeypatch.setattr(expert_major, "gather_rows", None)
+    monkeypatch.setattr(expert_major, "gather_by_kernel", None)
     # Traced by this test alone, or the other tests would have to compile anew.
     layout = LAYOUTS["expert_major"]
     traced_here = dataclasses.replace(layout, run=layout.run.__wrapped__)

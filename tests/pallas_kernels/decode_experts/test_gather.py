@@ -16,7 +16,7 @@ from pallas_kernels.decode_experts.expert_schedule import (
     default_block_n,
     max_tiles,
 )
-from pallas_kernels.decode_experts.gather import gather_by_xla, gather_rows
+from pallas_kernels.decode_experts.gather import gather_by_kernel, gather_by_xla
 from pallas_kernels.decode_experts.token_tiles import GatheredTiles
 from tests.pallas_kernels.decode_experts.cases import INT32_MAX, INT32_MIN
 from tests.pallas_kernels.machine import INTERPRET, ON_GPU, examples
@@ -74,7 +74,7 @@ def test_in_one_launch(T, K, E, N, H, seed):
     weights = jnp.asarray(rng.random((T, K)), jnp.float32)
     schedule = ExpertSchedule(T=T, K=K, E=E, block_n=N)
     arguments = x, jnp.asarray(ids, jnp.int32), weights, schedule
-    assert_gathered(gather_rows(*arguments, INTERPRET), *arguments)
+    assert_gathered(gather_by_kernel(*arguments, INTERPRET), *arguments)
 
 
 @functools.cache

@@ -146,6 +146,10 @@ CASES = {
         with_config(gate_up_num_stages=7, gate_up_block_k=256),
         ValueError, "gate_up_num_stages is 7", "to 6",
     ),
+    "FP8 stages": (
+        {"weights": SCALED} | with_config(gate_up_num_stages=24),
+        ValueError, "gate_up_num_stages is 24", "to 23", "of 195584 bytes",
+    ),
     "FP8 in k alone": (
         with_weights(k_proj=SCALED.k_proj), NotImplementedError,
         "weights.q_proj is bfloat16", "weights.k_proj BlockScaledFp8", "one format", INSTEAD,

@@ -142,6 +142,31 @@ def test_errors_name_the_argument(rows, weights, error, message):
         )
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"block_n": 64}, "block_n is 64; expected one of [128, 256]"),
+     ({"num_stages": 1}, "num_stages is 1; expected one of [2, 3, 4]")],
+)  # fmt: skip
+def test_configs_that_cannot_be(changes, message):
+    config, groups = GroupedMatmulConfig(**changes), ASSIGNMENTS.groups
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(
+            lambda rows, weights: grouped_matmul(rows, weights, groups, config=config),
+            struct(R, N),
+            struct(E, OUT, N),
+        )
+
+
+def test_gate_and_up_are_two():
+    with pytest.raises(ValueError, match=re.escape("(3, 1, 128, 128); expected [E, 2, I, H]")):
+        jax.eval_shape(
+            lambda *arrays: grouped_swiglu(*arrays, ASSIGNMENTS.groups),
+            struct(R, N),
+            struct(E, 1, 128, N),
+            struct(R, dtype=jnp.float32),
+        )
+
+
 def test_config_changes_no_bits():
     """Other tiles add up in the same order."""
     usual, *_ = product_and_gradients(*KERNELS, RAGGED, WEIGHTS)
