@@ -123,5 +123,5 @@ def test_tokens_in_chunks_have_the_same_bits(monkeypatch, seed):
     tokens = jnp.asarray(_mixed(rng, (8, 6 * COLUMNS)), jnp.bfloat16)
     at_once = multiply(weights, scales, tokens)
     # Four steps' tokens would fit, and three of them divide the six.
-    monkeypatch.setattr(fp8_product, "_OPERAND_BYTES", 4 * 2 * 8 * COLUMNS)
+    monkeypatch.setattr(fp8_product, "OPERAND_BYTES", 4 * 2 * 8 * COLUMNS)
     np.testing.assert_array_equal(multiply(weights, scales, tokens), at_once)
