@@ -245,10 +245,9 @@ class SplitAttention:
 
 
 def _default_groups(pairs: int, splits: int) -> int:
-    """A block takes its share of all splits, as if the blocks that run at once had them all.
+    """As many as run at once: of 5 splits of 128 pairs each block takes 2, so there are 3 groups.
 
-    Of 5 splits of 128 pairs it takes 2, which are 3 groups. Of 256 pairs it takes 4: 2 groups, and
-    so more blocks than run at once.
+    A few blocks more would run after all others, and take as long again.
     """
-    splits_of_a_block = -(-splits * pairs // _BLOCKS_AT_ONCE)
+    splits_of_a_block = -(-splits // max(1, _BLOCKS_AT_ONCE // pairs))
     return -(-splits // splits_of_a_block)

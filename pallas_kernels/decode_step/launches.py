@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.decode_experts import ExpertWeights, decode_experts
+from pallas_kernels.decode_experts.expert_major_config import tall_config
+from pallas_kernels.decode_experts.shapes import ExpertShapes
 from pallas_kernels.decode_experts.token_tiles import WholeBatchTiles
 from pallas_kernels.decode_step.grids import grids, shard_grids
 from pallas_kernels.decode_step.layer import LayerConfig, LayerShapes
@@ -144,6 +146,7 @@ def _outputs(
         experts,
         jnp.pad(ids, padding, constant_values=-1),
         jnp.pad(weights, padding),
+        **_experts_options(s),
         out_dtype=jnp.float32,
         interpret=interpret,
     )[None]
@@ -182,6 +185,17 @@ def _launch(
         parts = jnp.split(found.pop("stamps"), ends)
         stamps = dict(zip((task.kind for task in tasks), parts, strict=True))
     return found, stamps, found.pop("mailboxes", {})
+
+
+def _experts_options(s: LayerShapes) -> dict[str, Any]:
+    """Of decode_experts, beyond 8 rows.
+
+    The tables that it chooses by are of uniform routing. Rows of real text choose alike.
+    """
+    if s.B <= 32 or "experts" in s.fp8:
+        return {}
+    tall = tall_config(ExpertShapes(E=s.E, K=s.K, H=s.H, I=s.I))
+    return {"layout": "expert_major", "config": tall} if tall else {}
 
 
 def _rows(cache: jax.Array) -> jax.Array:

@@ -223,8 +223,8 @@ def test_blocks_are_some_hundred():
     def groups(B, C):
         return SplitAttention(B=B, heads=32, kv=4, C=C, num_partials=1, eps=0.0).num_groups
 
-    assert [groups(B, 640) for B in (1, 8, 32, 64)] == [5, 5, 3, 2]
-    assert [groups(B, 4096) for B in (1, 2, 8, 32, 64)] == [32, 32, 11, 3, 2]
+    assert [groups(B, 640) for B in (1, 8, 32, 64)] == [5, 5, 3, 1]
+    assert [groups(B, 4096) for B in (1, 2, 8, 32, 64)] == [32, 32, 11, 3, 1]
     assert groups(1, 16384) == 64
     np.testing.assert_array_equal(
         [
