@@ -12,7 +12,6 @@ from pallas_kernels.decode_attention.merge_splits import MergeSplits
 from pallas_kernels.decode_attention.reference import reference_attend
 from pallas_kernels.decode_attention.split_attention import SplitAttention
 from pallas_kernels.decode_step.add_residual import inverse_rms, squares_piece
-from pallas_kernels.mosaic.warpgroup import sync_lanes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,43 +22,34 @@ class AttendWork:
       phase: what its blocks do.
       H, eps: of the norm whose division is yet to be done, see AddResidual.
       after: the kind of task that writes qkv.
-      merge: None; or what merges a row's and kv head's splits, where one block has all of them.
-        Then this makes attended, too.
     """
 
     phase: SplitAttention
     H: int
     eps: float
     after: str
-    merge: "MergeWork | None" = None
 
     @property
     def num_blocks(self) -> int:
         return self.phase.num_blocks
 
     @property
-    def pairs(self) -> int:
-        """Of a row and a kv head."""
+    def num_counters(self) -> int:
+        """One for each row and kv head."""
         return self.phase.B * self.phase.kv
 
     @property
-    def num_counters(self) -> int:
-        """One for each pair; one for all of them where they are merged."""
-        return 1 if self.merge else self.pairs
-
-    @property
     def arrivals(self) -> int:
-        return self.num_blocks // self.num_counters
+        return self.phase.num_groups
 
     @property
     def bytes_read(self) -> int:
         """Of a full cache."""
-        return self.pairs * self.phase.C * self.phase.D * 4
+        return self.num_counters * self.phase.C * self.phase.D * 4
 
     @property
     def out_types(self) -> dict[str, jax.ShapeDtypeStruct]:
-        types = dict(zip(("sums", "log_weights"), self.phase.out_types, strict=True))
-        return types | (self.merge.out_types if self.merge else {})
+        return dict(zip(("sums", "log_weights"), self.phase.out_types, strict=True))
 
     def shared_types(self) -> tuple:
         return (self.phase.shared_types(),)
@@ -68,23 +58,18 @@ class AttendWork:
         return self.phase.full_type()
 
     def run(self, block_id, arrays, shared, full, wait, signal) -> None:
-        """Signals the counter of its row and kv head, if there is one for each."""
+        """Signals the counter of its row and kv head."""
         names = (
             "qkv", "cos", "sin", "q_norm", "k_norm", "lengths", "valid", "keys", "values", "sums",
             "log_weights",
         )  # fmt: skip
         (smem,) = shared
-        pair = lax.rem(block_id, self.pairs)
-        row = lax.div(pair, self.phase.kv)
-
-        def merge_and_signal(pair):
-            sync_lanes()  # a lane reads what others have stored
-            self.merge.run(pair, arrays, (), (), lambda kind, pair: None, signal)
+        row = lax.div(lax.rem(block_id, self.num_counters), self.phase.kv)
 
         self.phase.run(
             block_id, *(arrays[name] for name in names), smem, full,
             wait=lambda: wait(self.after),
-            signal=merge_and_signal if self.merge else signal,
+            signal=signal,
             squares=squares_piece(arrays["squares"], row),
             factor=lambda squares: inverse_rms(squares, self.H, self.eps),
         )  # fmt: skip
@@ -97,13 +82,12 @@ class AttendWork:
         mean = jnp.sum(given.pop("squares"), axis=0) / self.H
         given["qkv"] *= lax.rsqrt(mean + self.eps)[:, None, None]
         attended, keys, values = reference_attend(**given, eps=phase.eps)
-        found = {
+        return {
             "sums": attended,
             "log_weights": None,
             "keys": keys.reshape(-1, phase.D),
             "values": values.reshape(-1, phase.D),
         }
-        return found | (self.merge.reference(found) if self.merge else {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

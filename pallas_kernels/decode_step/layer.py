@@ -3,7 +3,7 @@
     add_1        total = x + the last layer's outputs; the norm's weight times it
     qkv          partial sums of q, k and v
     attend       RMSNorm of q and k, RoPE, the cache's new slot, attention over a split of the keys
-    merge        the splits of a row and head; where attend does it, there is no such task
+    merge        the splits of a row and head
     o            partial sums of the output projection
     add_2        total = total + o; partial sums of the router's product
     norm         RMSNorm: the experts' input
@@ -148,18 +148,11 @@ def attention_tasks(
     phase = SplitAttention(
         B=s.B, heads=s.heads, kv=s.kv, D=s.D, C=s.C, num_partials=qkv.num_splits, eps=s.eps
     )
-    # A block that has all splits of its row and kv head merges them itself.
-    joined = phase.num_groups == 1 and not mailed
-    merge = MergeWork(
-        phase=MergeSplits(attention=phase, heads_per_block=phase.G if joined else None),
-        N=s.N,
-        after="attend",
-        mailed=mailed,
-    )
-    attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv", merge=merge if joined else None)
+    attend = AttendWork(phase=phase, H=s.H, eps=s.eps, after="qkv")
+    merge = MergeWork(phase=MergeSplits(attention=phase), N=s.N, after="attend", mailed=mailed)
     o = _split_product(s, "o")(
-        T=s.B, N=s.N, rows=(s.H,), columns=s.heads * s.D, mailed=mailed,
-        after="attend" if joined else "merge", spread_ns=config.o_spread_ns,
+        T=s.B, N=s.N, rows=(s.H,), columns=s.heads * s.D, after="merge", mailed=mailed,
+        spread_ns=config.o_spread_ns,
     )  # fmt: skip
     add_2 = AddResidual(
         T=s.B, H=s.H, N=s.N, num_parts=o.num_splits, E=s.E, mailed=mailed, after="o"
@@ -193,8 +186,7 @@ def attention_tasks(
             kind="attend",
             work=attend,
             reads={name: name for name in names} | {"squares": "squares_1"},
-            writes={role: f"attend_{role}" for role in attend.out_types}
-            | ({"attended": "attended"} if joined else {}),
+            writes={role: f"attend_{role}" for role in attend.out_types},
             updates={"keys": "keys", "values": "values"},
             waits_for={"qkv": attend.num_blocks},
         ),
@@ -211,7 +203,7 @@ def attention_tasks(
             work=o,
             reads={"tokens": "attended", "weights_0": "o_proj"},
             writes={"partials": "o"},
-            waits_for={o.after: o.num_blocks},
+            waits_for={"merge": o.num_blocks},
         ),
         Task(
             kind="add_2",
@@ -227,7 +219,6 @@ def attention_tasks(
             waits_for={"o": add_2.num_blocks},
         ),
     ]
-    tasks = [task for task in tasks if not (joined and task.kind == "merge")]
     return [_in_mailboxes(task) for task in tasks] if mailed else tasks
 
 

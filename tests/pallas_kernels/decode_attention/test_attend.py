@@ -233,5 +233,5 @@ def test_blocks_are_some_hundred():
             ).heads_per_block
             for B in (1, 16, 32, 64)
         ],
-        [1, 2, 4, 8],
+        [1, 1, 2, 4],
     )
