@@ -65,15 +65,18 @@ def with_tables(
 ) -> str:
     """A page's text with its tables of one record made anew.
 
-    A table stands between two comments. The first says which record, routing and sections; without
-    them the table is the README's, of README_RECORD:
+    A table stands between two comments, or will stand there in place of an empty line. The first
+    says which record, routing and sections; without them the table is the README's, of
+    README_RECORD:
 
         <!-- results:compare_layouts/h100_qwen3_30b_a3b zipf chain_us,times_floor -->
+
         <!-- end of results:compare_layouts -->
 
     A record of decode_speed has one table:
 
         <!-- results:decode_speed/h100_qwen3_30b_a3b -->
+
         <!-- end of results:decode_speed -->
 
     Args:

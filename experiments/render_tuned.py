@@ -20,9 +20,9 @@ from pallas_kernels.decode_experts.tuned_tables import Entry, Table, parse
 # What the kernels may take beyond the floor, by the largest T: launches, grouping and combine.
 _ALLOWED_US = ((8, 7.0), (128, 10.0))
 _COLUMNS = (
-    "layer | T | floor | auto | by | invariant | over the floor | times the floor | within | commit"
+    "layer | weights | T | floor | auto | by | invariant | over the floor | times the floor | within | commit"
 )
-_ALIGNMENT = "--- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- | ---"
+_ALIGNMENT = "--- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- | ---"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,10 @@ def table_to_markdown(table: Table) -> str:
     """
     invariant = {(entry.shapes, entry.T): entry for entry in table.invariant}
     order = {name: index for index, name in enumerate(SHAPES)}
-    ordered = sorted(table.fastest, key=lambda e: (order.get(_preset(e), -1), e.of, e.T))
+    ordered = sorted(
+        table.fastest,
+        key=lambda e: (order.get(_preset(e), -1), e.of, e.shapes.weights, e.T),
+    )
     lines = [f"| {_COLUMNS} |", f"| {_ALIGNMENT} |"]
     for entry in ordered:
         run = table.runs[entry.run]
@@ -86,6 +89,7 @@ def table_to_markdown(table: Table) -> str:
         same_bits = invariant.get((entry.shapes, entry.T))
         cells = [
             entry.of,
+            entry.shapes.weights,
             f"{entry.T}",
             f"{floor:.1f}",
             f"{entry.us:.1f}",
