@@ -6,9 +6,10 @@
 
 For each batch and context: milliseconds a step in a chain that never waits for the host, and what
 `generate` takes as a user runs it, with the time to the first token. The limit is the bytes of the
-very steps timed at this process's read ceiling. A context of N tokens is a cache of random keys and
-values of which each row has N, and each row and step is given a random token of its own: see
-experiments/bench/decode_chain.py. Writes a JSONL, row by row, and a PNG.
+very steps timed at this process's read ceiling. The experts of `generate` are counted in a run of
+the same tokens that is not timed, so that it has a limit of its own. A context of N tokens is a
+cache of random keys and values of which each row has N, and each row and step is given a random
+token of its own: see experiments/bench/decode_chain.py. Writes a JSONL, row by row, and a PNG.
 
 --baseline=transformers times the compiled transformers model first, in a process of its own; its
 compiling takes a minute or more for each of --baseline_batches.

@@ -20,7 +20,8 @@ from pallas_kernels.decode_experts.tuned_tables import Entry, Table, parse
 # What the kernels may take beyond the floor, by the largest T: launches, grouping and combine.
 _ALLOWED_US = ((8, 7.0), (128, 10.0))
 _COLUMNS = (
-    "layer | weights | T | floor | auto | by | invariant | over the floor | times the floor | within | commit"
+    "layer | weights | T | floor | auto | by | invariant | over the floor | times the floor | "
+    "within | commit"
 )
 _ALIGNMENT = "--- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- | ---"
 

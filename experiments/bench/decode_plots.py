@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,10 +15,28 @@ _CHAIN, _GENERATE, _OTHER = "#d1495b", "#0b6e99", "#6b6b6b"
 _LIMIT = {"color": "black", "linestyle": "--", "linewidth": 1.2}
 _MEASURED = {"marker": "o", "markersize": 4.5, "linewidth": 1.8}
 
-_LINES: Mapping[str, tuple[str, Callable[[DecodeRow, DecodeRow | None], float | None]]] = {
-    "chain": (_CHAIN, lambda row, other: row.ms),
-    "generate": (_GENERATE, lambda row, other: row.generate_ms),
-    "transformers, compiled": (_OTHER, lambda row, other: other and other.ms),
+_Figure = Callable[[DecodeRow, DecodeRow | None], float | None]
+
+
+class _Line(NamedTuple):
+    """A colour, milliseconds a step, and what part of its limit that is."""
+
+    colour: str
+    ms: _Figure
+    share: _Figure
+
+
+# What the baseline's rows read is not counted: it is given the chain's tokens.
+_LINES: Mapping[str, _Line] = {
+    "chain": _Line(_CHAIN, lambda row, other: row.ms, lambda row, other: row.limit_share),
+    "generate": _Line(
+        _GENERATE, lambda row, other: row.generate_ms, lambda row, other: row.generate_limit_share
+    ),
+    "transformers, compiled": _Line(
+        _OTHER,
+        lambda row, other: other and other.ms,
+        lambda row, other: row.limit_ms / other.ms if other and row.limit_ms else None,
+    ),
 }
 
 
@@ -60,11 +79,10 @@ def _draw_speed(ax: Axes, rows: Sequence[DecodeRow], others: Mapping) -> None:
     limits = {row.batch: row.limit_tokens_per_s for row in rows if row.limit_ms is not None}
     if limits:
         ax.plot(limits.keys(), limits.values(), label="limit: bytes at the ceiling", **_LIMIT)
-    for label, (colour, ms) in _LINES.items():
-        points = {row.batch: ms(row, others[row.key]) for row in rows}
+    for label, line in _LINES.items():
+        points = {row.batch: line.ms(row, others[row.key]) for row in rows}
         points = {B: 1e3 * B / taken for B, taken in points.items() if taken is not None}
-        if points:
-            ax.plot(points.keys(), points.values(), color=colour, label=label, **_MEASURED)
+        _plot(ax, label, line, points)
     finish_axis(ax, "rows in the batch")
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
@@ -72,15 +90,18 @@ def _draw_speed(ax: Axes, rows: Sequence[DecodeRow], others: Mapping) -> None:
 
 
 def _draw_share(ax: Axes, rows: Sequence[DecodeRow], others: Mapping) -> None:
-    limits = {row.batch: row.limit_ms for row in rows if row.limit_ms is not None}
-    for label, (colour, ms) in _LINES.items():
-        points = {row.batch: ms(row, others[row.key]) for row in rows if row.batch in limits}
-        points = {B: 100 * limits[B] / taken for B, taken in points.items() if taken is not None}
-        if points:
-            ax.plot(points.keys(), points.values(), color=colour, label=label, **_MEASURED)
+    for label, line in _LINES.items():
+        points = {row.batch: line.share(row, others[row.key]) for row in rows}
+        points = {B: 100 * share for B, share in points.items() if share is not None}
+        _plot(ax, label, line, points)
     finish_axis(ax, "rows in the batch")
     ax.set_ylim(0, 100)
     ax.set_title(f"share of the limit, %, context {rows[0].context}", fontsize=10, loc="left")
+
+
+def _plot(ax: Axes, label: str, line: _Line, points: Mapping[int, float]) -> None:
+    if points:
+        ax.plot(points.keys(), points.values(), color=line.colour, label=label, **_MEASURED)
 
 
 def _of_several_contexts(rows: Sequence[DecodeRow]) -> dict[int, list[DecodeRow]]:

@@ -30,6 +30,7 @@ class DecodeRow:
       ms: a step's time in a chain that never waits for the host, the median over repeats.
       ms_spread: the distance between the repeats' quartiles, ms.
       generate_ms: a step's time in `generate`, from the first token of the rows to the last.
+      generate_experts, generate_step_bytes: as unique_experts and step_bytes, of `generate`.
       first_token_s: seconds from the call of `generate` to the first token, all compiled.
       unique_experts: experts that a step reads in a layer, mean over the layers of the steps timed.
       step_bytes: bytes that a step has to read, mean over the steps timed.
@@ -53,6 +54,8 @@ class DecodeRow:
     ms: float | None = None
     ms_spread: float | None = None
     generate_ms: float | None = None
+    generate_experts: float | None = None
+    generate_step_bytes: float | None = None
     first_token_s: float | None = None
     unique_experts: float | None = None
     step_bytes: float | None = None
@@ -90,9 +93,11 @@ class DecodeRow:
     @property
     def limit_ms(self) -> float | None:
         """Milliseconds to read step_bytes at the run's read ceiling."""
-        if self.step_bytes is None or self.run.read_ceiling_tbps is None:
-            return None
-        return self.step_bytes / self.run.read_ceiling_tbps / 1e9
+        return self._ms_to_read(self.step_bytes)
+
+    def _ms_to_read(self, count: float | None) -> float | None:
+        ceiling = self.run.read_ceiling_tbps
+        return None if count is None or ceiling is None else count / ceiling / 1e9
 
     @property
     def limit_tokens_per_s(self) -> float | None:
@@ -103,6 +108,12 @@ class DecodeRow:
     def limit_share(self) -> float | None:
         """limit_ms over ms: the part of the limit's speed that was reached."""
         return None if self.limit_ms is None or self.ms is None else self.limit_ms / self.ms
+
+    @property
+    def generate_limit_share(self) -> float | None:
+        """As limit_share, of `generate`: its rows choose other experts than the chain's."""
+        limit_ms = self._ms_to_read(self.generate_step_bytes)
+        return None if limit_ms is None or not self.generate_ms else limit_ms / self.generate_ms
 
     @property
     def error(self) -> str | None:

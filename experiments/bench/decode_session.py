@@ -21,7 +21,7 @@ from experiments.bench.decode_bytes import mean_unique_experts, step_bytes
 from experiments.bench.decode_chain import DecodeChain
 from experiments.bench.decode_records import DecodeRow
 from experiments.bench.environment import Environment
-from moe_jax.generation import Generation, Sampling, collect, stream
+from moe_jax.generation import Generation, Sampling, TraceRecorder, collect, stream
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import to_arrays
 
@@ -202,15 +202,42 @@ class DecodeSession:
         row.generate_compile_s = max(0.0, compiled_s - second_s)
         row.first_token_s = made.first_token_seconds
         row.generate_ms = 1e3 * made.decode_seconds / made.decode_steps
-        return (
+        said = (
             f"{row.generate_ms:.3f} ms a step, {row.generate_tokens_per_s:.0f} tok/s, first token "
             f"after {row.first_token_s:.3f} s; compiled in {row.generate_compile_s:.1f} s"
         )
+        if model.config.moe_layers:
+            self._count_experts_of_generate(model, row)
+            said += f"; {row.generate_experts:.1f} experts a layer"
+        return said
 
-    def _generate(self, model: Qwen3Moe, row: DecodeRow) -> tuple[float, Generation]:
+    def _count_experts_of_generate(self, model: Qwen3Moe, row: DecodeRow) -> None:
+        """In a run of its own, of the same tokens, because a run that is timed captures nothing."""
+        recorder = TraceRecorder()
+        self._generate(model, row, on_routing=recorder)
+        ids = np.asarray(recorder.trace().expert_ids)  # [layers, steps * B, K]
+        layers, _, K = ids.shape
+        by_step = np.moveaxis(ids.reshape(layers, -1, row.batch, K), 1, 0)
+        parameters = to_arrays(model)
+        read = step_bytes(
+            model.config,
+            parameters,
+            by_step,
+            context=row.context,
+            cache_itemsize=parameters["embed_tokens.weight"].dtype.itemsize,
+        )
+        row.generate_step_bytes = read.total
+        row.generate_experts = float(np.mean(mean_unique_experts(by_step)))
+
+    def _generate(self, model: Qwen3Moe, row: DecodeRow, **options) -> tuple[float, Generation]:
         """Seconds of a whole run, and what it made, on random prompts.
 
         Tokens are drawn at temperature 1: greedy rows of a random model would soon be the same.
+
+        Args:
+          model: whose.
+          row: its batch and context.
+          options: of `stream`.
         """
         random = np.random.default_rng([self.plan.run.seed, row.batch])
         V = model.config.vocab_size
@@ -222,6 +249,7 @@ class DecodeSession:
             max_new_tokens=self.plan.generate_tokens,
             seed=self.plan.run.seed,
             decode_backend=self.plan.experts_backend,
+            **options,
         )
         made = collect(events, row.batch)
         return time.perf_counter() - begun, made

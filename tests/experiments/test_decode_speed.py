@@ -31,6 +31,7 @@ from moe_jax import generation
 from moe_jax.model import Qwen3Moe
 from moe_jax.parameters import parameter_shapes, to_arrays
 from moe_jax.presets import PRESETS
+from moe_jax.traces import RoutingTrace
 from tests.experiments.test_records import RUN
 
 TINY = PRESETS["tiny"]
@@ -58,6 +59,8 @@ def ran(tmp_path_factory):
         inspect.signature(generation.stream).bind(model, prompts, **options)
         asked.append((prompts, options))
         for index in range(options["max_new_tokens"]):
+            if index and "on_routing" in options:  # the second row has one expert of the first's
+                options["on_routing"](RoutingTrace(expert_ids=jnp.array([[[0, 1], [1, 2]]])))
             for row, _ in enumerate(prompts):
                 yield generation.Event(
                     row=row,
@@ -79,7 +82,8 @@ def ran(tmp_path_factory):
         patch.setattr(decode_session, "stream", stream)
         patch.setattr(decode_session, "DecodeChain", KeptChain)
         decode_speed.run([*flags, f"--out={out}"])
-    assert len(asked) == 2  # the first compiles
+    assert len(asked) == 3  # the first compiles, the last is not timed
+    assert ["on_routing" in options for _, options in asked] == [False, False, True]
     for prompts, options in asked:
         assert [len(prompt) for prompt in prompts] == [17, 17] and prompts[0] != prompts[1]
         assert options["sampling"].temperature == 1.0
@@ -94,6 +98,10 @@ def test_a_run_leaves_a_record_and_a_picture(ran, capsys):
     assert (row.kind, row.batch, row.context, row.steps, row.feed) == ("decode", 2, 17, 2, "given")
     assert row.error is None and row.ms > 0 and row.first_token_s == 1
     assert row.generate_ms == pytest.approx(10)
+    assert row.generate_experts == 3
+    # Three experts in place of as many as the chain's, and four steps in place of two: 18.5 keys.
+    more = (3 - row.unique_experts) * 3 * 64 * 64 * 2 + 1 * 2 * (2 * 2 * 32 * 2)
+    assert row.generate_step_bytes == pytest.approx(row.step_bytes + more)
     assert row.compile_s > 0
     assert row.backends == {"layers": "blocks", "attention": "xla", "experts": "portable"}
     assert 2 <= row.unique_experts <= 4
@@ -181,7 +189,15 @@ def _rows():
         return DecodeRow(run=RUN, kind=kind, batch=B, context=context, steps=16, ms=ms, **fields)
 
     return [
-        row(1, 512, 4.0, step_bytes=6e9, generate_ms=5.0, kernels={"experts": [48.0, 1500.0]}),
+        row(
+            1,
+            512,
+            4.0,
+            step_bytes=6e9,
+            generate_ms=5.0,
+            generate_step_bytes=9e9,
+            kernels={"experts": [48.0, 1500.0]},
+        ),
         row(8, 512, 10.0, step_bytes=2.4e10),
         row(1, 4096, 4.4, step_bytes=6.4e9),
         row(8, 4096, None, notes={"error": "out of memory"}),
@@ -208,6 +224,7 @@ def test_the_table_sets_the_baseline_beside_the_model(tmp_path):
     ]
     cells = {(line[0], line[1]): dict(zip(lines[1], line, strict=True)) for line in lines[3:8]}
     assert cells["1", "512"]["of the limit"] == "50%"
+    assert cells["1", "512"]["of its limit"] == "60%"
     assert cells["1", "512"]["faster"] == "2.00"
     assert cells["8", "4096"]["chain, tok/s"] == "-"
     assert cells["32", "512"]["transformers, tok/s"] == "1067"
