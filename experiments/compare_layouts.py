@@ -240,9 +240,7 @@ def _run(
 ) -> LayoutComparison:
     """Runs it; each row is in the file as soon as it is measured."""
     path = _path(settings, preset, plan.run.device)
-    before = records.Record(preset=preset, rows=[])
-    if settings.add and path.exists():
-        before = records.read_record(path)
+    before = records.begin_record(path, preset, records.KINDS, add=settings.add)
     comparison = LayoutComparison(
         plan=plan,
         say=bar.say,

@@ -102,9 +102,7 @@ def main(settings: Settings) -> str | None:
         seed=settings.seed, repeats=settings.repeats, commit=settings.commit, read_ceiling_tbps=None
     )
     path = settings.out / f"{run.device}_{settings.preset}.jsonl"
-    before = records.Record(preset=settings.preset, rows=[])
-    if settings.add and path.exists():
-        before = mesh_records.read_record(path)
+    before = records.begin_record(path, settings.preset, mesh_records.KINDS, add=settings.add)
     rows: list[MeshRow] = []
     with script.progress(console) as bar:
         bar.say(f"{count} x {run.device_kind}: {', '.join(names)}")

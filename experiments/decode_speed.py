@@ -164,9 +164,7 @@ def main(settings: Settings) -> str | None:
         ceiling_tbps = _measure_ceiling(bar) if jax.default_backend() == "gpu" else None
         plan = _plan(settings, ceiling_tbps)
         path = settings.out / f"{plan.run.device}_{settings.name}.jsonl"
-        before = records.Record(preset=settings.name, rows=[])
-        if settings.add and path.exists():
-            before = decode_records.read_record(path)
+        before = records.begin_record(path, settings.name, decode_records.KINDS, add=settings.add)
         session = DecodeSession(
             plan=plan,
             say=bar.say,

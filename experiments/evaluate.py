@@ -193,14 +193,17 @@ def main(settings: Settings) -> None:
     if "pallas_interpret" in named:
         script.make_interpreter_safe()
     console = script.make_console()
+    run = environment.describe(
+        seed=settings.seed, repeats=1, commit=settings.commit, read_ceiling_tbps=None
+    )
+    path = settings.out / f"{run.device}_{settings.name}.jsonl"
+    records.begin_record(path, settings.name, evaluation_records.KINDS)
     with script.progress(console) as bar:
         begun = time.perf_counter()
         scorers, found = evaluate(settings, bar)
         seconds = time.perf_counter() - begun
     rows = evaluation_records.make_rows(
-        environment.describe(
-            seed=settings.seed, repeats=1, commit=settings.commit, read_ceiling_tbps=None
-        ),
+        run,
         texts=[str(path) for path in settings.text],
         found=found,
         ways=[way.described() for way in ways],
@@ -208,7 +211,6 @@ def main(settings: Settings) -> None:
         context=settings.context,
         stride=settings.window_stride,
     )
-    path = settings.out / f"{rows[0].run.device}_{settings.name}.jsonl"
     records.write_record(path, records.Record(preset=settings.name, rows=rows))
     tokens = path.with_suffix(".npz")
     evaluation_records.save_tokens(tokens, rows, found)

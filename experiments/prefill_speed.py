@@ -145,6 +145,7 @@ def main(settings: Settings) -> str | None:
             read_ceiling_tbps=None,
         )
         path = settings.out / f"{run.device}_{settings.name}.jsonl"
+        records.begin_record(path, settings.name, prefill_records.KINDS)
         session = Session(settings, run, path, bar.say, begun)
         for found in others:
             session.add(_baseline_row(settings, run, found))

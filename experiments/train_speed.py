@@ -34,9 +34,16 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from experiments.bench import environment, kernel_profile, mesh_flags, routings, script
+from experiments.bench import (
+    environment,
+    kernel_profile,
+    mesh_flags,
+    routings,
+    script,
+    speed_records,
+)
 from experiments.bench.mesh_records import ONE
-from experiments.bench.records import Record, write_record
+from experiments.bench.records import Record, begin_record, write_record
 from experiments.bench.script import flag
 from experiments.bench.speed_records import TrainSpeedRow
 from moe_jax.config import Qwen3MoeConfig
@@ -124,6 +131,7 @@ def main(settings: Settings) -> str | None:
         seed=settings.seed, repeats=settings.steps, commit=settings.commit, read_ceiling_tbps=None
     )
     path = settings.out / f"{run.device}_{settings.preset}.jsonl"
+    begin_record(path, settings.preset, speed_records.KINDS)
     config, rows = settings.config, []
     with script.progress(console) as bar:
         pairs = list(itertools.product(settings.mesh, settings.routing))

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -172,6 +173,35 @@ def write_record(path: pathlib.Path, record: Record) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def begin_record(
+    path: pathlib.Path, preset: str, kinds: Mapping[str, type], *, add: bool = False
+) -> Record:
+    """What a run's record begins with: no rows, or with `add` those that are there.
+
+    Asked before the work, because scripts name their files alike.
+
+    Args:
+      path: where the record will be.
+      preset: its name.
+      kinds: of the script's rows.
+      add: whether rows that are there are kept.
+
+    Raises:
+      ValueError: the file is another script's, and would be lost; or with `add`, as read_record.
+    """
+    if not path.exists():
+        return Record(preset=preset, rows=[])
+    if add:
+        return read_record(path, kinds)
+    found = set(re.findall(r'^{"kind": "(\w+)"', path.read_text(errors="replace"), re.MULTILINE))
+    if others := sorted(found - {"record", "run", *kinds}):
+        raise ValueError(
+            f"{path} has rows of kind {', '.join(others)}, which another script wrote; expected "
+            "another --out, or no such file"
+        )
+    return Record(preset=preset, rows=[])
 
 
 def read_record(path: pathlib.Path, kinds: Mapping[str, type] = KINDS) -> Record:

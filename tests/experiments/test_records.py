@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from experiments.bench import plots, records, tables
+from experiments.bench import decode_records, plots, records, tables
+from experiments.bench.decode_records import DecodeRow
 from experiments.bench.environment import Environment
 from pallas_kernels.decode_experts.tuned_tables import device_slug
 
@@ -295,3 +296,17 @@ def test_one_record_and_one_picture_a_device_and_preset():
 )
 def test_device_slug(kind, slug):
     assert device_slug(kind) == slug
+
+
+def test_a_run_keeps_the_file_of_another_script(tmp_path):
+    """decode_speed's rows were lost once, to a train_speed with the same --out."""
+    path = tmp_path / "h200_tiny.jsonl"
+    row = DecodeRow(run=RUN, kind="decode", batch=1, context=512, steps=16, ms=4.0)
+    begun = records.begin_record(path, "tiny", decode_records.KINDS)
+    records.write_record(path, begun.updated([row]))
+    with pytest.raises(ValueError, match="kind decode, which another script wrote; expected"):
+        records.begin_record(path, "tiny", records.KINDS)
+    assert records.begin_record(path, "tiny", decode_records.KINDS).rows == []
+    assert records.begin_record(path, "tiny", decode_records.KINDS, add=True).rows == [row]
+    with pytest.raises(ValueError, match="kind is 'decode'; expected one of run, layout"):
+        records.begin_record(path, "tiny", records.KINDS, add=True)
