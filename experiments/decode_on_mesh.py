@@ -22,6 +22,7 @@ import gc
 import pathlib
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,9 @@ class Settings:
     steps: int = flag(16, "Of a chain, which are issued at once.", least=1)
     repeats: int = flag(7, "Samples of each time, at most; the median counts.", least=1)
     seed: int = flag(0, "Of weights, caches and tokens.", least=0)
+    compile_threads: int = flag(
+        1, "A mesh's chains compiled at once; with more than 1 no compile time is taken.", least=1
+    )
     budget_s: float = flag(190, "After which no further mesh and batch begins.", least=0)
     add: bool = flag(False, "Keep the rows of --out's record that this run does not measure.")
     out: pathlib.Path = flag(
@@ -104,6 +108,12 @@ def main(settings: Settings) -> str | None:
     path = settings.out / f"{run.device}_{settings.preset}.jsonl"
     before = records.begin_record(path, settings.preset, mesh_records.KINDS, add=settings.add)
     rows: list[MeshRow] = []
+
+    def late() -> str | None:
+        if time.perf_counter() - begun > settings.budget_s:
+            return f"not begun within --budget_s={settings.budget_s:g}"
+        return None
+
     with script.progress(console) as bar:
         bar.say(f"{count} x {run.device_kind}: {', '.join(names)}")
         model = Qwen3Moe(settings.config, rngs=nnx.Rngs(settings.seed), dtype=jnp.bfloat16)
@@ -112,7 +122,7 @@ def main(settings: Settings) -> str | None:
         bar.say(f"the model is there after {time.perf_counter() - begun:.1f} s")
         bar.start("decode steps", len(names) * len(settings.batches))
         for name in names:
-            problem = trials.take(name)
+            problem = late() or trials.take(name)
             for B in settings.batches:
                 row = MeshRow(
                     run=run,
@@ -124,9 +134,7 @@ def main(settings: Settings) -> str | None:
                 )
                 rows.append(row)
                 bar.advance(f"{name}, batch {B}")
-                row.error = problem
-                if problem is None and time.perf_counter() - begun > settings.budget_s:
-                    row.error = f"not begun within --budget_s={settings.budget_s:g}"
+                row.error = problem or late()
                 if row.error is None:
                     trials.measure(row)
                 bar.say(f"{name}, batch {B}: {row.said}")
@@ -153,32 +161,44 @@ class _Trials:
         self._settings, self._whole = settings, whole
         self._arrays, self._parallelism = whole, None
         self._one: tuple[_Found, float] | None = None
+        self._made: dict[int, Future] = {}
 
     @property
     def devices(self) -> int:
         return 1 if self._parallelism is None else self._parallelism.mesh.size
 
     def take(self, name: str) -> str | None:
-        """Puts the parameters where a mesh has them; returns what is wrong, or None."""
+        """Puts the parameters where a mesh has them; returns what is wrong, or None.
+
+        With several threads it makes the chains of all batches, too.
+        """
         self._arrays, self._parallelism = self._whole, None
-        if name == ONE:
-            return None
-        try:
-            parallelism = mesh_flags.parallelism_of(name.split(","), fsdp=False)
-            parallelism.check(self._settings.config)
-            self._arrays = jax.block_until_ready(parallelism.place(self._whole))
-            self._parallelism = parallelism
-        except Exception as error:
-            return _said(error)
+        if name != ONE:
+            try:
+                parallelism = mesh_flags.parallelism_of(name.split(","), fsdp=False)
+                parallelism.check(self._settings.config)
+                self._arrays = jax.block_until_ready(parallelism.place(self._whole))
+                self._parallelism = parallelism
+            except Exception as error:
+                return _said(error)
+        if self._settings.compile_threads > 1:
+            with ThreadPoolExecutor(self._settings.compile_threads) as pool:
+                self._made = {B: pool.submit(self._timed_chain, B) for B in self._settings.batches}
         return None
+
+    def _timed_chain(self, B: int) -> DecodeChain:
+        return self._chain(
+            B, self._arrays, self._parallelism, keep_logits=self._settings.check_batch == B
+        )
 
     def measure(self, row: MeshRow) -> None:
         """Fills in the row, its error too."""
         try:
-            checked = row.batch == self._settings.check_batch
-            chain = self._chain(row.batch, self._arrays, self._parallelism, keep_logits=checked)
-            row.compile_s, row.program_bytes = chain.compile_s, chain.program_bytes
-            row.backends = chain.backends
+            checked, made = row.batch == self._settings.check_batch, self._made.pop(row.batch, None)
+            chain = made.result() if made else self._timed_chain(row.batch)
+            row.compile_s = None if made else chain.compile_s
+            row.program_bytes, row.backends = chain.program_bytes, chain.backends
+            del made
             taken = timing.measure_step(chain, self._settings.repeats)
             row.ms, row.ms_spread = taken.us / 1e3, taken.spread_us / 1e3
             row.host_bound = taken.host_bound

@@ -34,7 +34,7 @@ class MeshRow:
       devices: how many.
       ms, ms_spread: a step's time in a chain, the median over repeats, and between its quartiles.
       host_bound: whether the host took as long to issue the steps.
-      compile_s: seconds to trace, lower and compile the program.
+      compile_s: seconds to trace, lower and compile the program, if by itself.
       program_bytes: the program's arguments, results and temporaries on one device.
       backends: what computed each op.
       logits_error: the median over rows of ||y - one device's|| / ||one device's||, of the logits
@@ -90,7 +90,9 @@ class MeshRow:
         if self.error is not None:
             return f"FAILED: {self.error}"
         said = f"{self.ms:.3f} ms a step, {self.tokens_per_s:.0f} tok/s"
-        said += f", compiled in {self.compile_s:.1f} s" + ", host-bound" * bool(self.host_bound)
+        if self.compile_s is not None:
+            said += f", compiled in {self.compile_s:.1f} s"
+        said += ", host-bound" * bool(self.host_bound)
         if self.logits_error is not None:
             said += (
                 f"; logits off by {self.logits_error:.4f}, rounding explains "

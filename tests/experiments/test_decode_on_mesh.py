@@ -69,6 +69,11 @@ def test_it_times_and_checks_every_mesh_and_goes_on_after_a_failure(faked, tmp_p
         "data=1,expert=1, batch 8, context 512: logits are off by 0.0700, and rounding explains "
         "0.0300"
     ]
+    # Chains that are compiled at once have no compile time of their own.
+    run(tmp_path / "threads", "--mesh=one", "--compile_threads=2")
+    threaded = mesh_records.read_record(tmp_path / "threads" / "cpu_tiny.jsonl").rows
+    assert [(row.ms, row.compile_s) for row in threaded] == [(2, None)] * 2
+    assert rows[0].compile_s == 1.5
     # Those of another run stay with --add; a budget that is spent is said.
     with pytest.raises(SystemExit, match="not begun within --budget_s=0"):
         run(tmp_path, "--mesh=expert=1", "--add", "--budget_s=0")
