@@ -172,7 +172,7 @@ class _Trials:
 
         With several threads it makes the chains of all batches, too.
         """
-        self._arrays, self._parallelism = self._whole, None
+        self._arrays, self._parallelism, self._made = self._whole, None, {}
         if name != ONE:
             try:
                 parallelism = mesh_flags.parallelism_of(name.split(","), fsdp=False)

@@ -1,4 +1,4 @@
-"""The result files of compare_layouts and decode_speed: one a device and preset, as JSON lines.
+"""The scripts' result files: one a device and preset, as JSON lines.
 
     {"kind": "record", "format": 2, "preset": "qwen3_30b_a3b"}
     {"kind": "run", "device": "h100", "commit": ..., "read_ceiling_tbps": 3.23, ...}
@@ -7,7 +7,7 @@
 
 A row's `run` is the run that it was measured in, because a later run may add to a file. Fields
 that have their default are left out. What other projects measured elsewhere is in ELSEWHERE.
-decode_records.py has the rows of decode_speed, which are of other kinds.
+The rows here are compare_layouts'; other scripts' are of other kinds, as in decode_records.py.
 """
 
 import dataclasses

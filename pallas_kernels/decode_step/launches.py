@@ -190,7 +190,8 @@ def _launch(
 def _experts_options(s: LayerShapes) -> dict[str, Any]:
     """Of decode_experts, beyond 8 rows.
 
-    The tables that it chooses by are of uniform routing. Rows of real text choose alike.
+    The tables that it chooses by are of uniform routing. A random model's rows share experts, which
+    then have several tiles each, and tall tiles were faster (docs/lab.md).
     """
     if s.B <= 32 or "experts" in s.fp8:
         return {}
