@@ -99,6 +99,7 @@ def mainloop(
     init: Any,
     wgmmas_in_flight: int | None = None,
     take: Callable[[Any, Any], Any] | None = None,
+    several: int = 1,
 ) -> Any:
     """Computes all steps of a ring whose prologue has run, and keeps it filled.
 
@@ -113,11 +114,17 @@ def mainloop(
       take: take(step, stage) waits until the stage is full, and returns all that is needed of it, a
         list of lane_code.registers_type. Once all lanes have that, the stage is refilled, before
         compute(step, stage, carry, taken). What each lane stores in `take`, all may read there.
+      several: steps that are taken together, before the first of them is computed, so that the
+        waits of one fall into the work of another. It divides num_steps, and needs `take`.
 
     Returns:
       The last carry.
     """
     lag = 1 if wgmmas_in_flight else 0
+
+    def after(stage):
+        # Where a ring has three stages or five, a remainder takes ten instructions that wait.
+        return jnp.where(stage == num_stages - 1, 0, stage + 1)
 
     def refill(step, stage):
         @pl.when((step >= 0) & (step + num_stages < num_steps))
@@ -126,23 +133,31 @@ def mainloop(
                 plgpu.commit_smem()  # every lane's loads come before the copy engine's writes
             load(step + num_stages, stage)
 
-    def body(step, carries):
+    def one_step(step, carries):
         stage, carry = carries
-        if take is None:
-            carry = compute(step, stage, carry)
-            if wgmmas_in_flight is not None:
-                plgpu.wgmma_wait(wgmmas_in_flight)
-            before = jnp.where(stage == 0, num_stages - 1, stage - 1) if lag else stage
-            refill(step - lag, before)
-        else:
-            taken = take(step, stage)
-            sync_lanes(taken)
-            refill(step, stage)
-            carry = compute(step, stage, carry, taken)
-        # Where a ring has three stages or five, a remainder takes ten instructions that wait.
-        return jnp.where(stage == num_stages - 1, 0, stage + 1), carry
+        carry = compute(step, stage, carry)
+        if wgmmas_in_flight is not None:
+            plgpu.wgmma_wait(wgmmas_in_flight)
+        before = jnp.where(stage == 0, num_stages - 1, stage - 1) if lag else stage
+        refill(step - lag, before)
+        return after(stage), carry
 
-    _, carry = lax.fori_loop(0, num_steps, body, (jnp.int32(0), init))
+    def taken_steps(index, carries):
+        stage, carry = carries
+        places = []
+        for ahead in range(several):
+            places.append((index * several + ahead, stage))
+            stage = after(stage)
+        taken = [take(*place) for place in places]
+        sync_lanes([words for of_step in taken for words in of_step])
+        for place in places:
+            refill(*place)
+        for place, of_step in zip(places, taken, strict=True):
+            carry = compute(*place, carry, of_step)
+        return stage, carry
+
+    body = one_step if take is None else taken_steps
+    _, carry = lax.fori_loop(0, num_steps // several, body, (jnp.int32(0), init))
     if wgmmas_in_flight:
         plgpu.wgmma_wait(0)
     return carry
