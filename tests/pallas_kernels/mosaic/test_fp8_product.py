@@ -125,3 +125,25 @@ def test_tokens_in_chunks_have_the_same_bits(monkeypatch, seed):
     # Four steps' tokens would fit, and three of them divide the six.
     monkeypatch.setattr(fp8_product, "OPERAND_BYTES", 4 * 2 * 8 * COLUMNS)
     np.testing.assert_array_equal(multiply(weights, scales, tokens), at_once)
+
+
+@pytest.mark.parametrize("chunk_steps", [6, 2])
+def test_two_steps_a_round_have_the_same_bits(monkeypatch, chunk_steps, seed):
+    rng = np.random.default_rng(seed)
+    weights = rng.normal(size=(ROWS, 6 * COLUMNS)).astype(VALUES_DTYPE)
+    scales = rng.uniform(1e-3, 1, (2, 6)).astype(np.float32)
+    tokens = jnp.asarray(_mixed(rng, (2, 6 * COLUMNS)), jnp.bfloat16)
+    monkeypatch.setattr(fp8_product, "OPERAND_BYTES", chunk_steps * 2 * 2 * COLUMNS)
+    rounds = []
+    mainloop = fp8_product.mainloop
+    monkeypatch.setattr(
+        fp8_product,
+        "mainloop",
+        lambda *args, several, **kw: (
+            rounds.append(several) or mainloop(*args, several=several, **kw)
+        ),
+    )
+    together = multiply(weights, scales, tokens)
+    monkeypatch.setattr(fp8_product, "_FEW_TOKENS", 0)
+    np.testing.assert_array_equal(multiply(weights, scales, tokens), together)
+    assert rounds == [2, 1]
