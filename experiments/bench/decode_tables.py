@@ -1,6 +1,7 @@
 """A record of decode_speed as tables: all of it for the console, the columns that count for a page.
 
-A line is one batch and context; the baseline's figures stand beside the model's.
+A line is one batch and context; the baseline's figures stand beside the model's. What has no unit
+in its title is tokens a second, experts a layer or a ratio.
 """
 
 import re
@@ -50,12 +51,12 @@ _COLUMNS = (
     _Column("limit, tok/s", lambda row, other: row.limit_tokens_per_s, _digits(0)),
     _Column("chain, tok/s", lambda row, other: row.tokens_per_s, _digits(0)),
     _Column("of the limit", lambda row, other: row.limit_share, _percent),
-    _Column("chain, ms", lambda row, other: row.ms, _digits(3)),
+    _Column("chain, ms", lambda row, other: row.ms, _digits(3), in_pages=False),
     _Column("spread, ms", lambda row, other: row.ms_spread, _digits(3), in_pages=False),
-    _Column("generate, tok/s", lambda row, other: row.generate_tokens_per_s, _digits(0)),
+    _Column("generate", lambda row, other: row.generate_tokens_per_s, _digits(0)),
     _Column("of its limit", lambda row, other: row.generate_limit_share, _percent),
     _Column("first, s", lambda row, other: row.first_token_s, _digits(3)),
-    _Column("transformers, tok/s", lambda row, other: other and other.tokens_per_s, _digits(0)),
+    _Column("transformers", lambda row, other: other and other.tokens_per_s, _digits(0)),
     _Column("faster", _times_faster, _digits(2)),
     _Column("experts", lambda row, other: row.unique_experts, _digits(1)),
     _Column("generate's", lambda row, other: row.generate_experts, _digits(1)),
