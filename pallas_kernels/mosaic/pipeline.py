@@ -119,7 +119,14 @@ def mainloop(
 
     Returns:
       The last carry.
+
+    Raises:
+      ValueError: `several` is more than 1 without `take`, or does not divide num_steps.
     """
+    if num_steps % several or (several > 1 and take is None):
+        raise ValueError(
+            f"several is {several} for {num_steps} steps; expected a divisor, and 1 without `take`"
+        )
     lag = 1 if wgmmas_in_flight else 0
 
     def after(stage):

@@ -15,7 +15,7 @@ from pallas_kernels.mosaic.fp8_operand import COLUMNS
 from pallas_kernels.mosaic.fp8_product import Fp8Product
 from pallas_kernels.mosaic.l2_hints import copy_evict_first
 from pallas_kernels.mosaic.operands import round_up
-from pallas_kernels.mosaic.pipeline import prologue
+from pallas_kernels.mosaic.pipeline import mainloop, prologue
 from tests.pallas_kernels.machine import INTERPRET
 
 ROWS = 2 * GROUP
@@ -135,7 +135,6 @@ def test_two_steps_a_round_have_the_same_bits(monkeypatch, chunk_steps, seed):
     tokens = jnp.asarray(_mixed(rng, (2, 6 * COLUMNS)), jnp.bfloat16)
     monkeypatch.setattr(fp8_product, "OPERAND_BYTES", chunk_steps * 2 * 2 * COLUMNS)
     rounds = []
-    mainloop = fp8_product.mainloop
     monkeypatch.setattr(
         fp8_product,
         "mainloop",
@@ -147,3 +146,9 @@ def test_two_steps_a_round_have_the_same_bits(monkeypatch, chunk_steps, seed):
     monkeypatch.setattr(fp8_product, "_FEW_TOKENS", 0)
     np.testing.assert_array_equal(multiply(weights, scales, tokens), together)
     assert rounds == [2, 1]
+
+
+@pytest.mark.parametrize("steps, take", [(3, lambda *_: []), (4, None)])
+def test_steps_that_no_round_can_take(steps, take):
+    with pytest.raises(ValueError, match=f"several is 2 for {steps} steps; expected a divisor"):
+        mainloop(steps, 2, load=None, compute=None, init=(), take=take, several=2)
