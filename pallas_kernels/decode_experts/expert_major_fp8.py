@@ -81,8 +81,10 @@ def _fitted(work):
 class GateUpFp8(GateUp):
     """Block (tile, some neurons): hidden = silu(gate_e x) * up_e x * weight of the tile's columns.
 
-    Hidden is [tiles * N, I] float32. `neurons` is 32 or 64.
+    Hidden is [tiles * N, I] float32. `neurons` is 32 or 64; steps_at_once is Fp8Product's.
     """
+
+    steps_at_once: int = 1
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
@@ -99,6 +101,7 @@ class GateUpFp8(GateUp):
             num_stages=self.num_stages,
             dtype=jnp.bfloat16,
             scale_rows=2,
+            steps_at_once=self.steps_at_once,
         )
 
     def shared_types(self) -> tuple:
@@ -158,7 +161,10 @@ class DownFp8(Down):
     """Block (tile, block_m neurons): row p of outputs = down_e hidden, of p's column.
 
     Outputs are [num_outputs, H] float32. The rows of no column stay unwritten.
+    steps_at_once is Fp8Product's.
     """
+
+    steps_at_once: int = 1
 
     @property
     def product(self) -> Fp8Product:
@@ -170,6 +176,7 @@ class DownFp8(Down):
             block_k=self.block_k,
             num_stages=self.num_stages,
             dtype=jnp.float32,
+            steps_at_once=self.steps_at_once,
         )
 
     def shared_types(self) -> tuple:

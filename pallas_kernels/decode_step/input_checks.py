@@ -179,6 +179,7 @@ def check_config(config: LayerConfig, quantised: bool = False) -> None:
         ("gate_up_block_k", block_ks),
         ("down_block_m", DOWN_BLOCK_MS["fp8" if quantised else "bf16"]),
         ("down_block_k", block_ks),
+        ("steps_at_once", (1, 2) if quantised else (1,)),
     ):
         value = getattr(config, field)
         if value not in accepted:

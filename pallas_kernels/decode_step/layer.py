@@ -78,7 +78,7 @@ class LayerShapes:
 class LayerConfig:
     """How a layer's tasks are cut and paced; nothing here changes a bit of a result on a GPU.
 
-    Experts in FP8 take gate_up_neurons of 32 or 64, and block_k of 128 or 256.
+    Experts in FP8 take gate_up_neurons of 32 or 64, block_k of 128 or 256, and steps_at_once.
 
     Attributes:
       qkv_spread_ns, o_spread_ns: see SplitProduct.
@@ -86,6 +86,7 @@ class LayerConfig:
         blocks, which share few experts' weights more evenly among cores.
         A block_k that does not divide its size is halved until it does.
       down_block_m, down_block_k, down_num_stages: of Down.
+      steps_at_once: of both products, 1 or 2; see Fp8Product.
       mailboxes: whether the tasks of a grid of all of them hand on their results in mailboxes.
     """
 
@@ -97,6 +98,7 @@ class LayerConfig:
     down_block_m: int = 64
     down_block_k: int = 128
     down_num_stages: int = 3
+    steps_at_once: int = 1
     mailboxes: bool = True
 
 
@@ -115,12 +117,14 @@ _FP8_FEW_ROWS = dataclasses.replace(
     down_block_m=64,
     down_num_stages=6,
 )
+# Few blocks share a core, so the waits of a step are filled by another step.
+_FP8_ONE_ROW = dataclasses.replace(_FP8_FEW_ROWS, steps_at_once=2)
 
 
 def default_config(B: int, quantised: bool = False) -> LayerConfig:
     """What was fastest for B rows of Qwen3-30B-A3B on an H200 (docs/lab.md)."""
     if quantised:
-        return _FP8_FEW_ROWS if B <= 2 else _FP8
+        return _FP8_ONE_ROW if B == 1 else _FP8_FEW_ROWS if B == 2 else _FP8
     if B > 2:
         return LayerConfig()
     return dataclasses.replace(_FEW_ROWS, gate_up_neurons=16) if B == 1 else _FEW_ROWS
@@ -287,6 +291,7 @@ def experts_tasks(
     ids, weights = ("id_words", "weight_words") if mailed else ("ids", "weights")
     tiles = slot_major_tiles(s.B, s.K, s.E if stored is None else stored, s.H)
     fp8 = "experts" in s.fp8
+    of_fp8 = {"steps_at_once": config.steps_at_once} if fp8 else {}
     gate_up = (GateUpFp8 if fp8 else GateUp)(
         tiles=tiles,
         H=s.H,
@@ -294,6 +299,7 @@ def experts_tasks(
         block_k=largest_divisor(s.H, _up_to(config.gate_up_block_k, fp8)),
         num_stages=config.gate_up_num_stages,
         neurons=config.gate_up_neurons,
+        **of_fp8,
     )
     down = (DownFp8 if fp8 else Down)(
         tiles=tiles,
@@ -302,6 +308,7 @@ def experts_tasks(
         block_m=config.down_block_m,
         block_k=largest_divisor(s.I, _up_to(config.down_block_k, fp8)),
         num_stages=config.down_num_stages,
+        **of_fp8,
     )
     return [
         Task(

@@ -43,7 +43,6 @@ from pallas_kernels.mosaic.warpgroup import start_few, sync_lanes, wait_for_few
 
 # Of converted tokens: with two stages of 16 KB, or five of 8, three blocks fit on a core.
 OPERAND_BYTES = 32 << 10
-_FEW_TOKENS = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,7 @@ class Fp8Product:
       num_stages: of the ring.
       dtype: the tokens'; bf16 or float32.
       scale_rows: 1, or more if the rows lie in that many scale blocks, in equal parts.
+      steps_at_once: see mainloop's `several`; as many as divide the steps, and as there are stages.
     """
 
     rows: int
@@ -69,6 +69,7 @@ class Fp8Product:
     num_stages: int
     dtype: Any
     scale_rows: int = 1
+    steps_at_once: int = 1
 
     @property
     def num_steps(self) -> int:
@@ -92,12 +93,6 @@ class Fp8Product:
     @property
     def _chunk_blocks(self) -> int:
         return self._chunk_steps * self._blocks
-
-    @property
-    def _steps_at_once(self) -> int:
-        """Two for one or two tokens; with more, other blocks fill the waits already."""
-        pays = self.T <= _FEW_TOKENS and self.num_stages > 1 and self.block_k == COLUMNS
-        return 2 if pays and self._chunk_steps % 2 == 0 else 1
 
     @property
     def _operand_type(self) -> Any:
@@ -191,7 +186,7 @@ class Fp8Product:
             take=take,
             compute=functools.partial(self._compute, shared),
             init=[zeros] * (self.rows // GROUP),
-            several=self._steps_at_once,
+            several=_largest_divisor(self._chunk_steps, min(self.steps_at_once, self.num_stages)),
         )
 
     def _compute(self, shared, step, _, totals: list, weights: list) -> list:

@@ -115,17 +115,19 @@ def mainloop(
         list of lane_code.registers_type. Once all lanes have that, the stage is refilled, before
         compute(step, stage, carry, taken). What each lane stores in `take`, all may read there.
       several: steps that are taken together, before the first of them is computed, so that the
-        waits of one fall into the work of another. It divides num_steps, and needs `take`.
+        waits of one fall into the work of another. It divides num_steps, is at most num_stages, and
+        needs `take`.
 
     Returns:
       The last carry.
 
     Raises:
-      ValueError: `several` is more than 1 without `take`, or does not divide num_steps.
+      ValueError: `several` is not as said.
     """
-    if num_steps % several or (several > 1 and take is None):
+    if num_steps % several or several > (num_stages if take else 1):
         raise ValueError(
-            f"several is {several} for {num_steps} steps; expected a divisor, and 1 without `take`"
+            f"several is {several} for {num_steps} steps; expected a divisor of at most "
+            f"{num_stages}, the stages, and 1 without `take`"
         )
     lag = 1 if wgmmas_in_flight else 0
 
@@ -151,17 +153,16 @@ def mainloop(
 
     def taken_steps(index, carries):
         stage, carry = carries
-        places = []
-        for ahead in range(several):
-            places.append((index * several + ahead, stage))
-            stage = after(stage)
+        places = [(index * several, stage)]
+        for ahead in range(1, several):
+            places.append((index * several + ahead, after(places[-1][1])))
         taken = [take(*place) for place in places]
         sync_lanes([words for of_step in taken for words in of_step])
         for place in places:
             refill(*place)
         for place, of_step in zip(places, taken, strict=True):
             carry = compute(*place, carry, of_step)
-        return stage, carry
+        return after(places[-1][1]), carry
 
     body = one_step if take is None else taken_steps
     _, carry = lax.fori_loop(0, num_steps // several, body, (jnp.int32(0), init))

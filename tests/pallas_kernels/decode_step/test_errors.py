@@ -141,6 +141,7 @@ CASES = {
     "neurons": (with_config(gate_up_neurons=8), ValueError, "gate_up_neurons is 8", "[16, 32, 64]"),
     "block_k": (with_config(gate_up_block_k=96), ValueError, "gate_up_block_k is 96", "[64, 128"),
     "block_m": (with_config(down_block_m=32), ValueError, "down_block_m is 32", "[64, 128, 256]"),
+    "steps": (with_config(steps_at_once=2), ValueError, "steps_at_once is 2", "one of [1]"),
     "one stage": (with_config(down_num_stages=1), ValueError, "down_num_stages is 1", "from 2 to"),
     "stages": (
         with_config(gate_up_num_stages=7, gate_up_block_k=256),

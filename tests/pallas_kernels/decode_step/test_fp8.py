@@ -150,6 +150,7 @@ def test_real_sizes(B, C, fp8, seed):
         {"down_block_m": 64, "down_num_stages": 5},
         {"down_block_k": 256, "down_num_stages": 2},
         {"qkv_spread_ns": 0, "o_spread_ns": 9000},
+        {"steps_at_once": 2},
         {"mailboxes": False},
     ],
     ids=str,

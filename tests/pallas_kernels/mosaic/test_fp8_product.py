@@ -22,7 +22,7 @@ ROWS = 2 * GROUP
 EVERY_BYTE = np.arange(256, dtype=np.uint8).view(VALUES_DTYPE)
 
 
-def multiply(weights, scales, tokens, block_k=COLUMNS):
+def multiply(weights, scales, tokens, block_k=COLUMNS, steps_at_once=1):
     """[ROWS, K] e4m3 times scales [2, K / COLUMNS] times tokens [T, K]: [T, ROWS] float32."""
     T, K = tokens.shape
     N = round_up(T, 8)
@@ -35,6 +35,7 @@ def multiply(weights, scales, tokens, block_k=COLUMNS):
         num_stages=2,
         dtype=tokens.dtype,
         scale_rows=2,
+        steps_at_once=steps_at_once,
     )
 
     def kernel(block_id, weights, scales, tokens, out, shared, full):
@@ -127,28 +128,27 @@ def test_tokens_in_chunks_have_the_same_bits(monkeypatch, seed):
     np.testing.assert_array_equal(multiply(weights, scales, tokens), at_once)
 
 
-@pytest.mark.parametrize("chunk_steps", [6, 2])
-def test_two_steps_a_round_have_the_same_bits(monkeypatch, chunk_steps, seed):
+@pytest.mark.parametrize("T, steps, chunk_steps, taken", [(1, 6, 6, 2), (8, 6, 2, 2), (1, 3, 3, 1)])
+def test_two_steps_a_round_have_the_same_bits(monkeypatch, T, steps, chunk_steps, taken, seed):
+    """Where two do not divide the steps, they are taken one by one."""
     rng = np.random.default_rng(seed)
-    weights = rng.normal(size=(ROWS, 6 * COLUMNS)).astype(VALUES_DTYPE)
-    scales = rng.uniform(1e-3, 1, (2, 6)).astype(np.float32)
-    tokens = jnp.asarray(_mixed(rng, (2, 6 * COLUMNS)), jnp.bfloat16)
-    monkeypatch.setattr(fp8_product, "OPERAND_BYTES", chunk_steps * 2 * 2 * COLUMNS)
+    weights = rng.normal(size=(ROWS, steps * COLUMNS)).astype(VALUES_DTYPE)
+    scales = rng.uniform(1e-3, 1, (2, steps)).astype(np.float32)
+    tokens = jnp.asarray(_mixed(rng, (T, steps * COLUMNS)), jnp.bfloat16)
     rounds = []
-    monkeypatch.setattr(
-        fp8_product,
-        "mainloop",
-        lambda *args, several, **kw: (
-            rounds.append(several) or mainloop(*args, several=several, **kw)
-        ),
-    )
-    together = multiply(weights, scales, tokens)
-    monkeypatch.setattr(fp8_product, "_FEW_TOKENS", 0)
-    np.testing.assert_array_equal(multiply(weights, scales, tokens), together)
-    assert rounds == [2, 1]
+
+    def noted(*args, several, **options):
+        rounds.append(several)
+        return mainloop(*args, several=several, **options)
+
+    monkeypatch.setattr(fp8_product, "mainloop", noted)
+    monkeypatch.setattr(fp8_product, "OPERAND_BYTES", chunk_steps * 2 * T * COLUMNS)
+    one, two = (multiply(weights, scales, tokens, steps_at_once=count) for count in (1, 2))
+    np.testing.assert_array_equal(two, one)
+    assert rounds == [1, taken]
 
 
-@pytest.mark.parametrize("steps, take", [(3, lambda *_: []), (4, None)])
-def test_steps_that_no_round_can_take(steps, take):
+@pytest.mark.parametrize("steps, stages, take", [(3, 2, print), (4, 1, print), (4, 2, None)])
+def test_steps_that_no_round_can_take(steps, stages, take):
     with pytest.raises(ValueError, match=f"several is 2 for {steps} steps; expected a divisor"):
-        mainloop(steps, 2, load=None, compute=None, init=(), take=take, several=2)
+        mainloop(steps, stages, load=None, compute=None, init=(), take=take, several=2)
